@@ -1,0 +1,51 @@
+# Every target does its own set-up: virtual environment, dependencies, building the C++ extension.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build of this version is enough everywhere; another torch >= 2.11 works too.
+TORCH ?= torch==2.13.0
+
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format figures clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# torch first and by exact version: a range would bring the CUDA build, which is several GB.
+$(VENV)/dependencies: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24" "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" numpy ninja "pybind11>=3"
+	touch $@
+
+$(VENV)/installed: $(VENV)/dependencies $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --no-build-isolation --editable '.[demo,test,bench,lint]'
+	touch $@
+
+install: $(VENV)/installed  ## set up .venv with the library and everything below
+
+demo: $(VENV)/installed  ## train a teacher and a small student on real images; plots in demo-output/
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/installed  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed  ## ruff, mypy and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/cpu/*
+
+format: $(VENV)/installed  ## rewrite the files as the linters want them
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/cpu/*
+
+figures: $(VENV)/installed  ## the measured numbers of the README: accuracy, speed, memory (about 10 minutes)
+	$(BIN)/python -m benchmarks.figures
+
+clean:  ## remove everything that the targets made
+	rm -rf $(VENV) build dist *.egg-info pcoherence/*.so demo-output

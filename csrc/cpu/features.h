@@ -1,0 +1,67 @@
+// Features of one network, made ready for distances by products.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "../distances.h"
+#include "rows.h"
+#include "runtime.h"
+
+namespace pcoherence {
+
+template <class T>
+struct FeatureInput {
+  const T* anchors;     // [m, width]
+  const T* candidates;  // [n, width], or null: the anchors themselves
+  std::int64_t m, n, width;
+  Metric metric;
+};
+
+// For metrics from products: x -> (x / |x| if cosine, x otherwise), minus a common centre, times a power of two.
+// Neither changes the order of distances; together they keep the products from cancelling and from overflowing.
+// For cityblock the features stay as they are.
+template <class T>
+class Features {
+ public:
+  Features(const FeatureInput<T>& input, Runtime<T>& runtime);
+
+  const T* anchors() const { return anchors_; }
+  const T* candidates() const { return candidates_; }
+  const FeatureInput<T>& input() const { return input_; }
+  bool same() const { return input_.candidates == nullptr; }
+
+  // A distance in the given metric = unit() * the distance that distances() gives.
+  double unit() const { return unit_; }
+
+  // block [rows, padded(n)]: first the products of all rows, then, row by row and in parallel, the distances.
+  void products(T* block, std::int64_t begin, std::int64_t rows, Runtime<T>& runtime) const;
+  // `order_only`: anything with the order of the distances will do. `close`: see RowKernels::finish_distances.
+  void distances(T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>& close) const;
+
+  // How a gradient w.r.t. distances becomes V of DESIGN section 3: see AnchorRow::chain.
+  double chain() const { return input_.metric == Metric::sqeuclidean ? 2.0 : 1.0; }
+  bool chain_root() const { return input_.metric == Metric::euclidean; }
+
+  // gradient [rows, width] w.r.t. prepared features -> w.r.t. the input features, in place.
+  void pull_anchors(T* gradient) const { pull(gradient, anchors_, anchor_lengths_, input_.m); }
+  void pull_candidates(T* gradient) const { pull(gradient, candidates_, candidate_lengths_, input_.n); }
+
+ private:
+  void normalise(Runtime<T>& runtime);
+  void centre(Runtime<T>& runtime);
+  void find_duplicates();
+  void pull(T* gradient, const T* prepared, const T* lengths, std::int64_t rows) const;
+
+  FeatureInput<T> input_;
+  T *anchors_ = nullptr, *candidates_ = nullptr;                // [m, width], [n, width]
+  T *anchor_norms_ = nullptr, *candidate_norms_ = nullptr;      // [m], [padded(n)]: squared
+  T *anchor_lengths_ = nullptr, *candidate_lengths_ = nullptr;  // cosine: |x| of the input
+  std::vector<double> centre_;                                  // [width]
+  double scale_ = 1;  // power of two that features were multiplied by
+  double unit_ = 1;
+  std::vector<std::pair<std::int32_t, std::int32_t>> duplicates_;  // (candidate, an earlier identical one)
+};
+
+}  // namespace pcoherence

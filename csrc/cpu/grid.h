@@ -1,0 +1,182 @@
+// Kernel sums on a grid (DESIGN section 2): spread, convolve, gather. Positions are in units of the bin width.
+//
+// With x, y the local coordinates in [-1, 1] of two points whose bins differ by D, the kernel is the polynomial
+//   kernel(width * (D + (x - y) / 2)) = sum_qr table[D][r][q] x^q y^r
+// so that a bin needs only its moments M_r = sum_k w_k y_k^r, and R_j is a polynomial in x_j whose
+// coefficients are a small matrix product away. x^0 = 1: counts are exact.
+#pragma once
+
+#include "tables.h"
+
+namespace pcoherence::PCOH_ISA {
+
+template <class T>
+class Grid {
+ public:
+  static constexpr double unit = kBinWidth;
+
+  explicit Grid(Workspace& ws) : ws_(ws) {}
+
+  // positions, weights: [n], n a multiple of the lane count; 0 <= positions <= extent.
+  void load(const T* positions, const T* weights, int n, double extent) {
+    n_ = n;
+    bins_ = static_cast<int>(extent) + 1;
+    w_ = weights;
+    bin_ = ws_.bins.need<std::int32_t>(n);
+    x_ = ws_.locals.need<T>(n);
+    const auto last = splat<T>(T(bins_ - 1));
+    for (int k = 0; k < n; k += lanes) {
+      const V t = PCOH_ISA::load(positions + k);
+      const V floor = vmin(__builtin_convertvector(__builtin_convertvector(t, ivec_t<T>), V), last);
+      store(bin_ + k, __builtin_convertvector(floor, index_t<T>));
+      store(x_ + k, (t - floor) * T(2) - T(1));
+    }
+    moments_ = ws_.moments.need<T>(2 * std::size_t(bins_) * order);
+    fields_ = ws_.fields.need<T>(2 * std::size_t(bins_) * order);
+    residual_moments_ = moments_ + std::size_t(bins_) * order;
+    residual_fields_ = fields_ + std::size_t(bins_) * order;
+    spread(w_, moments_);
+  }
+
+  // ranks[j] = sum_k w_k sigmoid(s_j - s_k)
+  void ranks(T* out) {
+    convolve(grid_table<T>(Kernel::sigmoid), moments_, fields_, Far::count);
+    for (int j = 0; j < n_; j += lanes) store(out + j, evaluate(fields_, j));
+  }
+
+  // sum_jk w_j w_k softplus(s_j - s_k): moments against coefficients, no gather.
+  double softplus_total() {
+    convolve(grid_table<T>(Kernel::softplus), moments_, fields_, Far::linear);
+    double total = far_total_;
+    for (std::size_t i = 0; i < std::size_t(bins_) * order; ++i) total += double(moments_[i]) * double(fields_[i]);
+    return total;
+  }
+
+  // out[l] = r_l sum_k w_k slope(s_l - s_k) - w_l sum_j r_j slope(s_l - s_j)
+  void pullback(const T* r, T* out) {
+    const auto& table = grid_table<T>(Kernel::slope);
+    spread(r, residual_moments_);
+    convolve(table, moments_, fields_, Far::nothing);
+    convolve(table, residual_moments_, residual_fields_, Far::nothing);
+    for (int l = 0; l < n_; l += lanes) {
+      const V a = evaluate(fields_, l), b = evaluate(residual_fields_, l);
+      store(out + l, PCOH_ISA::load(r + l) * a - PCOH_ISA::load(w_ + l) * b);
+    }
+  }
+
+ private:
+  using V = vec_t<T>;
+  using Octet = typename Simd<T>::octet;
+  static constexpr int lanes = lanes_v<T>;
+  static constexpr int order = GridOrder<T>::order;
+  using Powers = typename Simd<T>::powers;
+  static_assert(sizeof(Powers) == order * sizeof(T));
+  // What kernel(t) is where t is beyond reach on the far left of a point: 0, 1, or t.
+  enum class Far { nothing, count, linear };
+
+  static Powers powers(T x) {
+    Powers p = Powers{} + T(1);
+    T y = x;
+    for (int bit = 1; bit < order; bit *= 2, y *= y) {
+      decltype(p > p) mask{};
+      for (int q = 0; q < order; ++q) mask[q] = (q & bit) ? -1 : 0;
+      p = mask ? p * y : p;
+    }
+    return p;
+  }
+
+  // out[b][q] = sum over k in bin b of v_k x_k^q. Neighbours k go to different replicas of the bins, so that an
+  // addition need not wait for the one before; many bins make such conflicts rare, and replicas dear.
+  void spread(const T* v, T* out) {
+    if (bins_ <= 128)
+      spread_replicated<4>(v, out);
+    else
+      spread_replicated<1>(v, out);
+  }
+
+  template <int replicas>
+  void spread_replicated(const T* v, T* out) {
+    T* acc = replicas == 1 ? out : ws_.replicas.need<T>(std::size_t(bins_) * replicas * order);
+    std::memset(acc, 0, sizeof(T) * bins_ * replicas * order);
+    for (int k = 0; k < n_; k += replicas)
+      for (int i = 0; i < replicas; ++i) {
+        T* cell = acc + (std::size_t(bin_[k + i]) * replicas + i) * order;
+        store(cell, load_as<Powers>(cell) + powers(x_[k + i]) * v[k + i]);
+      }
+    if constexpr (replicas > 1)
+      for (int b = 0; b < bins_; ++b) {
+        const T* cell = acc + std::size_t(b) * replicas * order;
+        Powers sum = load_as<Powers>(cell);
+        for (int i = 1; i < replicas; ++i) sum += load_as<Powers>(cell + i * order);
+        store(out + std::size_t(b) * order, sum);
+      }
+  }
+
+  // field[b] = sum over bins b' within reach of table[b - b'] applied to moments[b'], and the far field.
+  void convolve(const GridTable<T>& table, const T* moments, T* field, Far far) {
+    constexpr int reach = GridTable<T>::bins_in_reach;
+    double count = 0, first = 0;  // of all bins below reach: sum of M_0; linear: sum of the points' positions
+    far_total_ = 0;
+    for (int b = 0; b < bins_; ++b) {
+      Powers sum[2] = {};
+      const int begin = b > reach ? b - reach : 0, end = b + reach < bins_ ? b + reach + 1 : bins_;
+      for (int c = begin; c < end; ++c) {
+        const T* m = moments + std::size_t(c) * order;
+        const T* rows = table.at(b - c);
+        for (int r = 0; r < order; r += 2) {
+          sum[0] += load_as<Powers>(rows + r * order) * m[r];
+          sum[1] += load_as<Powers>(rows + (r + 1) * order) * m[r + 1];
+        }
+      }
+      sum[0] += sum[1];
+      if (far != Far::nothing && begin > 0) {
+        const T* m = moments + std::size_t(begin - 1) * order;
+        count += double(m[0]);
+        first += double(m[0]) * (begin - 1) + double(m[1]) / 2;
+        if (far == Far::count) {
+          sum[0][0] += T(count);
+        } else {  // sum_jk w_j w_k (t_j - t_k), kept out of the coefficients: it can dwarf them
+          const T* own = moments + std::size_t(b) * order;
+          const double own_first = double(own[0]) * b + double(own[1]) / 2;
+          far_total_ += unit * (own_first * count - double(own[0]) * first);
+        }
+      }
+      store(field + std::size_t(b) * order, sum[0]);
+    }
+  }
+
+  // The polynomial of each of the elements k, ..., k + lanes - 1 at its own local coordinate.
+  V evaluate(const T* field, int k) const {
+    const V x = PCOH_ISA::load(x_ + k);
+    V value{};
+    for (int q = order - 8; q >= 0; q -= 8) {
+      V c[8];
+      for (int i = 0; i < 8; ++i) c[i] = rows_of(field + q, k + i);
+      transpose8(c);
+      for (int i = 7; i >= 0; --i) value = value * x + c[i];
+    }
+    return value;
+  }
+
+  // 8 coefficients of element k's bin; float: those of element k + 8 beside them.
+  V rows_of(const T* field, int k) const {
+    const auto a = load_as<Octet>(field + std::size_t(bin_[k]) * order);
+    if constexpr (sizeof(T) == 8) {
+      return a;
+    } else {
+      const auto b = load_as<Octet>(field + std::size_t(bin_[k + 8]) * order);
+      return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    }
+  }
+
+  Workspace& ws_;
+  int n_ = 0, bins_ = 0;
+  const T* w_ = nullptr;
+  std::int32_t* bin_ = nullptr;  // [n]
+  T* x_ = nullptr;               // [n], in [-1, 1]
+  T *moments_ = nullptr, *residual_moments_ = nullptr;  // [bins, order]
+  T *fields_ = nullptr, *residual_fields_ = nullptr;    // [bins, order]
+  double far_total_ = 0;
+};
+
+}  // namespace pcoherence::PCOH_ISA

@@ -1,0 +1,392 @@
+// The operators of pcoherence/ops.py on CPU: host checks, and torch as the runtime of the pipeline.
+// LibTorch's stable ABI only: one binary serves torch 2.11 and later.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../soft_ranks.h"
+#include "pipeline.h"
+
+namespace pcoherence {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
+
+template <class T>
+constexpr ScalarType scalar_type = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+
+Tensor new_tensor(std::vector<std::int64_t> sizes, ScalarType type) {
+  return torch::stable::empty(sizes, type, std::nullopt, kCpu);
+}
+
+// ---------------------------------------------------------------- torch as the runtime
+
+template <class T>
+class TorchRuntime : public Runtime<T> {
+ public:
+  T* allocate(std::int64_t count) override {
+    memory_.push_back(new_tensor({count}, scalar_type<T>));
+    return static_cast<T*>(memory_.back().mutable_data_ptr());
+  }
+
+  int threads() const override { return static_cast<int>(torch::stable::get_num_threads()); }
+
+  void parallel_for(std::int64_t count, std::int64_t grain,
+                    const std::function<void(std::int64_t, std::int64_t, int)>& body) override {
+    torch::stable::parallel_for(0, count, grain, [&](std::int64_t begin, std::int64_t end) {
+      std::uint32_t thread = 0;
+      TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+      body(begin, end, static_cast<int>(thread));
+    });
+  }
+
+  void multiply_nt(T* c, std::int64_t ldc, const T* a, const T* b, std::int64_t m, std::int64_t n,
+                   std::int64_t k) override {
+    multiply(view(c, m, n, ldc, 1), view(a, m, k, k, 1), view(b, k, n, 1, k));
+  }
+  void multiply_nn(T* c, const T* a, std::int64_t lda, const T* b, std::int64_t m, std::int64_t n,
+                   std::int64_t k) override {
+    multiply(view(c, m, k, k, 1), view(a, m, n, lda, 1), view(b, n, k, k, 1));
+  }
+  void accumulate_tn(T* c, const T* a, std::int64_t lda, const T* b, std::int64_t m, std::int64_t n,
+                     std::int64_t k) override {
+    const Tensor out = view(c, n, k, k, 1), left = view(a, n, m, 1, lda), right = view(b, m, k, k, 1);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
+  }
+
+ private:
+  static Tensor view(const T* data, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,
+                     std::int64_t column_stride) {
+    const std::int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+    return torch::stable::from_blob(const_cast<T*>(data), {sizes, 2}, {strides, 2}, kCpu, scalar_type<T>);
+  }
+  static void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  }
+
+  std::vector<Tensor> memory_;
+};
+
+// ---------------------------------------------------------------- host checks
+
+void check_matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, ": expected a matrix, got ", t.dim(), " dimensions");
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+}
+
+void check_vector(const OptionalTensor& t, const char* name, std::int64_t size, ScalarType type) {
+  if (!t) return;
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size, name, ": expected one value for each of ", size);
+  STD_TORCH_CHECK(t->is_contiguous() && t->is_cpu() && t->scalar_type() == type, name,
+                  ": expected a contiguous CPU tensor of the features' dtype (self_index: int64)");
+}
+
+template <class T>
+void check_weights(const OptionalTensor& t, const char* name) {
+  if (!t) return;
+  const T* w = static_cast<const T*>(t->const_data_ptr());
+  for (std::int64_t i = 0; i < t->numel(); ++i)
+    STD_TORCH_CHECK(w[i] >= 0 && w[i] <= std::numeric_limits<T>::max(), name,
+                    ": expected finite weights >= 0, got ", double(w[i]), " at position ", i);
+}
+
+void check_self_index(const OptionalTensor& t, std::int64_t n) {
+  if (!t) return;
+  const auto* index = static_cast<const std::int64_t*>(t->const_data_ptr());
+  for (std::int64_t i = 0; i < t->numel(); ++i)
+    STD_TORCH_CHECK(index[i] >= -1 && index[i] < n, "self_index: expected -1 or a candidate below ", n, ", got ",
+                    index[i], " at position ", i);
+}
+
+template <std::size_t N>
+int parse(const std::array<std::string_view, N>& names, const std::string& name, const char* argument) {
+  const int found = find_name(names, name);
+  STD_TORCH_CHECK(found >= 0, argument, ": unknown name '", name, "'");
+  return found;
+}
+
+LossSpec parse_spec(double temperature, double teacher_temperature, const std::string& scale,
+                    const std::string& objective, const std::string& method) {
+  STD_TORCH_CHECK(temperature > 0, "temperature: expected a number > 0, got ", temperature);
+  STD_TORCH_CHECK(teacher_temperature >= 0, "teacher_temperature: expected a number >= 0, got ", teacher_temperature);
+  LossSpec spec;
+  spec.scale = static_cast<Scale>(parse(kScaleNames, scale, "scale"));
+  spec.objective = static_cast<Objective>(parse(kObjectiveNames, objective, "objective"));
+  spec.method = static_cast<Method>(parse(kMethodNames, method, "method"));
+  spec.temperature = temperature;
+  spec.teacher_temperature = teacher_temperature;
+  return spec;
+}
+
+void check_status(Status status) {
+  STD_TORCH_CHECK(status != Status::too_many_bins,
+                  "method: 'grid' would need more than ", kMaxBins, " bins for a row, one for every ", kBinWidth,
+                  " temperatures of its range; use method='scan' or 'auto', or a higher temperature");
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+const T* data(const OptionalTensor& t) {
+  return t ? data<T>(*t) : nullptr;
+}
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return t.numel() > 0 ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
+}
+
+template <class F>
+auto dispatch(ScalarType type, const char* name, F&& f) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, ": expected float32 or float64");
+  return type == ScalarType::Float ? f(float{}) : f(double{});
+}
+
+// ---------------------------------------------------------------- from features
+
+// The tensors of one call, checked.
+struct Inputs {
+  Tensor student;
+  OptionalTensor student_candidates;
+  Tensor teacher;
+  OptionalTensor teacher_candidates, anchor_weights, candidate_weights, self_index;
+
+  ScalarType type() const { return student.scalar_type(); }
+  std::int64_t m() const { return student.size(0); }
+  std::int64_t n() const { return student_candidates ? student_candidates->size(0) : m(); }
+
+  void check_shapes() const {
+    check_side(student, student_candidates, "student", "student_candidates");
+    check_side(teacher, teacher_candidates, "teacher", "teacher_candidates");
+    STD_TORCH_CHECK(teacher.size(0) == m(), "teacher: expected ", m(), " rows, got ", teacher.size(0));
+    STD_TORCH_CHECK(student_candidates.has_value() == teacher_candidates.has_value(),
+                    "teacher_candidates: expected together with student_candidates, or neither");
+    if (teacher_candidates)
+      STD_TORCH_CHECK(teacher_candidates->size(0) == n(), "teacher_candidates: expected ", n(), " rows, got ",
+                      teacher_candidates->size(0));
+    STD_TORCH_CHECK(m() == 0 || n() >= 2, "student: expected at least 2 candidates, got ", n());
+    STD_TORCH_CHECK(n() < (std::int64_t(1) << 30), "student: expected fewer than 2^30 candidates, got ", n());
+    check_vector(anchor_weights, "anchor_weights", m(), type());
+    check_vector(candidate_weights, "candidate_weights", n(), type());
+    check_vector(self_index, "self_index", m(), ScalarType::Long);
+    check_self_index(self_index, n());
+  }
+
+  void check_side(const Tensor& anchors, const OptionalTensor& candidates, const char* name,
+                  const char* candidates_name) const {
+    check_matrix(anchors, name);
+    STD_TORCH_CHECK(anchors.scalar_type() == type(), name, ": expected the dtype of student");
+    if (!candidates) return;
+    check_matrix(*candidates, candidates_name);
+    STD_TORCH_CHECK(candidates->scalar_type() == type(), candidates_name, ": expected the dtype of student");
+    STD_TORCH_CHECK(candidates->size(1) == anchors.size(1), candidates_name, ": expected width ", anchors.size(1),
+                    ", got ", candidates->size(1));
+  }
+
+  template <class T>
+  FeatureInput<T> features(const Tensor& anchors, const OptionalTensor& candidates, const std::string& metric,
+                           const char* argument) const {
+    return {data<T>(anchors), data<T>(candidates), m(), n(), anchors.size(1),
+            static_cast<Metric>(parse(kMetricNames, metric, argument))};
+  }
+
+  template <class T>
+  void run(const LossSpec& spec, const std::string& metric, const std::string& teacher_metric,
+           const OptionalTensor& coefficients, Results<T>& results) const {
+    check_weights<T>(anchor_weights, "anchor_weights");
+    check_weights<T>(candidate_weights, "candidate_weights");
+    const Weights<T> weights{data<T>(coefficients), data<T>(anchor_weights), data<T>(candidate_weights),
+                             data<std::int64_t>(self_index)};
+    const auto student_input = features<T>(student, student_candidates, metric, "metric");
+    const auto teacher_input = features<T>(teacher, teacher_candidates, teacher_metric, "teacher_metric");
+    if (m() == 0) {
+      const std::int64_t size = results.gradient_candidates ? student_candidates->numel() : 0;
+      for (std::int64_t i = 0; i < size; ++i) results.gradient_candidates[i] = 0;
+      return;
+    }
+    TorchRuntime<T> runtime;
+    check_status(coherence<T>(spec, student_input, teacher_input, weights, results, runtime));
+  }
+};
+
+Tensor scalar(double value, ScalarType type) { return torch::stable::full({}, value, type, std::nullopt, kCpu); }
+
+Tensor gradient_like(bool wanted, const Tensor& features) {
+  return wanted ? new_tensor({features.size(0), features.size(1)}, features.scalar_type())
+                : new_tensor({0}, features.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> coherence_sum(
+    Tensor student, OptionalTensor student_candidates, Tensor teacher, OptionalTensor teacher_candidates,
+    Tensor coefficients, OptionalTensor anchor_weights, OptionalTensor candidate_weights, OptionalTensor self_index,
+    double temperature, double teacher_temperature, std::string metric, std::string teacher_metric, std::string scale,
+    std::string objective, std::string method, bool grad_student, bool grad_candidates) {
+  const Inputs inputs{student, student_candidates, teacher, teacher_candidates, anchor_weights, candidate_weights,
+                      self_index};
+  inputs.check_shapes();
+  const LossSpec spec = parse_spec(temperature, teacher_temperature, scale, objective, method);
+  check_vector(coefficients, "coefficients", inputs.m(), inputs.type());
+  const Tensor student_gradient = gradient_like(grad_student, student);
+  const Tensor candidates_gradient =
+      gradient_like(grad_candidates && student_candidates, student_candidates ? *student_candidates : student);
+  const double total = dispatch(inputs.type(), "student", [&](auto zero) {
+    using T = decltype(zero);
+    Results<T> results;
+    results.gradient_anchors = mutable_data<T>(student_gradient);
+    results.gradient_candidates = mutable_data<T>(candidates_gradient);
+    inputs.run<T>(spec, metric, teacher_metric, coefficients, results);
+    return results.total;
+  });
+  return {scalar(total, inputs.type()), student_gradient, candidates_gradient};
+}
+
+Tensor coherence_rows(Tensor student, OptionalTensor student_candidates, Tensor teacher,
+                      OptionalTensor teacher_candidates, OptionalTensor anchor_weights,
+                      OptionalTensor candidate_weights, OptionalTensor self_index, double temperature,
+                      double teacher_temperature, std::string metric, std::string teacher_metric, std::string scale,
+                      std::string objective, std::string method) {
+  const Inputs inputs{student, student_candidates, teacher, teacher_candidates, anchor_weights, candidate_weights,
+                      self_index};
+  inputs.check_shapes();
+  const LossSpec spec = parse_spec(temperature, teacher_temperature, scale, objective, method);
+  const Tensor losses = new_tensor({inputs.m()}, inputs.type());
+  dispatch(inputs.type(), "student", [&](auto zero) {
+    using T = decltype(zero);
+    Results<T> results;
+    results.losses = mutable_data<T>(losses);
+    inputs.run<T>(spec, metric, teacher_metric, std::nullopt, results);
+    return 0;
+  });
+  return losses;
+}
+
+// ---------------------------------------------------------------- from distances
+
+struct DistanceInputs {
+  Tensor student, teacher;
+  OptionalTensor candidate_weights, self_index;
+
+  ScalarType type() const { return student.scalar_type(); }
+  std::int64_t m() const { return student.size(0); }
+  std::int64_t n() const { return student.size(1); }
+
+  // losses, gradient: null where not wanted. Returns the total.
+  template <class T>
+  double run(const LossSpec& spec, const OptionalTensor& coefficients, T* losses, T* gradient) const {
+    check_matrix(student, "student_distances");
+    check_matrix(teacher, "teacher_distances");
+    STD_TORCH_CHECK(teacher.size(0) == m() && teacher.size(1) == n() && teacher.scalar_type() == type(),
+                    "teacher_distances: expected the shape and dtype of student_distances");
+    STD_TORCH_CHECK(m() == 0 || n() >= 2, "student_distances: expected at least 2 candidates, got ", n());
+    STD_TORCH_CHECK(spec.scale != Scale::batch, "scale: expected 'anchor' or 'none' for distances, got 'batch'");
+    check_vector(coefficients, "coefficients", m(), type());
+    check_vector(candidate_weights, "candidate_weights", n(), type());
+    check_weights<T>(candidate_weights, "candidate_weights");
+    check_vector(self_index, "self_index", m(), ScalarType::Long);
+    check_self_index(self_index, n());
+    const Weights<T> weights{data<T>(coefficients), nullptr, data<T>(candidate_weights),
+                             data<std::int64_t>(self_index)};
+    double total = 0;
+    TorchRuntime<T> runtime;
+    if (m() > 0)
+      check_status(coherence_from_distances<T>(spec, data<T>(student), data<T>(teacher), m(), n(), weights, losses,
+                                               gradient, total, runtime));
+    return total;
+  }
+};
+
+std::tuple<Tensor, Tensor> coherence_sum_from_distances(Tensor student_distances, Tensor teacher_distances,
+                                                        Tensor coefficients, OptionalTensor candidate_weights,
+                                                        OptionalTensor self_index, double temperature,
+                                                        double teacher_temperature, std::string scale,
+                                                        std::string objective, std::string method, bool grad) {
+  const DistanceInputs inputs{student_distances, teacher_distances, candidate_weights, self_index};
+  const LossSpec spec = parse_spec(temperature, teacher_temperature, scale, objective, method);
+  const Tensor gradient = gradient_like(grad, student_distances);
+  const double total = dispatch(inputs.type(), "student_distances", [&](auto zero) {
+    using T = decltype(zero);
+    return inputs.run<T>(spec, coefficients, nullptr, mutable_data<T>(gradient));
+  });
+  return {scalar(total, inputs.type()), gradient};
+}
+
+Tensor coherence_rows_from_distances(Tensor student_distances, Tensor teacher_distances,
+                                     OptionalTensor candidate_weights, OptionalTensor self_index, double temperature,
+                                     double teacher_temperature, std::string scale, std::string objective,
+                                     std::string method) {
+  const DistanceInputs inputs{student_distances, teacher_distances, candidate_weights, self_index};
+  const LossSpec spec = parse_spec(temperature, teacher_temperature, scale, objective, method);
+  const Tensor losses = new_tensor({inputs.m()}, inputs.type());
+  dispatch(inputs.type(), "student_distances", [&](auto zero) {
+    using T = decltype(zero);
+    return inputs.run<T>(spec, std::nullopt, mutable_data<T>(losses), nullptr);
+  });
+  return losses;
+}
+
+// ---------------------------------------------------------------- soft ranks
+
+// upstream: absent for the ranks themselves.
+Tensor run_soft_rank(const Tensor& values, const OptionalTensor& weights, const OptionalTensor& upstream,
+                     double temperature, const std::string& method) {
+  check_matrix(values, "values");
+  const std::int64_t rows = values.size(0), n = values.size(1);
+  STD_TORCH_CHECK(n < (std::int64_t(1) << 30), "values: expected fewer than 2^30 values in a row, got ", n);
+  STD_TORCH_CHECK(temperature > 0, "temperature: expected a number > 0, got ", temperature);
+  const bool per_row = weights && weights->dim() == 2;
+  if (weights) {
+    STD_TORCH_CHECK(weights->is_contiguous() && weights->is_cpu() && weights->scalar_type() == values.scalar_type(),
+                    "weights: expected a contiguous CPU tensor of the dtype of values");
+    STD_TORCH_CHECK(weights->numel() == (per_row ? rows * n : n), "weights: expected [", n, "] or [", rows, ", ", n,
+                    "]");
+  }
+  if (upstream)
+    STD_TORCH_CHECK(upstream->is_contiguous() && upstream->numel() == rows * n &&
+                        upstream->scalar_type() == values.scalar_type(),
+                    "grad: expected a contiguous tensor like values");
+  const auto parsed = static_cast<Method>(parse(kMethodNames, method, "method"));
+  const Tensor out = new_tensor({rows, n}, values.scalar_type());
+  if (rows * n == 0) return out;
+  dispatch(values.scalar_type(), "values", [&](auto zero) {
+    using T = decltype(zero);
+    check_weights<T>(weights, "weights");
+    TorchRuntime<T> runtime;
+    check_status(soft_ranks<T>(data<T>(values), data<T>(weights), per_row, data<T>(upstream), mutable_data<T>(out),
+                               rows, n, temperature, parsed, runtime));
+    return 0;
+  });
+  return out;
+}
+
+Tensor soft_rank(Tensor values, OptionalTensor weights, double temperature, std::string method) {
+  return run_soft_rank(values, weights, std::nullopt, temperature, method);
+}
+
+Tensor soft_rank_backward(Tensor values, OptionalTensor weights, Tensor grad, double temperature, std::string method) {
+  return run_soft_rank(values, weights, grad, temperature, method);
+}
+
+}  // namespace
+}  // namespace pcoherence
+
+STABLE_TORCH_LIBRARY_IMPL(pcoherence, CPU, m) {
+  m.impl("coherence_sum", TORCH_BOX(&pcoherence::coherence_sum));
+  m.impl("coherence_rows", TORCH_BOX(&pcoherence::coherence_rows));
+  m.impl("coherence_sum_from_distances", TORCH_BOX(&pcoherence::coherence_sum_from_distances));
+  m.impl("coherence_rows_from_distances", TORCH_BOX(&pcoherence::coherence_rows_from_distances));
+  m.impl("soft_rank", TORCH_BOX(&pcoherence::soft_rank));
+  m.impl("soft_rank_backward", TORCH_BOX(&pcoherence::soft_rank_backward));
+}

@@ -1,0 +1,73 @@
+// Kernel sums by direct evaluation of every pair: n^2 a row. For small n, and as a second witness in tests.
+#pragma once
+
+#include "tables.h"
+
+namespace pcoherence::PCOH_ISA {
+
+template <class T>
+class Pairs {
+ public:
+  static constexpr double unit = 1.0;
+
+  explicit Pairs(Workspace&) {}
+
+  void load(const T* positions, const T* weights, int n, double) {
+    s_ = positions;
+    w_ = weights;
+    n_ = n;
+  }
+
+  void ranks(T* out) {
+    for (int j = 0; j < n_; ++j) {
+      V sum{};
+      for (int k = 0; k < n_; k += lanes) {
+        const V t = s_[j] - load_at(s_, k), z = decay(t);
+        sum += load_at(w_, k) * (select(t < V{}, z, splat<T>(1)) / (T(1) + z));
+      }
+      out[j] = static_cast<T>(total(sum));
+    }
+  }
+
+  double softplus_total() {
+    double result = 0;
+    for (int j = 0; j < n_; ++j) {
+      Sum sum;
+      for (int k = 0; k < n_; k += lanes) {
+        const V t = s_[j] - load_at(s_, k), z = decay(t);
+        V log1p{};
+        for (int m = kSeriesDegree - 1; m >= 0; --m) log1p = (log1p + T(series().softplus[m])) * z;
+        sum.add(load_at(w_, k) * (vmax(t, V{}) + log1p));
+      }
+      result += double(w_[j]) * sum.total();
+    }
+    return result;
+  }
+
+  void pullback(const T* r, T* out) {
+    for (int l = 0; l < n_; ++l) {
+      V sum{};
+      for (int j = 0; j < n_; j += lanes) {
+        const V z = decay(s_[l] - load_at(s_, j)), q = T(1) + z;
+        sum += (r[l] * load_at(w_, j) - w_[l] * load_at(r, j)) * (z / (q * q));
+      }
+      out[l] = static_cast<T>(total(sum));
+    }
+  }
+
+ private:
+  using V = vec_t<T>;
+  static constexpr int lanes = lanes_v<T>;
+  static V load_at(const T* p, int k) { return PCOH_ISA::load(p + k); }
+  static V decay(V t) { return exp_nonpositive<T>(select(t < V{}, t, -t)); }
+  static double total(V v) {
+    Sum sum;
+    sum.add(v);
+    return sum.total();
+  }
+
+  int n_ = 0;
+  const T *s_ = nullptr, *w_ = nullptr;
+};
+
+}  // namespace pcoherence::PCOH_ISA

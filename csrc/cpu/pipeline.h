@@ -1,0 +1,43 @@
+// The loss and its gradient, a block of anchors at a time (DESIGN section 3).
+#pragma once
+
+#include <cstdint>
+
+#include "features.h"
+
+namespace pcoherence {
+
+template <class T>
+struct Weights {
+  const T* coefficients = nullptr;      // [m] of L_i in the total, or null: only the losses are wanted
+  const T* anchors = nullptr;           // [m] or null; counts for scale "batch" only
+  const T* candidates = nullptr;        // [n] or null
+  const std::int64_t* self = nullptr;   // [m] candidate excluded, -1 for none, or null
+};
+
+// Gradients are written, not added to; null where not wanted.
+template <class T>
+struct Results {
+  T* losses = nullptr;               // [m]
+  T* gradient_anchors = nullptr;     // [m, width]; of everything, where the candidates are the anchors
+  T* gradient_candidates = nullptr;  // [n, width]
+  double total = 0;
+};
+
+// From features.
+template <class T>
+Status coherence(const LossSpec& spec, const FeatureInput<T>& student, const FeatureInput<T>& teacher,
+                 const Weights<T>& weights, Results<T>& results, Runtime<T>& runtime);
+
+// From distances [m, n]; scale "anchor" or "none". gradient [m, n] or null.
+template <class T>
+Status coherence_from_distances(const LossSpec& spec, const T* student, const T* teacher, std::int64_t m,
+                                std::int64_t n, const Weights<T>& weights, T* losses, T* gradient, double& total,
+                                Runtime<T>& runtime);
+
+// values, out: [rows, n]; weights: [rows or 1, n] or null; upstream [rows, n] or null (then ranks, not gradients).
+template <class T>
+Status soft_ranks(const T* values, const T* weights, bool weights_per_row, const T* upstream, T* out,
+                  std::int64_t rows, std::int64_t n, double temperature, Method method, Runtime<T>& runtime);
+
+}  // namespace pcoherence

@@ -1,0 +1,113 @@
+// One anchor's row, from distances to loss and gradient: the interface between the pipeline and the kernels,
+// which are compiled once per instruction set and chosen at run time. Nothing here knows about torch.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../spec.h"
+#include "workspace.h"
+
+namespace pcoherence {
+
+// Rows are padded to this many elements (64 bytes of float32), the padding having weight 0.
+inline constexpr std::int64_t kRowPadding = 16;
+inline std::int64_t padded(std::int64_t n) { return (n + kRowPadding - 1) / kRowPadding * kRowPadding; }
+
+enum class Status { ok, too_many_bins };
+
+template <class T>
+struct CandidateWeights {
+  std::int64_t n;  // candidates, before padding
+  const T* weights;  // [padded(n)], the padding 0
+  bool uniform;      // all weights > 0 are equal
+};
+
+// Squared or plain distances of one anchor from the products of features, in place.
+template <class T>
+struct DistanceRow {
+  T* row;                     // [padded(n)] in: a . c_j; out: distances
+  std::int64_t n;
+  T anchor_norm;              // |a|^2
+  const T* candidate_norms;   // [padded(n)] |c_j|^2
+  std::int64_t identical;     // candidate that is this very anchor, or -1
+  bool root;                  // distances; otherwise their squares times `factor`
+  T factor;
+  const T* anchor;            // [width] features, for pairs that are too near for products
+  const T* candidates;        // [n, width]
+  std::int64_t width;
+};
+
+template <class T>
+struct AnchorRow {
+  T* student;               // [padded(n)] in: distances; out: the gradient of coefficient * loss, if wanted
+  T* teacher;               // [padded(n)] distances, or for hard ranks anything in the same order
+  std::int64_t self;        // candidate excluded, or -1
+  double student_mean;      // scale "batch": the mean distance; otherwise ignored
+  double teacher_mean;
+  double coefficient;
+  bool want_gradient;
+  // What a gradient w.r.t. a distance is multiplied by before it is stored: chain, or chain / distance (0 where
+  // the distance is 0). With the latter, V of DESIGN section 3 comes out for metrics that are roots of squares.
+  double chain;
+  bool chain_root;
+  // results
+  double loss = 0;          // L_i, without the coefficient
+  double stored_sum = 0;    // sum of what was stored
+  double mean_pull = 0;     // scale "batch": d (coefficient * loss) / d student_mean
+  Status status = Status::ok;
+};
+
+template <class T>
+struct SoftRankRow {
+  const T* values;    // [n]
+  const T* weights;   // [n] or null
+  const T* upstream;  // [n] or null: then `out` is the gradient, otherwise the ranks
+  T* out;             // [n]
+  std::int64_t n;
+  double temperature;
+  Method method;
+};
+
+struct RowSum {
+  double weight = 0;    // W_i
+  double distance = 0;  // sum_k w_k d_k
+};
+
+// The stages, by element type.
+template <class T>
+struct RowKernels {
+  // Appends to `close` the candidates whose gradient products would cancel (see Nearness in distances.h).
+  void (*finish_distances)(const DistanceRow<T>&, std::vector<std::int32_t>& close);
+  // row[k] = sum_f |anchor_f - candidates_kf|, padding 0
+  void (*cityblock_distances)(T* row, const T* anchor, const T* candidates, std::int64_t n, std::int64_t width);
+  // out_f += sum_k v[k * stride] sign(x_f - others_kf): the gradient of cityblock distances
+  void (*accumulate_signs)(T* out, const T* x, const T* others, const T* v, std::int64_t stride, std::int64_t count,
+                           std::int64_t width);
+  void (*anchor)(const LossSpec&, const CandidateWeights<T>&, AnchorRow<T>&, Workspace&);
+  Status (*soft_rank)(const SoftRankRow<T>&, Workspace&);
+  // F_j into out [padded(n)]; returns sum_jk w_j w_k [v_j = v_k]. values [padded(n)], finite, some weight > 0.
+  double (*hard_ranks)(const T* values, const CandidateWeights<T>&, T* out, Workspace&);
+  RowSum (*sum)(const T* distances, const CandidateWeights<T>&, std::int64_t self);
+};
+
+struct Kernels {
+  const char* isa;
+  RowKernels<float> f32;
+  RowKernels<double> f64;
+  template <class T>
+  const RowKernels<T>& of() const {
+    if constexpr (sizeof(T) == 4)
+      return f32;
+    else
+      return f64;
+  }
+};
+
+// The best instruction set that this processor has, or the one named by PCOHERENCE_ISA ("default", "v3", "v4").
+const Kernels& kernels();
+
+// The instruction sets that this processor supports, best first.
+std::vector<const Kernels*> supported_kernels();
+
+}  // namespace pcoherence

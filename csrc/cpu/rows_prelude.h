@@ -1,0 +1,14 @@
+// Everything that rows.inc uses from outside, included before any target is set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "../distances.h"
+#include "../objectives.h"
+#include "rows.h"
+#include "tables.h"

@@ -1,0 +1,125 @@
+// Kernel sums by recurrences along the sorted row (DESIGN section 2). Positions are in units of the temperature.
+//
+// With z = exp(-(s_j - s_k)), k below j: sigmoid(s_j - s_k) = 1 + sum_m c_m z^m, and every power decays from one
+// sorted position to the next:  up_m(j) = w_j + e^m up_m(j - 1),  down_m(j) = e'^m (w_{j+1} + down_m(j + 1)),
+// e = exp(-(s_j - s_{j-1})), e' = exp(-(s_{j+1} - s_j)). All in float64, for any element type.
+#pragma once
+
+#include "sort.h"
+#include "tables.h"
+
+namespace pcoherence::PCOH_ISA {
+
+template <class T>
+class Scan {
+ public:
+  static constexpr double unit = 1.0;
+
+  explicit Scan(Workspace& ws) : ws_(ws) {}
+
+  void load(const T* positions, const T* weights, int n, double) {
+    n_ = n;
+    w_ = weights;
+    items_ = argsort(positions, n, ws_);
+    s_ = positions;
+    steps_ = ws_.steps.need<double>(n + lanes_v<double>);
+    steps_[0] = 0;
+    for (int i = 1; i < n; ++i) steps_[i] = double(s_[items_[i - 1].index]) - double(s_[items_[i].index]);
+    for (int i = n; i < n + lanes_v<double>; ++i) steps_[i] = 0;
+    for (int i = 0; i < n; i += lanes_v<double>)
+      store(steps_ + i, exp_nonpositive<double>(PCOH_ISA::load(steps_ + i)));
+  }
+
+  void ranks(T* out) {
+    const Coefficients c = coefficients(series().sigmoid, false);
+    double* total = ws_.up.need<double>(n_);
+    sweep(w_, c, c, -1.0, total);
+    double count = 0;
+    for (int i = 0; i < n_; ++i) {
+      const auto j = items_[i].index;
+      count += double(w_[j]);
+      out[j] = static_cast<T>(count + total[i]);
+    }
+  }
+
+  // Every pair once, from its upper end: softplus(t) + softplus(-t) = t + 2 log(1 + exp(-t)); k = j counts once.
+  double softplus_total() {
+    const Coefficients c = coefficients(series().softplus, false);
+    const Coefficients none{};
+    double* logs = ws_.up.need<double>(n_);
+    sweep(w_, c, none, 1.0, logs);
+    double total = 0, count = 0, first = 0;
+    for (int i = 0; i < n_; ++i) {
+      const auto j = items_[i].index;
+      const double w = w_[j], s = s_[j];
+      total += w * (s * count - first + 2 * logs[i] - w * std::log(2.0));
+      count += w;
+      first += w * s;
+    }
+    return total;
+  }
+
+  void pullback(const T* r, T* out) {
+    const Coefficients c = coefficients(series().sigmoid, true);
+    double* a = ws_.up.need<double>(n_);
+    double* b = ws_.down.need<double>(n_);
+    sweep(w_, c, c, 1.0, a);
+    sweep(r, c, c, 1.0, b);
+    for (int i = 0; i < n_; ++i) {
+      const auto j = items_[i].index;
+      out[j] = static_cast<T>(double(r[j]) * a[i] - double(w_[j]) * b[i]);
+    }
+  }
+
+ private:
+  static_assert(kSeriesDegree == 16, "a power series is held in two vectors of eight");
+  struct Coefficients {
+    dvec low{}, high{};
+  };
+
+  // slope(t) = -sum_m m c_m z^m: the exact derivative of the sum that gives the ranks.
+  static Coefficients coefficients(const double* series, bool derivative) {
+    Coefficients c;
+    for (int m = 0; m < 8; ++m) {
+      c.low[m] = series[m] * (derivative ? -(m + 1) : 1);
+      c.high[m] = series[m + 8] * (derivative ? -(m + 9) : 1);
+    }
+    return c;
+  }
+
+  // z^1 ... z^8 and z^9 ... z^16
+  static Coefficients powers(double z) {
+    const double z2 = z * z, z4 = z2 * z2;
+    const dvec a = dvec{z, z2, z, z2, z, z2, z, z2} * dvec{1, 1, z2, z2, 1, 1, z2, z2} *
+                   dvec{1, 1, 1, 1, z4, z4, z4, z4};
+    return {a, a * (z4 * z4)};
+  }
+
+  // out[i] = sum_m up_c_m up_m(i) + sign * sum_m down_c_m down_m(i), in sorted order
+  void sweep(const T* v, const Coefficients& up_c, const Coefficients& down_c, double sign, double* out) {
+    Coefficients acc{};
+    for (int i = 0; i < n_; ++i) {
+      const Coefficients e = powers(steps_[i]);
+      const double weight = v[items_[i].index];
+      acc.low = e.low * acc.low + weight;
+      acc.high = e.high * acc.high + weight;
+      out[i] = sum_lanes(acc.low * up_c.low + acc.high * up_c.high);
+    }
+    acc = {};
+    for (int i = n_ - 2; i >= 0; --i) {
+      const Coefficients e = powers(steps_[i + 1]);
+      const double weight = v[items_[i + 1].index];
+      acc.low = e.low * (acc.low + weight);
+      acc.high = e.high * (acc.high + weight);
+      out[i] += sign * sum_lanes(acc.low * down_c.low + acc.high * down_c.high);
+    }
+  }
+
+  Workspace& ws_;
+  int n_ = 0;
+  const T *w_ = nullptr, *s_ = nullptr;
+  const SortItem<T>* items_ = nullptr;
+  double* steps_ = nullptr;  // [n] exp(-(s_(i) - s_(i-1)))
+};
+
+}  // namespace pcoherence::PCOH_ISA

@@ -1,0 +1,178 @@
+// Vectors of 64 bytes by compiler extension, lowered by the compiler to whatever the instruction set of this
+// translation unit offers. Included once per instruction set, inside its namespace (see rows.inc).
+#pragma once
+
+namespace pcoherence::PCOH_ISA {
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  static constexpr int lanes = 16;
+  typedef float vec __attribute__((vector_size(64)));
+  typedef std::int32_t ivec __attribute__((vector_size(64)));  // same lane count and width: masks, bit tricks
+  typedef std::int32_t index __attribute__((vector_size(64)));
+  typedef float octet __attribute__((vector_size(32)));   // 8 consecutive values of a bin's polynomial
+  typedef float powers __attribute__((vector_size(32)));  // all of them: GridOrder<float>::order
+};
+template <>
+struct Simd<double> {
+  static constexpr int lanes = 8;
+  typedef double vec __attribute__((vector_size(64)));
+  typedef std::int64_t ivec __attribute__((vector_size(64)));
+  typedef std::int32_t index __attribute__((vector_size(32)));
+  typedef double octet __attribute__((vector_size(64)));
+  typedef double powers __attribute__((vector_size(128)));
+};
+
+typedef double dvec __attribute__((vector_size(64)));
+typedef float fhalf __attribute__((vector_size(32)));
+
+template <class T>
+using vec_t = typename Simd<T>::vec;
+template <class T>
+using ivec_t = typename Simd<T>::ivec;
+template <class T>
+using index_t = typename Simd<T>::index;  // one 32-bit index per lane
+template <class T>
+inline constexpr int lanes_v = Simd<T>::lanes;
+
+template <class V, class T>
+inline V load_as(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class T>
+inline vec_t<T> load(const T* p) {
+  return load_as<vec_t<T>>(p);
+}
+template <class V, class T>
+inline void store(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+template <class T>
+inline vec_t<T> splat(T x) {
+  return vec_t<T>{} + x;
+}
+
+template <class M, class V>
+inline V select(M mask, V a, V b) {
+  return mask ? a : b;
+}
+// On NaN these return the second operand: clamping maps NaN to a bound.
+template <class V>
+inline V vmin(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+inline V vmax(V a, V b) {
+  return a > b ? a : b;
+}
+
+// Through memory, so that the loop is one the compiler vectorises (lane by lane it is not).
+template <class T>
+inline vec_t<T> vsqrt_loop(vec_t<T> x) {
+  alignas(64) T a[lanes_v<T>];
+  store(a, x);
+  for (int i = 0; i < lanes_v<T>; ++i) a[i] = std::sqrt(a[i]);
+  return load(a);
+}
+inline vec_t<float> vsqrt(vec_t<float> x) { return vsqrt_loop<float>(x); }
+inline vec_t<double> vsqrt(vec_t<double> x) { return vsqrt_loop<double>(x); }
+
+inline dvec low_half(vec_t<float> v) {
+  return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), dvec);
+}
+inline dvec high_half(vec_t<float> v) {
+  return __builtin_convertvector(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15), dvec);
+}
+
+inline double sum_lanes(dvec v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+// Sums in float64 whatever the element type: row sums then cost no accuracy and need no blocking.
+struct Sum {
+  dvec a{}, b{};
+  void add(vec_t<float> v) {
+    a += low_half(v);
+    b += high_half(v);
+  }
+  void add(vec_t<double> v) { a += v; }
+  double total() const { return sum_lanes(a + b); }
+};
+
+// Smallest lane / largest lane.
+template <class V>
+inline auto min_lane(V v) {
+  auto m = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) m = v[i] < m ? v[i] : m;
+  return m;
+}
+template <class V>
+inline auto max_lane(V v) {
+  auto m = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+template <class V>
+inline bool any_lane(V mask) {
+  auto m = mask[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(mask[0]); ++i) m |= mask[i];
+  return m != 0;
+}
+
+// exp(x) for x <= 0, to about one unit in the last place: x = k log 2 + r, |r| <= log(2) / 2, Taylor series in r
+// (order set by the type: the first term left out is below epsilon / 2), scaled by 2^k through the exponent bits.
+template <class T>
+struct ExpTraits;
+template <>
+struct ExpTraits<float> {
+  static constexpr int order = 7, mantissa = 23, bias = 127;
+  static constexpr float lowest = -87.0f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+};
+template <>
+struct ExpTraits<double> {
+  static constexpr int order = 13, mantissa = 52, bias = 1023;
+  static constexpr double lowest = -708.0, ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
+  static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
+};
+
+template <class T>
+inline vec_t<T> exp_nonpositive(vec_t<T> x) {
+  using E = ExpTraits<T>;
+  x = vmax(x, splat<T>(E::lowest));
+  const vec_t<T> shifted = x * T(1.4426950408889634074) + E::round;
+  const vec_t<T> k = shifted - E::round;
+  const vec_t<T> r = (x - k * E::ln2_high) - k * E::ln2_low;
+  T coefficient[E::order + 1];
+  coefficient[0] = 1;
+  for (int i = 1; i <= E::order; ++i) coefficient[i] = coefficient[i - 1] / i;
+  vec_t<T> p = splat<T>(coefficient[E::order]);
+  for (int i = E::order - 1; i >= 0; --i) p = p * r + coefficient[i];
+  const ivec_t<T> exponent = __builtin_convertvector(k, ivec_t<T>) + E::bias;
+  return p * reinterpret_cast<vec_t<T>>(exponent << E::mantissa);
+}
+
+// v holds 8 rows of 8 values (float: two such squares side by side); exchanges rows and columns of each square.
+template <class V, int step, std::size_t... l>
+inline void exchange(V& a, V& b, std::index_sequence<l...>) {
+  constexpr int n = sizeof...(l);
+  const V x = __builtin_shufflevector(a, b, ((l & step) ? n + (l ^ step) : l)...);
+  const V y = __builtin_shufflevector(a, b, ((l & step) ? n + l : (l ^ step))...);
+  a = x;
+  b = y;
+}
+template <class V>
+inline void transpose8(V (&v)[8]) {
+  constexpr auto seq = std::make_index_sequence<sizeof(V) / sizeof(v[0][0])>{};
+  for (int i = 0; i < 8; i += 2) exchange<V, 1>(v[i], v[i + 1], seq);
+  for (int i = 0; i < 8; i += 4)
+    for (int j = i; j < i + 2; ++j) exchange<V, 2>(v[j], v[j + 2], seq);
+  for (int i = 0; i < 4; ++i) exchange<V, 4>(v[i], v[i + 4], seq);
+}
+
+}  // namespace pcoherence::PCOH_ISA

@@ -1,0 +1,35 @@
+// Constants of the two algorithms, computed once in long double: no literals to trust.
+#pragma once
+
+#include <vector>
+
+#include "../soft_ranks.h"
+
+namespace pcoherence {
+
+template <class T>
+struct GridTable {
+  static constexpr int order = GridOrder<T>::order;
+  // Bins farther apart than this are beyond reach for every pair of their points.
+  static constexpr int bins_in_reach = static_cast<int>(GridOrder<T>::reach / kBinWidth) + 2;
+
+  // [order (r), order (q)]: coefficients of x^q y^r for bins that differ by `difference`, |difference| <= bins_in_reach.
+  const T* at(int difference) const {
+    return values.data() + static_cast<std::size_t>(difference + bins_in_reach) * order * order;
+  }
+  std::vector<T> values;
+};
+
+// The table of `kernel`, built on first use (thread-safe), then shared.
+template <class T>
+const GridTable<T>& grid_table(Kernel kernel);
+
+// On z in [0, 1]: 1 / (1 + z) = 1 + sum_m sigmoid[m - 1] z^m, exact at both ends;
+//                 log(1 + z) = sum_m softplus[m - 1] z^m, m = 1, ..., kSeriesDegree.
+struct Series {
+  double sigmoid[kSeriesDegree];
+  double softplus[kSeriesDegree];
+};
+const Series& series();
+
+}  // namespace pcoherence

@@ -1,0 +1,17 @@
+"""Perception coherence: train a student to order points as its teacher does."""
+
+from . import ops as ops  # declares the operators
+from . import reference
+from .backends import available_backends
+from .loss import PerceptionCoherenceLoss, perception_coherence_loss, soft_rank
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PerceptionCoherenceLoss",
+    "__version__",
+    "available_backends",
+    "perception_coherence_loss",
+    "reference",
+    "soft_rank",
+]

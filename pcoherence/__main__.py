@@ -1,0 +1,54 @@
+"""`python -m pcoherence`: versions, the extension's build, and who can compute here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+
+import torch
+
+import pcoherence
+
+
+def report() -> list[tuple[str, str]]:
+    """The rows of the table: what, and its version or state."""
+    rows = [
+        ("pcoherence", pcoherence.__version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("triton", _version("triton")),
+        *_extension(),
+    ]
+    for name, reason in pcoherence.available_backends().items():
+        rows.append((f"backend {name}", "available" if reason is None else f"no: {reason}"))
+    return rows
+
+
+def _version(package: str) -> str:
+    """The installed version, without importing the package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _extension() -> list[tuple[str, str]]:
+    try:
+        extension = importlib.import_module("pcoherence._C")
+    except (ImportError, OSError) as error:
+        return [("extension", f"not found: {error}")]
+    built = [(f"  {key}", str(value)) for key, value in extension.build_info().items()]
+    return [("extension", str(getattr(extension, "__file__", "found"))), *built]
+
+
+def main() -> None:
+    """Print the table."""
+    rows = report()
+    width = max(len(name) for name, _ in rows)
+    for name, state in rows:
+        print(f"{name:<{width}}  {state}")
+
+
+if __name__ == "__main__":
+    main()

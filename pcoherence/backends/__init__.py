@@ -1,0 +1,89 @@
+"""The registry of backends, and the choice of one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from .base import Backend, Missing
+from .cpu import CpuBackend
+from .reference import ReferenceBackend
+
+# To add a backend: write its adapter, put it here, and in FASTEST for the devices it serves.
+REGISTRY: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        ReferenceBackend(),
+        CpuBackend(),
+        Missing("triton", "not part of this version of pcoherence"),
+        Missing("cuda", "not part of this version of pcoherence"),
+    )
+}
+
+FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
+"""By device type, what "auto" tries in turn before the reference."""
+
+BUILD_HINT = "build the extension with `pip install .` in a checkout; see `python -m pcoherence`"
+
+_warned = False
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every known backend by name: None when it can run here, otherwise the reason why not."""
+    return {name: backend.available() for name, backend in REGISTRY.items()}
+
+
+def select(name: str, device: torch.device, objection: Callable[[Backend], str | None]) -> Backend:
+    """The backend `name`, or for "auto" the fastest that can serve tensors on `device`.
+
+    Args:
+        name: of a backend, or "auto".
+        device: where the tensors are.
+        objection: asks a backend why it cannot serve this call (None: it can).
+
+    Raises:
+        RuntimeError: a backend asked for by name cannot run here.
+        ValueError: it runs but cannot serve; or "auto" finds nobody who can.
+    """
+    if name != "auto":
+        return _named(name, objection)
+    reasons = []
+    for candidate in FASTEST.get(device.type, ()):
+        backend = REGISTRY[candidate]
+        reason = backend.available() or objection(backend)
+        if reason is None:
+            return backend
+        reasons.append(f"{candidate}: {reason}")
+    reference = REGISTRY["reference"]
+    refused = objection(reference)
+    if refused is not None:
+        reasons.append(f"reference: {refused}")
+        raise ValueError(f"backend: none can serve this call ({'; '.join(reasons)})")
+    _warn_once("; ".join(reasons) or f"no fast backend for device {device.type}")
+    return reference
+
+
+def _named(name: str, objection: Callable[[Backend], str | None]) -> Backend:
+    backend = REGISTRY[name]
+    missing = backend.available()
+    if missing is not None:
+        raise RuntimeError(f"backend: {name!r} is not available ({missing})")
+    refused = objection(backend)
+    if refused is not None:
+        raise ValueError(f"backend: {name!r} cannot serve this call ({refused})")
+    return backend
+
+
+def _warn_once(reason: str) -> None:
+    global _warned
+    if _warned or torch.compiler.is_compiling():
+        return
+    _warned = True
+    warnings.warn(
+        f"pcoherence: using the slow reference, memory n^3 ({reason}); {BUILD_HINT}. "
+        'backend="reference" asks for it without this warning.',
+        RuntimeWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,236 @@
+"""The tensors of one call: checked before any work, then brought to one dtype."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class LossInputs(NamedTuple):
+    """Checked tensors; floats share one dtype (float32 or float64), all share one device.
+
+    Candidates of None are the anchors themselves; weights of None are ones; a `self_index` of
+    None, or an entry of -1, excludes no candidate. Everything but the student is a constant.
+    """
+
+    student: Tensor  # [m, ds]
+    student_candidates: Tensor | None  # [n, ds]
+    teacher: Tensor  # [m, dt]
+    teacher_candidates: Tensor | None  # [n, dt]
+    anchor_weights: Tensor | None  # [m]
+    candidate_weights: Tensor | None  # [n]
+    self_index: Tensor | None  # int64 [m]
+
+
+def candidates(points: Tensor, given: Tensor | None) -> Tensor:
+    """The candidates [n, d]: those given, or the anchors themselves."""
+    return points if given is None else given
+
+
+def prepare_inputs(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    student_candidates: Tensor | None = None,
+    teacher_candidates: Tensor | None = None,
+    anchor_weights: Tensor | None = None,
+    candidate_weights: Tensor | None = None,
+    self_index: Tensor | str | None = "auto",
+    include_self: bool = False,
+) -> LossInputs:
+    """Check the tensors of a call and return them as `LossInputs`.
+
+    Half precision is raised to float32, the teacher detached, weights (any real dtype) converted.
+    Weights' signs and the range of `self_index` are not checked while torch.compile traces.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    _check_points("student", student)
+    _check_points("teacher", teacher, like=student)
+    _check_same_length("teacher", teacher, "student", student)
+    _check_candidates(student, teacher, student_candidates, teacher_candidates)
+    m = student.shape[0]
+    n = candidates(student, student_candidates).shape[0]
+    if n < 2 and not (m == 0 and student_candidates is None):
+        argument = "student" if student_candidates is None else "student_candidates"
+        raise ValueError(f"{argument}: expected at least 2 candidates (rows); got {n}")
+    _check_weights("anchor_weights", anchor_weights, (m,), student)
+    _check_weights("candidate_weights", candidate_weights, (n,), student)
+    index = _resolve_self_index(self_index, student, n, square=student_candidates is None)
+    return LossInputs(
+        at_least_float32(student),
+        _optional(student_candidates),
+        at_least_float32(teacher.detach()),
+        None if teacher_candidates is None else at_least_float32(teacher_candidates.detach()),
+        _converted(anchor_weights, student),
+        _converted(candidate_weights, student),
+        None if include_self else index,
+    )
+
+
+def prepare_values(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Check the tensors of `soft_rank`: values [..., n] and weights broadcastable to them.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    _check_float("values", values)
+    if values.ndim < 1:
+        raise ValueError("values: expected at least 1 dimension; got a 0-d tensor")
+    _check_weights("weights", weights, tuple(values.shape), values, broadcast=True)
+    return at_least_float32(values), _converted(weights, values)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision raised to float32; other dtypes as they are. Gradients flow through."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _optional(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else at_least_float32(tensor)
+
+
+def _converted(weights: Tensor | None, like: Tensor) -> Tensor | None:
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return None if weights is None else weights.to(dtype)
+
+
+def _check_tensor(argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: expected a torch.Tensor; got {type(value).__name__}")
+
+
+def _check_float(argument: str, value: Tensor) -> None:
+    _check_tensor(argument, value)
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{argument}: expected dtype float16, bfloat16, float32 or float64; got {value.dtype}"
+        )
+
+
+def _check_device(argument: str, value: Tensor, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{argument}: expected device {like.device}; got {value.device}")
+
+
+def _check_points(argument: str, value: Tensor, like: Tensor | None = None) -> None:
+    """Check a matrix of points; with `like`, also for that tensor's dtype and device."""
+    _check_float(argument, value)
+    if value.ndim != 2:
+        shape = tuple(value.shape)
+        raise ValueError(f"{argument}: expected 2 dimensions [points, features]; got shape {shape}")
+    if like is None:
+        return
+    if value.dtype != like.dtype:
+        raise TypeError(f"{argument}: expected the student's dtype {like.dtype}; got {value.dtype}")
+    _check_device(argument, value, like)
+
+
+def _check_same_length(argument: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.shape[0] != other.shape[0]:
+        raise ValueError(
+            f"{argument}: expected as many rows as {other_name}, {other.shape[0]}; "
+            f"got {value.shape[0]}"
+        )
+
+
+def _check_candidates(
+    student: Tensor,
+    teacher: Tensor,
+    student_candidates: Tensor | None,
+    teacher_candidates: Tensor | None,
+) -> None:
+    if student_candidates is None and teacher_candidates is None:
+        return
+    if student_candidates is None or teacher_candidates is None:
+        missing = "student_candidates" if student_candidates is None else "teacher_candidates"
+        raise ValueError(
+            f"{missing}: expected a tensor, because student_candidates and teacher_candidates "
+            "come together or not at all; got None"
+        )
+    _check_points("student_candidates", student_candidates, like=student)
+    _check_points("teacher_candidates", teacher_candidates, like=student)
+    pairs = (
+        ("student_candidates", student_candidates, "student", student),
+        ("teacher_candidates", teacher_candidates, "teacher", teacher),
+    )
+    for argument, value, other_name, other in pairs:
+        if value.shape[1] != other.shape[1]:
+            raise ValueError(
+                f"{argument}: expected as many columns as {other_name}, {other.shape[1]}; "
+                f"got {value.shape[1]}"
+            )
+    _check_same_length(
+        "teacher_candidates", teacher_candidates, "student_candidates", student_candidates
+    )
+
+
+def _check_weights(
+    argument: str,
+    weights: Tensor | None,
+    shape: tuple[int, ...],
+    like: Tensor,
+    broadcast: bool = False,
+) -> None:
+    if weights is None:
+        return
+    _check_tensor(argument, weights)
+    if weights.dtype.is_complex:
+        raise TypeError(f"{argument}: expected a real dtype; got {weights.dtype}")
+    got = tuple(weights.shape)
+    if broadcast and not _broadcasts(got, shape):
+        raise ValueError(f"{argument}: expected a shape that broadcasts to {shape}; got {got}")
+    if not broadcast and got != shape:
+        raise ValueError(f"{argument}: expected shape {shape}; got {got}")
+    _check_device(argument, weights, like)
+    if weights.requires_grad:
+        raise ValueError(
+            f"{argument}: expected a constant, because weights get no gradient; "
+            "got a tensor that requires grad (detach it)"
+        )
+    # Reading values would break the graph of torch.compile; the compiled op checks them itself.
+    if not torch.compiler.is_compiling() and not bool(((weights >= 0) & weights.isfinite()).all()):
+        worst = weights[~((weights >= 0) & weights.isfinite())][0].item()
+        raise ValueError(f"{argument}: expected finite weights of at least 0; got {worst}")
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    tail = target[len(target) - len(shape) :]
+    return len(shape) <= len(target) and all(
+        size in (1, wanted) for size, wanted in zip(shape, tail, strict=True)
+    )
+
+
+def _resolve_self_index(
+    self_index: Tensor | str | None, student: Tensor, n: int, square: bool
+) -> Tensor | None:
+    """Which candidate is each anchor itself, int64 [m]; "auto" knows only the square case."""
+    m = student.shape[0]
+    if self_index is None:
+        return None
+    if isinstance(self_index, str):
+        if self_index != "auto":
+            raise ValueError(
+                f'self_index: expected "auto", None or an int64 tensor; got {self_index!r}'
+            )
+        return torch.arange(m, device=student.device) if square else None
+    if not isinstance(self_index, Tensor):
+        kind = type(self_index).__name__
+        raise TypeError(f'self_index: expected "auto", None or an int64 tensor; got {kind}')
+    if self_index.dtype != torch.int64:
+        raise TypeError(f"self_index: expected dtype torch.int64; got {self_index.dtype}")
+    if tuple(self_index.shape) != (m,):
+        raise ValueError(f"self_index: expected shape {(m,)}; got {tuple(self_index.shape)}")
+    _check_device("self_index", self_index, student)
+    if not torch.compiler.is_compiling() and m > 0:
+        low, high = self_index.min().item(), self_index.max().item()
+        if low < -1 or high >= n:
+            raise ValueError(
+                f"self_index: expected entries from -1 (none) to {n - 1}; got {low} to {high}"
+            )
+    return self_index

@@ -1,0 +1,214 @@
+"""The public loss and ranks: check the arguments, choose a backend, call it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .backends import select
+from .inputs import LossInputs, prepare_inputs, prepare_values
+from .spec import BACKENDS, METHODS, LossSpec, Metric, check_name, check_temperature
+
+
+def perception_coherence_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    student_candidates: Tensor | None = None,
+    teacher_candidates: Tensor | None = None,
+    anchor_weights: Tensor | None = None,
+    candidate_weights: Tensor | None = None,
+    self_index: Tensor | str | None = "auto",
+    temperature: float = 0.1,
+    teacher_temperature: float | None = None,
+    metric: Metric = "euclidean",
+    teacher_metric: Metric | None = None,
+    scale: str = "anchor",
+    objective: str = "mse",
+    include_self: bool = False,
+    reduction: str = "mean",
+    method: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    r"""How far the student is from ordering the candidates of each anchor as the teacher does.
+
+    With the distances d_ij from anchor i to candidate j, scaled, and weights w_k, W_i = sum_k w_k
+    (self excluded), the student's soft rank and the teacher's rank are
+
+        F^S_ij = 1/W_i sum_k w_k sigmoid((d^S_ij - d^S_ik) / temperature)
+        F^T_ij = the same with teacher_temperature, or the step function with ties counted 1/2
+
+    and the loss of an anchor is, by `objective`: "mse", "l1", "huber": the weighted mean of a
+    function of F^S - F^T; "cross_entropy": that of all comparisons of two candidates, minus the
+    teacher's entropy; "spearman": 1 - the weighted correlation of F^S and F^T.
+
+    Args:
+        student: [m, ds], float16, bfloat16, float32 or float64; the only side with gradients.
+        teacher: [m, dt], same dtype and device; a constant.
+        student_candidates: [n, ds], n >= 2; None: the batch itself.
+        teacher_candidates: [n, dt]; given with student_candidates or not at all.
+        anchor_weights: [m], any real dtype, >= 0, constant; None: ones. 0 marks padding.
+        candidate_weights: [n], likewise.
+        self_index: int64 [m], the candidate that is the anchor itself, or -1 for none. "auto":
+            0..m-1 without given candidates, otherwise None (nobody).
+        temperature: student's tau > 0, in units of the scaled distance.
+        teacher_temperature: teacher's tau > 0; None: hard ranks.
+        metric: "euclidean", "sqeuclidean", "cosine", "cityblock", or a callable
+            (a [m, d], b [n, d]) -> [m, n]. Its parameters get gradients too.
+        teacher_metric: likewise, without gradients; None: the same as `metric`.
+        scale: distances are divided by their weighted mean over each anchor's candidates
+            ("anchor"), over all anchors ("batch"), or by nothing ("none"); never by a mean of 0.
+        objective: "mse", "l1", "huber", "cross_entropy" or "spearman".
+        include_self: rank the anchor itself among its candidates.
+        reduction: "mean": sum_i a_i L_i / sum_i a_i; "sum"; "none": a_i L_i. An anchor whose
+            candidates all weigh 0 has L_i = 0 and still counts in the mean.
+        method: "grid", "scan" or "pairs" fixes how a fast backend sums; "auto" lets it choose.
+        backend: "reference", "cpu", ... or "auto": the fastest for the tensors' device.
+
+    Returns:
+        A 0-d tensor, or [m] for "none"; float32 for half precision inputs, otherwise their dtype.
+        No anchors give 0; features with NaN or inf give NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: the backend asked for is not available, and why; or a fast backend's
+            gradient is differentiated again.
+    """
+    spec = LossSpec(
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        metric=metric,
+        teacher_metric=teacher_metric,
+        scale=scale,
+        objective=objective,
+        include_self=include_self,
+        reduction=reduction,
+        method=method,
+        backend=backend,
+    )
+    inputs = prepare_inputs(
+        student,
+        teacher,
+        student_candidates=student_candidates,
+        teacher_candidates=teacher_candidates,
+        anchor_weights=anchor_weights,
+        candidate_weights=candidate_weights,
+        self_index=self_index,
+        include_self=include_self,
+    )
+    return _call(spec, inputs)
+
+
+class PerceptionCoherenceLoss(nn.Module):
+    """`perception_coherence_loss` with its options fixed; same names, defaults and errors.
+
+    A metric that is itself a module becomes a submodule, so that its parameters are found.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.1,
+        teacher_temperature: float | None = None,
+        metric: Metric = "euclidean",
+        teacher_metric: Metric | None = None,
+        scale: str = "anchor",
+        objective: str = "mse",
+        include_self: bool = False,
+        reduction: str = "mean",
+        method: str = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.spec = LossSpec(
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            metric=metric,
+            teacher_metric=teacher_metric,
+            scale=scale,
+            objective=objective,
+            include_self=include_self,
+            reduction=reduction,
+            method=method,
+            backend=backend,
+        )
+        for name, function in (("metric", metric), ("teacher_metric", teacher_metric)):
+            if isinstance(function, nn.Module):
+                self.add_module(name, function)
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        student_candidates: Tensor | None = None,
+        teacher_candidates: Tensor | None = None,
+        anchor_weights: Tensor | None = None,
+        candidate_weights: Tensor | None = None,
+        self_index: Tensor | str | None = "auto",
+    ) -> Tensor:
+        """The loss of a batch; tensors as in `perception_coherence_loss`."""
+        inputs = prepare_inputs(
+            student,
+            teacher,
+            student_candidates=student_candidates,
+            teacher_candidates=teacher_candidates,
+            anchor_weights=anchor_weights,
+            candidate_weights=candidate_weights,
+            self_index=self_index,
+            include_self=self.spec.include_self,
+        )
+        return _call(self.spec, inputs)
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults."""
+        default = LossSpec()
+        return ", ".join(
+            f"{name}={value!r}"
+            for name, value in vars(self.spec).items()
+            if value != getattr(default, name)
+        )
+
+
+def soft_rank(
+    values: Tensor,
+    temperature: float = 1.0,
+    *,
+    weights: Tensor | None = None,
+    method: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Differentiable ranks along the last dimension, in the units of average ranks.
+
+    rank_j = 1/2 + sum_k w_k sigmoid((v_j - v_k) / temperature): from 1 to n at unit weights,
+    and scipy.stats.rankdata as the temperature goes to 0.
+
+    Args:
+        values: [..., n], float16, bfloat16, float32 or float64.
+        temperature: tau > 0, in units of the values.
+        weights: broadcastable to values, any real dtype, >= 0, constant; None: ones.
+        method: as in `perception_coherence_loss`.
+        backend: as in `perception_coherence_loss`.
+
+    Returns:
+        Ranks shaped as values; float32 for half precision, which cannot hold ranks past 2,048.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `perception_coherence_loss`.
+    """
+    check_temperature("temperature", temperature)
+    check_name("method", method, METHODS)
+    check_name("backend", backend, BACKENDS)
+    values, weights = prepare_values(values, weights)
+    chosen = select(
+        backend, values.device, lambda candidate: candidate.supports_soft_rank(values, method)
+    )
+    return chosen.soft_rank(values, weights, temperature, method)
+
+
+def _call(spec: LossSpec, inputs: LossInputs) -> Tensor:
+    backend = select(
+        spec.backend,
+        inputs.student.device,
+        lambda candidate: candidate.supports(spec, inputs),
+    )
+    return backend.loss(spec, inputs)

@@ -1,0 +1,276 @@
+"""The custom operators: schema, fake and autograd declared once; one kernel per device elsewhere.
+
+The CPU kernels come with `pcoherence._C`. Conventions shared by all operators: tensors are
+contiguous and of one dtype, float32 or float64 (indices int64); candidates of None are the
+anchors themselves; weights of None are ones; self_index None, or an entry of -1, excludes nobody;
+teacher_temperature 0 ranks the teacher hard. Only the student side gets gradients, once.
+
+coherence_sum           total = sum_i coefficients_i L_i, 0-d, with d total / d student [m, ds] and
+                        d total / d student_candidates [n, ds] from the same pass; a gradient whose
+                        flag is false has shape (0,). Without candidates all is in grad_student.
+coherence_rows          the losses L_i, [m]
+*_from_distances        the same for given distances [m, n]; scale there is "anchor" or "none"
+soft_rank               1/2 + sum_k w_k sigmoid((v_j - v_k) / temperature); values [r, n], weights
+                        [n] or [r, n] -> [r, n]
+soft_rank_backward      its gradient with respect to values for the upstream grad, both [r, n]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "pcoherence"
+
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+
+SCHEMAS = (
+    "coherence_sum(Tensor student, Tensor? student_candidates, Tensor teacher, "
+    "Tensor? teacher_candidates, Tensor coefficients, Tensor? anchor_weights, "
+    "Tensor? candidate_weights, Tensor? self_index, float temperature, "
+    "float teacher_temperature, str metric, str teacher_metric, str scale, str objective, "
+    "str method, bool grad_student, bool grad_candidates) -> "
+    "(Tensor total, Tensor grad_student, Tensor grad_candidates)",
+    "coherence_rows(Tensor student, Tensor? student_candidates, Tensor teacher, "
+    "Tensor? teacher_candidates, Tensor? anchor_weights, Tensor? candidate_weights, "
+    "Tensor? self_index, float temperature, float teacher_temperature, str metric, "
+    "str teacher_metric, str scale, str objective, str method) -> Tensor",
+    "coherence_sum_from_distances(Tensor student_distances, Tensor teacher_distances, "
+    "Tensor coefficients, Tensor? candidate_weights, Tensor? self_index, float temperature, "
+    "float teacher_temperature, str scale, str objective, str method, bool grad) -> "
+    "(Tensor total, Tensor grad_distances)",
+    "coherence_rows_from_distances(Tensor student_distances, Tensor teacher_distances, "
+    "Tensor? candidate_weights, Tensor? self_index, float temperature, "
+    "float teacher_temperature, str scale, str objective, str method) -> Tensor",
+    "soft_rank(Tensor values, Tensor? weights, float temperature, str method) -> Tensor",
+    "soft_rank_backward(Tensor values, Tensor? weights, Tensor grad, float temperature, "
+    "str method) -> Tensor",
+)
+
+for _schema in SCHEMAS:
+    _LIBRARY.define(  # type: ignore[no-untyped-call]
+        _schema, tags=(torch.Tag.pt2_compliant_tag,)
+    )
+
+_OPS = torch.ops.pcoherence
+coherence_sum = _OPS.coherence_sum.default
+coherence_rows = _OPS.coherence_rows.default
+coherence_sum_from_distances = _OPS.coherence_sum_from_distances.default
+coherence_rows_from_distances = _OPS.coherence_rows_from_distances.default
+soft_rank = _OPS.soft_rank.default
+soft_rank_backward = _OPS.soft_rank_backward.default
+
+DOUBLE_BACKWARD = (
+    "pcoherence: double backward is not supported by the fast backends, which compute the "
+    'gradient in the same pass as the loss; use backend="reference"'
+)
+
+
+# --- coherence_sum -----------------------------------------------------------------------------
+
+
+def _coherence_sum_fake(
+    student: Tensor,
+    student_candidates: Tensor | None,
+    teacher: Tensor,
+    teacher_candidates: Tensor | None,
+    coefficients: Tensor,
+    anchor_weights: Tensor | None,
+    candidate_weights: Tensor | None,
+    self_index: Tensor | None,
+    temperature: float,
+    teacher_temperature: float,
+    metric: str,
+    teacher_metric: str,
+    scale: str,
+    objective: str,
+    method: str,
+    grad_student: bool,
+    grad_candidates: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    has_candidates = grad_candidates and student_candidates is not None
+    return (
+        student.new_empty(()),
+        student.new_empty(student.shape if grad_student else (0,)),
+        student.new_empty(
+            student_candidates.shape if has_candidates and student_candidates is not None else (0,)
+        ),
+    )
+
+
+def _coherence_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.has_gradient = inputs[-2:]
+
+
+def _coherence_sum_backward(
+    ctx: Any, grad_total: Tensor | None, *grad_of_gradients: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    _refuse_double_backward(*grad_of_gradients)
+    gradients: list[Tensor | None] = [None] * 17
+    if grad_total is not None:
+        for position, saved, present in zip(
+            (0, 1), ctx.saved_tensors, ctx.has_gradient, strict=True
+        ):
+            if ctx.needs_input_grad[position]:
+                gradients[position] = _upstream(grad_total, saved, present)
+    return tuple(gradients)
+
+
+# --- coherence_rows ----------------------------------------------------------------------------
+
+
+def _coherence_rows_fake(student: Tensor, *others: Any) -> Tensor:
+    return student.new_empty(student.shape[0])
+
+
+def _coherence_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:]
+
+
+def _coherence_rows_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None] * 14
+    needed = ctx.needs_input_grad[:2]
+    if grad is not None and any(needed):
+        points, weights = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        _, *found = coherence_sum(*points, grad.contiguous(), *weights, *ctx.options, *needed)
+        gradients[:2] = [g if need else None for g, need in zip(found, needed, strict=True)]
+    return tuple(gradients)
+
+
+# --- coherence_sum_from_distances --------------------------------------------------------------
+
+
+def _sum_from_distances_fake(
+    student_distances: Tensor,
+    teacher_distances: Tensor,
+    coefficients: Tensor,
+    candidate_weights: Tensor | None,
+    self_index: Tensor | None,
+    temperature: float,
+    teacher_temperature: float,
+    scale: str,
+    objective: str,
+    method: str,
+    grad: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        student_distances.new_empty(()),
+        student_distances.new_empty(student_distances.shape if grad else (0,)),
+    )
+
+
+def _sum_from_distances_setup(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+    ctx.has_gradient = inputs[-1]
+
+
+def _sum_from_distances_backward(
+    ctx: Any, grad_total: Tensor | None, grad_of_gradient: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    _refuse_double_backward(grad_of_gradient)
+    gradient = None
+    if grad_total is not None and ctx.needs_input_grad[0]:
+        gradient = _upstream(grad_total, ctx.saved_tensors[0], ctx.has_gradient)
+    return gradient, *(None,) * 10
+
+
+# --- coherence_rows_from_distances -------------------------------------------------------------
+
+
+def _rows_from_distances_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _rows_from_distances_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradient = None
+    if grad is not None and ctx.needs_input_grad[0]:
+        student, teacher, *weights = ctx.saved_tensors
+        _, gradient = coherence_sum_from_distances(
+            student, teacher, grad.contiguous(), *weights, *ctx.options, True
+        )
+    return gradient, *(None,) * 8
+
+
+# --- soft_rank ---------------------------------------------------------------------------------
+
+
+def _soft_rank_fake(values: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+def _soft_rank_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:2])
+    ctx.options = inputs[2:]
+
+
+def _soft_rank_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradient = None
+    if grad is not None and ctx.needs_input_grad[0]:
+        gradient = soft_rank_backward(*ctx.saved_tensors, grad.contiguous(), *ctx.options)
+    return gradient, None, None, None
+
+
+def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.set_materialize_grads(False)
+
+
+def _soft_rank_double_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    _refuse_double_backward(grad)
+    return (None,) * 5
+
+
+# --- shared ------------------------------------------------------------------------------------
+
+
+def _refuse_double_backward(*gradients: Tensor | None) -> None:
+    """A gradient that arrives for a gradient is what differentiating twice looks like."""
+    if any(gradient is not None for gradient in gradients):
+        raise RuntimeError(DOUBLE_BACKWARD)
+
+
+def _upstream(grad_total: Tensor, saved: Tensor, present: bool) -> Tensor:
+    if not present:
+        raise RuntimeError(
+            "pcoherence: the operator was called with its gradient flag off, "
+            "but its input requires grad; turn the flag on"
+        )
+    return grad_total * saved
+
+
+def _register() -> None:
+    for name, fake, setup, backward in (
+        ("coherence_sum", _coherence_sum_fake, _coherence_sum_setup, _coherence_sum_backward),
+        ("coherence_rows", _coherence_rows_fake, _coherence_rows_setup, _coherence_rows_backward),
+        (
+            "coherence_sum_from_distances",
+            _sum_from_distances_fake,
+            _sum_from_distances_setup,
+            _sum_from_distances_backward,
+        ),
+        (
+            "coherence_rows_from_distances",
+            _coherence_rows_fake,
+            _rows_from_distances_setup,
+            _rows_from_distances_backward,
+        ),
+        ("soft_rank", _soft_rank_fake, _soft_rank_setup, _soft_rank_backward),
+        ("soft_rank_backward", _soft_rank_fake, _no_setup, _soft_rank_double_backward),
+    ):
+        qualified = f"{NAMESPACE}::{name}"
+        torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+        torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_LIBRARY)
+
+
+_register()

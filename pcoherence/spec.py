@@ -1,0 +1,107 @@
+"""Every option of the loss, named once: the known names, their defaults and their checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+METRICS = ("euclidean", "sqeuclidean", "cosine", "cityblock")
+SCALES = ("anchor", "batch", "none")
+OBJECTIVES = ("mse", "l1", "huber", "cross_entropy", "spearman")
+REDUCTIONS = ("mean", "sum", "none")
+METHODS = ("auto", "grid", "scan", "pairs")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+
+Metric: TypeAlias = str | Callable[[Tensor, Tensor], Tensor]
+"""A name from METRICS, or a callable: a [m, d], b [n, d] -> distances [m, n]."""
+
+
+def check_name(argument: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of the `known` names."""
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise TypeError(f"{argument}: expected one of {', '.join(known)}; got {kind} {value!r}")
+    if value not in known:
+        raise ValueError(f"{argument}: expected one of {', '.join(known)}; got {value!r}")
+
+
+def check_temperature(argument: str, value: object) -> None:
+    """Raise unless `value` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        kind = type(value).__name__
+        raise TypeError(f"{argument}: expected a finite number above 0; got {kind} {value!r}")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{argument}: expected a finite number above 0; got {value!r}")
+
+
+def check_flag(argument: str, value: object) -> None:
+    """Raise unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument}: expected True or False; got {type(value).__name__} {value!r}")
+
+
+def check_metric(argument: str, value: object) -> None:
+    """Raise unless `value` is a known metric name or a callable."""
+    if callable(value):
+        return
+    known = ", ".join(METRICS)
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise TypeError(f"{argument}: expected one of {known}, or a callable; got {kind} {value!r}")
+    if value not in METRICS:
+        raise ValueError(f"{argument}: expected one of {known}, or a callable; got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """The options of the loss that are not tensors; checked on construction.
+
+    Attributes:
+        temperature: student's tau > 0, in units of the scaled distance.
+        teacher_temperature: teacher's tau; None ranks the teacher hard (ties count 1/2).
+        metric: student's distance, a name from METRICS or a callable.
+        teacher_metric: teacher's distance; None means the same as `metric`.
+        scale: what distances are divided by: the mean per anchor, over the batch, or nothing.
+        objective: a name from OBJECTIVES.
+        include_self: whether an anchor ranks itself among its candidates.
+        reduction: over anchors, a name from REDUCTIONS.
+        method: how a fast backend sums kernels, a name from METHODS.
+        backend: who computes, a name from BACKENDS.
+
+    Raises:
+        TypeError, ValueError: naming the option, what was expected and what came.
+    """
+
+    temperature: float = 0.1
+    teacher_temperature: float | None = None
+    metric: Metric = "euclidean"
+    teacher_metric: Metric | None = None
+    scale: str = "anchor"
+    objective: str = "mse"
+    include_self: bool = False
+    reduction: str = "mean"
+    method: str = "auto"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_temperature("temperature", self.temperature)
+        if self.teacher_temperature is not None:
+            check_temperature("teacher_temperature", self.teacher_temperature)
+        check_metric("metric", self.metric)
+        if self.teacher_metric is not None:
+            check_metric("teacher_metric", self.teacher_metric)
+        check_name("scale", self.scale, SCALES)
+        check_name("objective", self.objective, OBJECTIVES)
+        check_flag("include_self", self.include_self)
+        check_name("reduction", self.reduction, REDUCTIONS)
+        check_name("method", self.method, METHODS)
+        check_name("backend", self.backend, BACKENDS)
+
+    @property
+    def resolved_teacher_metric(self) -> Metric:
+        """The teacher's metric with its default filled in."""
+        return self.metric if self.teacher_metric is None else self.teacher_metric

@@ -1,0 +1,201 @@
+"""What tests and benchmarks share: inputs, the float64 truth, and how far off is too far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import distances, objectives, reference
+from .inputs import LossInputs, candidates, prepare_inputs
+from .spec import LossSpec, Metric
+
+CASES = ("gaussian", "duplicates", "outlier", "equal", "mean1000", "clustered", "lattice")
+
+ACCURACY = {torch.float32: (5e-6, 2e-5), torch.float64: (1e-9, 1e-9)}
+"""Relative error that a fast backend may have in the loss and in the gradient's norm."""
+
+
+def make_case(
+    case: str,
+    n: int,
+    d: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Tensor:
+    """Points [n, d] of a kind from CASES, rounded to dtype.
+
+    "duplicates" draws each point about twice, "outlier" moves one point 1e4 away, "equal" has one
+    point n times, "mean1000" adds 1000 to every feature, "clustered" has tight groups, and
+    "lattice" integer points, whose distances tie often and exactly.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    if case == "duplicates":
+        points = points[torch.randint((n + 1) // 2, (n,), generator=generator)]
+    elif case == "outlier":
+        points[n // 2] += 1e4
+    elif case == "equal":
+        points = points[:1].repeat(n, 1)
+    elif case == "mean1000":
+        points = points + 1000.0
+    elif case == "clustered":
+        centres = 10.0 * torch.randn(4, d, generator=generator, dtype=torch.float64)
+        points = centres[torch.randint(4, (n,), generator=generator)] + 0.01 * points
+    elif case == "lattice":
+        points = (2.0 * points).round()
+    elif case != "gaussian":
+        raise ValueError(f"case: expected one of {', '.join(CASES)}; got {case!r}")
+    return points.to(dtype)
+
+
+def reference_value_and_grad(
+    student: Tensor, teacher: Tensor, **arguments: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The reference's loss and its gradients, in float64, one anchor at a time.
+
+    Memory is one anchor's n^2 comparisons; anchors of weight 0 are skipped. Arguments are those
+    of `perception_coherence_loss`, seen as rounded by the caller; reduction is "mean" or "sum".
+
+    Returns:
+        loss, 0-d; d loss / d student [m, ds]; d loss / d student_candidates [n, ds] or None.
+    """
+    tensors, options = _split(arguments)
+    spec = LossSpec(**options)
+    inputs = prepare_inputs(
+        _double(student.detach()),
+        _double(teacher),
+        include_self=spec.include_self,
+        **{name: _double(tensor) for name, tensor in tensors.items()},
+    )
+    inputs.student.requires_grad_()
+    if inputs.student_candidates is not None:
+        inputs = inputs._replace(
+            student_candidates=inputs.student_candidates.detach().requires_grad_()
+        )
+    coefficients = objectives.coefficients(inputs.anchor_weights, inputs.student, spec.reduction)
+    anchors = [int(i) for i in coefficients.nonzero()]
+    loss = _backward_by_anchor(spec, inputs, coefficients, anchors)
+    return loss, _grad(inputs.student), _optional_grad(inputs.student_candidates)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """|value - truth| / |truth| in the 2-norm and float64; absolute where the truth is 0."""
+    truth = truth.detach().double()
+    error = torch.linalg.vector_norm(value.detach().double() - truth)
+    size = torch.linalg.vector_norm(truth)
+    return float(error if size == 0 else error / size)
+
+
+def tolerances(dtype: torch.dtype, brute_force: tuple[float, float]) -> tuple[float, float]:
+    """Allowed relative errors of loss and gradient: ACCURACY, or twice brute force if larger.
+
+    `brute_force` are the errors of the reference run in dtype itself: where rounding the inputs'
+    distances already costs more than ACCURACY, nobody can do better.
+    """
+    loss, gradient = ACCURACY[dtype]
+    return max(loss, 2 * brute_force[0]), max(gradient, 2 * brute_force[1])
+
+
+def rounding_tolerance(dtype: torch.dtype, length: int) -> float:
+    """4 epsilons per term: what a sum of `length` terms near 1 may lose."""
+    return 4.0 * torch.finfo(dtype).eps * length
+
+
+def _split(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that are tensors (or stand for one), and options."""
+    names = LossInputs._fields
+    tensors = {name: value for name, value in arguments.items() if name in names}
+    return tensors, {name: value for name, value in arguments.items() if name not in names}
+
+
+def _double(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if floating else value
+
+
+def _grad(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
+def _optional_grad(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _grad(tensor)
+
+
+def _backward_by_anchor(
+    spec: LossSpec, inputs: LossInputs, coefficients: Tensor, anchors: list[int]
+) -> Tensor:
+    """Accumulate gradients into the inputs' student tensors; return the loss."""
+    student_candidates = candidates(inputs.student, inputs.student_candidates)
+    teacher_candidates = candidates(inputs.teacher, inputs.teacher_candidates)
+    metric, teacher_metric, scale = spec.metric, spec.resolved_teacher_metric, spec.scale
+    student_mean = None
+    if scale == "batch":
+        # With the mean held as a variable of its own, anchors do not depend on one another.
+        student_mean = _batch_mean(inputs, inputs.student, student_candidates, metric, anchors)
+        metric = _divided(metric, student_mean.requires_grad_())
+        if spec.teacher_temperature is not None:
+            teacher_mean = _batch_mean(
+                inputs, inputs.teacher, teacher_candidates, teacher_metric, anchors
+            )
+            teacher_metric = _divided(teacher_metric, teacher_mean)
+        scale = "none"
+    total = inputs.student.new_zeros(())
+    for i in anchors:
+        loss = coefficients[i] * reference.perception_coherence_loss(
+            inputs.student[i : i + 1],
+            inputs.teacher[i : i + 1],
+            student_candidates=student_candidates,
+            teacher_candidates=teacher_candidates,
+            candidate_weights=inputs.candidate_weights,
+            self_index=None if inputs.self_index is None else inputs.self_index[i : i + 1],
+            temperature=spec.temperature,
+            teacher_temperature=spec.teacher_temperature,
+            metric=metric,
+            teacher_metric=teacher_metric,
+            scale=scale,
+            objective=spec.objective,
+            reduction="sum",
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    if student_mean is not None and student_mean.grad is not None:
+        _batch_mean(
+            inputs, inputs.student, student_candidates, spec.metric, anchors, student_mean.grad
+        )
+    return total
+
+
+def _divided(metric: Metric, mean: Tensor) -> Metric:
+    """The metric over a mean distance (as it is where that is 0)."""
+    return lambda a, b: distances.safe_ratio(distances.pairwise(a, b, metric), mean)
+
+
+def _batch_mean(
+    inputs: LossInputs,
+    points: Tensor,
+    others: Tensor,
+    metric: Metric,
+    anchors: list[int],
+    upstream: Tensor | None = None,
+) -> Tensor:
+    """The batch's mean distance, 0-d and detached; with `upstream`, also its backward pass."""
+    sums, weights = [], []
+    for i in anchors:
+        with torch.no_grad():
+            row = distances.pairwise(points[i : i + 1], others, metric)
+            index = None if inputs.self_index is None else inputs.self_index[i : i + 1]
+            weight = distances.pair_weights(row, inputs.candidate_weights, index)
+            if inputs.anchor_weights is not None:
+                weight = inputs.anchor_weights[i] * weight
+        sums.append((weight * row).sum())
+        weights.append(weight)
+    total = sum((weight.sum() for weight in weights), points.new_zeros(()))
+    if upstream is not None:
+        for i, weight in zip(anchors, weights, strict=True):
+            row = distances.pairwise(points[i : i + 1], others, metric)
+            part = upstream * distances.safe_ratio((weight * row).sum(), total)
+            part.backward()  # type: ignore[no-untyped-call]
+    return distances.safe_ratio(sum(sums, points.new_zeros(())), total)

@@ -1,0 +1,277 @@
+"""Gradients, operator contracts and torch.compile of the CPU backend."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.library import opcheck
+
+import pcoherence
+from pcoherence import ops
+from pcoherence.spec import METHODS, METRICS, OBJECTIVES, SCALES
+from pcoherence.testing import make_case, relative_error
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
+REFUSED = 'double backward is not supported.*backend="reference"'
+
+
+def loss(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    return pcoherence.perception_coherence_loss(student, teacher, **options, backend="cpu")
+
+
+def quartic(a: Tensor, b: Tensor) -> Tensor:
+    return (a[:, None, :] - b[None, :, :]).pow(4).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("objective", "metric", "scale", "method"),
+    list(itertools.product(OBJECTIVES, METRICS, SCALES, METHODS)),
+)
+def test_gradcheck(objective: str, metric: str, scale: str, method: str) -> None:
+    student = make_case("gaussian", 5, 3, seed=1).requires_grad_()
+    teacher = make_case("gaussian", 5, 2, seed=2)
+    options = {"objective": objective, "metric": metric, "scale": scale, "method": method}
+    assert gradcheck(lambda x: loss(x, teacher, **options), (student,), fast_mode=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck_rectangular(reduction: str, method: str) -> None:
+    leaves = [make_case("gaussian", n, 3, seed=n).requires_grad_() for n in (3, 6)]
+    anchors, bank = make_case("gaussian", 3, 2), make_case("gaussian", 6, 2, seed=1)
+
+    def function(student: Tensor, candidates: Tensor) -> Tensor:
+        return loss(
+            student,
+            anchors,
+            student_candidates=candidates,
+            teacher_candidates=bank,
+            reduction=reduction,
+            method=method,
+        )
+
+    assert gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradcheck_soft_rank(method: str) -> None:
+    values = make_case("gaussian", 3, 7).requires_grad_()
+    weights = torch.rand(7)
+    assert gradcheck(
+        lambda v: pcoherence.soft_rank(v, 0.4, weights=weights, method=method, backend="cpu"),
+        (values,),
+    )
+
+
+def operator_calls(requires_grad: bool, weighted: bool) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Arguments for every operator."""
+    x = make_case("gaussian", 5, 3, seed=1).requires_grad_(requires_grad)
+    bank = make_case("gaussian", 6, 3, seed=2).requires_grad_(requires_grad)
+    y, y_bank = make_case("gaussian", 5, 2, seed=3), make_case("gaussian", 6, 2, seed=4)
+    d = make_case("gaussian", 5, 6, seed=5).abs().requires_grad_(requires_grad)
+    d_teacher = make_case("gaussian", 5, 6, seed=6).abs()
+    coefficients = torch.rand(5, dtype=torch.float64)
+    a, w = (torch.rand(5).double(), torch.rand(6).double()) if weighted else (None, None)
+    index = torch.tensor([0, 1, -1, 3, 5]) if weighted else None
+    points = (x, bank, y, y_bank) if weighted else (x, None, y, None)
+    temperatures = (0.2, 0.3 if weighted else 0.0)
+    names = ("euclidean", "cosine", "anchor", "mse", "auto")
+    return {
+        "sum": (
+            ops.coherence_sum,
+            (*points, coefficients, a, w, index, *temperatures, *names, True, weighted),
+        ),
+        "rows": (ops.coherence_rows, (*points, a, w, index, *temperatures, *names)),
+        "sum_from_distances": (
+            ops.coherence_sum_from_distances,
+            (d, d_teacher, coefficients, w, index, *temperatures, *names[2:], True),
+        ),
+        "rows_from_distances": (
+            ops.coherence_rows_from_distances,
+            (d, d_teacher, w, index, *temperatures, *names[2:]),
+        ),
+        "soft_rank": (ops.soft_rank, (d, w, 0.3, "auto")),
+        "soft_rank_backward": (ops.soft_rank_backward, (d, w, d_teacher, 0.3, "auto")),
+    }
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", list(operator_calls(False, False)))
+def test_opcheck(name: str, requires_grad: bool, weighted: bool) -> None:
+    operator, arguments = operator_calls(requires_grad, weighted)[name]
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    # The last check differentiates every output; these ones' are gradients, and refuse.
+    if not (requires_grad and (name.startswith("sum") or name == "soft_rank_backward")):
+        checks.append("test_aot_dispatch_dynamic")
+    opcheck(operator, arguments, test_utils=checks)
+
+
+def test_sum_without_its_gradient_flag_raises_in_backward() -> None:
+    operator, arguments = operator_calls(True, False)["sum"]
+    total, *_ = operator(*arguments[:-2], False, False)
+    with pytest.raises(RuntimeError, match="gradient flag off"):
+        total.backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"metric": quartic}], ids=str)
+def test_double_backward_raises(options: dict[str, Any]) -> None:
+    student = make_case("gaussian", 5, 3).requires_grad_()
+    value = loss(student, make_case("gaussian", 5, 3, seed=1), **options).square().sum()
+    (gradient,) = torch.autograd.grad(value, student, create_graph=True)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        gradient.square().sum().backward()
+
+
+def test_double_backward_of_soft_rank_raises() -> None:
+    values = make_case("gaussian", 5, 3).requires_grad_()
+    ranks = pcoherence.soft_rank(values, backend="cpu").square().sum()
+    (gradient,) = torch.autograd.grad(ranks, values, create_graph=True)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "none", "scale": "batch"},
+        {"metric": quartic},
+        {"objective": "spearman", "teacher_temperature": 0.2, "anchor_weights": torch.rand(9)},
+    ],
+    ids=["default", "none", "callable", "weights"],
+)
+def test_compiled_equals_eager(options: dict[str, Any]) -> None:
+    student = make_case("gaussian", 9, 3).requires_grad_()
+    teacher = make_case("gaussian", 9, 2, seed=1)
+    torch.compiler.reset()
+
+    def function(x: Tensor) -> Tensor:
+        return loss(x * 2, teacher, **options)
+
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        value = call(student)
+        upstream = torch.linspace(1, 2, value.numel(), dtype=value.dtype).reshape(value.shape)
+        results.append((value, *torch.autograd.grad(value, student, upstream)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-14)
+
+
+def test_compiled_module_and_soft_rank() -> None:
+    student, teacher = make_case("gaussian", 9, 3), make_case("gaussian", 9, 2)
+    module = pcoherence.PerceptionCoherenceLoss(metric="cosine", backend="cpu")
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(student, teacher), module(student, teacher))
+    ranks = torch.compile(pcoherence.soft_rank, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(ranks(student), pcoherence.soft_rank(student))
+
+
+def every_other(tensor: Tensor) -> Tensor:
+    return tensor.repeat_interleave(2, 0)[::2]
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.t().contiguous().t()
+
+
+def expanded(tensor: Tensor) -> Tensor:
+    return tensor[:1].expand_as(tensor)
+
+
+@pytest.mark.parametrize("view", [every_other, transposed, expanded])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_memory_layout_does_not_matter(view: Callable[[Tensor], Tensor], reduction: str) -> None:
+    points = make_case("gaussian", 9, 3), make_case("gaussian", 9, 4, seed=1)
+    results = []
+    for layout in (view, lambda tensor: view(tensor).contiguous()):
+        leaf = points[0].clone().requires_grad_()
+        value = loss(layout(leaf), view(points[1]), reduction=reduction).sum()
+        results.append((value, *torch.autograd.grad(value, leaf)))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_gradient_of_one_side_alone(side: int, reduction: str) -> None:
+    leaves = [make_case("gaussian", n, 3, seed=n) for n in (4, 9)]
+    bank = {"teacher_candidates": make_case("gaussian", 9, 2), "reduction": reduction}
+    gradients = []
+    for needed in ([0, 1], [side]):
+        student, candidates = (
+            leaf.clone().requires_grad_(i in needed) for i, leaf in enumerate(leaves)
+        )
+        value = loss(student, make_case("gaussian", 4, 2), student_candidates=candidates, **bank)
+        value.sum().backward()
+        gradients.append([student.grad, candidates.grad])
+    assert gradients[1][1 - side] is None
+    torch.testing.assert_close(gradients[1][side], gradients[0][side], rtol=1e-12, atol=0)
+
+
+def test_teacher_gets_no_gradient() -> None:
+    student, teacher = (make_case("gaussian", 5, 3, seed=i).requires_grad_() for i in range(2))
+    loss(student, teacher, teacher_temperature=0.1).backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    student = make_case("gaussian", 17, 5, dtype=dtype).requires_grad_()
+    teacher = make_case("gaussian", 17, 4, dtype=dtype, seed=1)
+    value = loss(student, teacher)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert value.dtype == torch.float32
+    assert gradient.dtype == dtype
+    raised = student.detach().float().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(raised, teacher.float()), raised)
+    assert relative_error(gradient, expected) <= torch.finfo(dtype).eps
+    assert pcoherence.soft_rank(student, backend="cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_nan_and_inf_give_nan(objective: str, bad: float, method: str) -> None:
+    for side, dtype in itertools.product((0, 1), (torch.float32, torch.float64)):
+        points = [make_case("gaussian", 33, 3, dtype=dtype, seed=i) for i in range(2)]
+        points[side][7, 1] = bad
+        points[0].requires_grad_()
+        value = loss(points[0], points[1], objective=objective, method=method)
+        value.backward()
+        assert value.isnan()
+
+
+def test_empty_anchors_give_zero_with_zero_gradient() -> None:
+    bank = torch.randn(4, 3, requires_grad=True)
+    empty = torch.zeros(0, 3, requires_grad=True)
+    value = loss(
+        empty, torch.zeros(0, 2), student_candidates=bank, teacher_candidates=torch.randn(4, 2)
+    )
+    value.backward()
+    assert value == 0
+    assert bank.grad is not None
+    assert (bank.grad == 0).all()
+    loss(empty, torch.zeros(0, 2)).backward()
+    assert empty.grad is not None
+    assert empty.grad.shape == (0, 3)
+
+
+def test_repeated_runs_are_identical() -> None:
+    student = make_case("gaussian", 130, 16, dtype=torch.float32).requires_grad_()
+    teacher = make_case("gaussian", 130, 8, dtype=torch.float32, seed=1)
+    first, second = (
+        (value := loss(student, teacher), *torch.autograd.grad(value, student)) for _ in range(2)
+    )
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)

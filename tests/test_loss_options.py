@@ -1,0 +1,230 @@
+"""Every option of the CPU backend against the reference: value and gradient."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pcoherence import perception_coherence_loss, soft_rank
+from pcoherence.spec import METHODS, METRICS, OBJECTIVES, REDUCTIONS, SCALES
+from pcoherence.testing import CASES, make_case, relative_error, tolerances
+
+DTYPES = (torch.float64, torch.float32)
+
+Found = tuple[Tensor, list[Tensor]]
+
+
+def evaluate(leaves: list[Tensor], constants: dict[str, Any], **options: Any) -> Found:
+    """Loss and gradients; leaves are the student and perhaps its candidates."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    if len(leaves) == 2:
+        constants = constants | {"student_candidates": leaves[1]}
+    loss = perception_coherence_loss(leaves[0], **constants, **options)
+    upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    return loss, list(torch.autograd.grad(loss, leaves, upstream))
+
+
+def in_double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def errors(found: Found, truth: Found) -> tuple[float, float]:
+    gradient, expected = (torch.cat([g.double().flatten() for g in x[1]]) for x in (found, truth))
+    return relative_error(found[0], truth[0]), relative_error(gradient, expected)
+
+
+def check(backend: str, leaves: list[Tensor], constants: dict[str, Any], **options: Any) -> None:
+    """Every method within tolerance of the float64 reference on the same rounded inputs."""
+    reference = {**options, "backend": "reference"}
+    truth = evaluate(
+        [leaf.double() for leaf in leaves],
+        {name: in_double(value) for name, value in constants.items()},
+        **reference,
+    )
+    dtype = leaves[0].dtype
+    allowed = tolerances(dtype, errors(evaluate(leaves, constants, **reference), truth))
+    floor = 1e-12 if dtype == torch.float64 else 1e-6
+    for method in METHODS:
+        found = evaluate(leaves, constants, **options, backend=backend, method=method)
+        assert found[0].dtype == dtype
+        for error, limit in zip(errors(found, truth), allowed, strict=True):
+            assert error <= limit + floor, f"{method}: {error:.2e} > {limit:.2e}"
+
+
+def problem(
+    n: int, dtype: torch.dtype, rectangular: bool, weighted: bool
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Leaves and constants: n candidates, and fewer anchors when rectangular."""
+    m = max(1, n // 2) if rectangular else n
+    leaves = [make_case("gaussian", m, 5, dtype=dtype, seed=n)]
+    constants: dict[str, Any] = {"teacher": make_case("gaussian", m, 4, dtype=dtype, seed=n + 1)}
+    generator = torch.Generator().manual_seed(n)
+    if rectangular:
+        leaves.append(make_case("gaussian", n, 5, dtype=dtype, seed=n + 2))
+        constants["teacher_candidates"] = make_case("gaussian", n, 4, dtype=dtype, seed=n + 3)
+        index = torch.randperm(n, generator=generator)[:m]
+        constants["self_index"] = torch.where(index % 3 == 0, -1, index)
+    if weighted:
+        constants["anchor_weights"] = torch.rand(m, generator=generator, dtype=dtype)
+        constants["candidate_weights"] = torch.rand(n, generator=generator, dtype=dtype)
+        constants["candidate_weights"][:: max(3, n // 4)] = 0
+    return leaves, constants
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize("teacher_temperature", [None, 0.2])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_options(
+    cpu_backend: str,
+    objective: str,
+    scale: str,
+    metric: str,
+    teacher_temperature: float | None,
+    rectangular: bool,
+    weighted: bool,
+    dtype: torch.dtype,
+) -> None:
+    leaves, constants = problem(17, dtype, rectangular, weighted)
+    for reduction in REDUCTIONS:
+        check(
+            cpu_backend,
+            leaves,
+            constants,
+            objective=objective,
+            scale=scale,
+            metric=metric,
+            teacher_temperature=teacher_temperature,
+            reduction=reduction,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [2, 3, 33, 130])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_sizes(cpu_backend: str, objective: str, n: int, dtype: torch.dtype) -> None:
+    for rectangular, weighted in itertools.product([False, True], repeat=2):
+        leaves, constants = problem(n, dtype, rectangular, weighted)
+        check(cpu_backend, leaves, constants, objective=objective)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [1e-4, 1e-2, 1.0, 10.0])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_temperatures(
+    cpu_backend: str, objective: str, temperature: float, dtype: torch.dtype
+) -> None:
+    leaves, constants = problem(65, dtype, rectangular=False, weighted=True)
+    check(cpu_backend, leaves, constants, objective=objective, temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_cases(cpu_backend: str, metric: str, case: str, dtype: torch.dtype) -> None:
+    student = make_case(case, 40, 6, dtype=dtype, seed=1)
+    teacher = make_case("gaussian", 40, 5, dtype=dtype, seed=2)
+    for objective in ("mse", "cross_entropy"):
+        check(cpu_backend, [student], {"teacher": teacher}, metric=metric, objective=objective)
+
+
+@pytest.mark.parametrize("case", ["duplicates", "equal", "lattice"])
+def test_tied_teachers(cpu_backend: str, case: str) -> None:
+    student = make_case("gaussian", 40, 6, dtype=torch.float32)
+    teacher = make_case(case, 40, 3, dtype=torch.float32)
+    for metric in ("euclidean", "cityblock"):
+        check(cpu_backend, [student], {"teacher": teacher}, metric=metric)
+
+
+@pytest.mark.parametrize("include_self", [False, True])
+def test_include_self(cpu_backend: str, include_self: bool) -> None:
+    leaves, constants = problem(17, torch.float64, rectangular=False, weighted=False)
+    check(cpu_backend, leaves, constants, include_self=include_self)
+
+
+def quartic(a: Tensor, b: Tensor) -> Tensor:
+    """A metric of our own: sum of fourth powers."""
+    return (a[:, None, :] - b[None, :, :]).pow(4).sum(-1)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize(
+    "metrics", [(quartic, None), (quartic, "cosine"), ("cityblock", quartic)], ids=str
+)
+def test_callable_metric_by_blocks(
+    cpu_backend: str,
+    metrics: tuple[Any, Any],
+    rectangular: bool,
+    reduction: str,
+    scale: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pcoherence.backends.cpu.BLOCK_ELEMENTS", 300)  # several blocks
+    leaves, constants = problem(17, torch.float64, rectangular, weighted=True)
+    for teacher_temperature in (None, 0.3):
+        check(
+            cpu_backend,
+            leaves,
+            constants,
+            metric=metrics[0],
+            teacher_metric=metrics[1],
+            scale=scale,
+            reduction=reduction,
+            teacher_temperature=teacher_temperature,
+        )
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_callable_metric_trains_its_parameters(cpu_backend: str, scale: str) -> None:
+    leaves, constants = problem(17, torch.float64, rectangular=False, weighted=False)
+    gradients: list[Tensor] = []
+    for backend in ("reference", cpu_backend):
+        power = torch.ones(5, dtype=torch.float64, requires_grad=True)
+        loss = perception_coherence_loss(
+            leaves[0],
+            **constants,
+            metric=lambda a, b, power=power: quartic(a * power, b * power),
+            teacher_metric="euclidean",
+            scale=scale,
+            backend=backend,
+        )
+        gradients += torch.autograd.grad(loss, [power])
+    assert relative_error(gradients[1], gradients[0]) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (2,), (33,), (3, 17), (2, 3, 5), (0,), (0, 4), (3, 0)])
+@pytest.mark.parametrize("weights", ["none", "row", "all", "column"])
+def test_soft_rank(
+    cpu_backend: str, shape: tuple[int, ...], weights: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(len(shape))
+    values = torch.randn(shape, dtype=dtype)
+    given = {
+        "none": None,
+        "row": torch.rand(shape[-1]),
+        "all": torch.rand(shape),
+        "column": torch.rand(*shape[:-1], 1),
+    }[weights]
+    upstream = torch.randn(shape, dtype=dtype)
+    for temperature, method in itertools.product([1e-3, 0.3, 10.0], METHODS):
+        found = []
+        for backend, used in (("reference", "auto"), (cpu_backend, method)):
+            leaf = values.clone().requires_grad_()
+            ranks = soft_rank(leaf, temperature, weights=given, backend=backend, method=used)
+            found.append((ranks, *torch.autograd.grad(ranks, leaf, upstream)))
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-9
+        assert relative_error(found[1][0], found[0][0]) <= tolerance
+        # Rounding values / temperature costs epsilons of the largest quotient.
+        slack = torch.finfo(dtype).eps * 10 / temperature + tolerance
+        bound = slack * max(1.0, float(found[0][1].norm())) + tolerance / temperature
+        assert float((found[1][1] - found[0][1]).norm()) <= bound

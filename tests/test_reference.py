@@ -1,0 +1,281 @@
+"""The reference against independent definitions: numpy, scipy, closed forms, finite differences."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+from scipy.stats import rankdata
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from pcoherence import distances, objectives, reference, soft_ranks
+from pcoherence.spec import METRICS, OBJECTIVES, SCALES
+from pcoherence.testing import (
+    CASES,
+    make_case,
+    reference_value_and_grad,
+    relative_error,
+    rounding_tolerance,
+)
+
+
+def test_stages_have_a_function_for_every_name() -> None:
+    assert tuple(distances.FUNCTIONS) == METRICS
+    assert tuple(objectives.FUNCTIONS) == OBJECTIVES
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("case", CASES)
+def test_distances_equal_scipy(metric: str, case: str) -> None:
+    a, b = make_case(case, 9, 4, seed=1), make_case(case, 7, 4, seed=2)
+    if metric == "cosine":  # scipy has no answer for a zero vector
+        a, b = a + 0.5, b + 0.5
+    ours = distances.pairwise(a, b, metric).numpy()
+    np.testing.assert_allclose(ours, cdist(a, b, metric), rtol=1e-9, atol=1e-12)
+
+
+def test_cosine_of_a_zero_vector_is_finite_and_without_gradient() -> None:
+    points = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]], requires_grad=True)
+    found = distances.cosine(points, points)
+    expected = torch.tensor([[0.0, 0.5, 0.0], [0.5, 0.0, 0.5], [0.0, 0.5, 0.0]])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    found.sum().backward()
+    assert points.grad is not None
+    assert points.grad.isfinite().all()
+    assert (points.grad[[0, 2]] == 0).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_distance_of_identical_points_is_exactly_zero(metric: str) -> None:
+    points = make_case("duplicates", 12, 5, dtype=torch.float32) + 1000
+    found = distances.pairwise(points, points, metric)
+    same = (points[:, None] == points[None]).all(-1)
+    assert (found[same] == 0).all()
+
+
+@pytest.mark.parametrize("case", ["gaussian", "duplicates", "lattice"])
+def test_hard_and_cold_ranks_equal_rankdata(case: str) -> None:
+    values = distances.cityblock(make_case(case, 15, 2), make_case(case, 15, 2))
+    expected = torch.from_numpy(rankdata(values.numpy(), axis=1))
+    hard = soft_ranks.distribution(values, torch.ones_like(values), None)
+    torch.testing.assert_close(hard * 15 + 0.5, expected)
+    torch.testing.assert_close(reference.soft_rank(values, 1e-9), expected)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.01, 1.0, 100.0])
+def test_ranks_sum_to_half_the_weight(temperature: float | None) -> None:
+    values, weights = make_case("lattice", 6, 17), torch.rand(6, 17, dtype=torch.float64)
+    ranks = soft_ranks.distribution(values, weights, temperature)
+    total = (weights * ranks).sum(1) / weights.sum(1)
+    tolerance = rounding_tolerance(torch.float64, 17)
+    torch.testing.assert_close(total, torch.full_like(total, 0.5), rtol=0, atol=tolerance)
+
+
+def naive_loss(
+    student: np.ndarray, teacher: np.ndarray, objective: str, tau: float, teacher_tau: float | None
+) -> float:
+    """The definition by loops: euclidean, scale "anchor", self excluded, unit weights."""
+    m, delta = len(student), objectives.HUBER_DELTA
+    losses = []
+    for i in range(m):
+        others = [k for k in range(m) if k != i]
+        s = np.array([math.dist(student[i], student[k]) for k in others])
+        t = np.array([math.dist(teacher[i], teacher[k]) for k in others])
+        s = s / s.mean()
+        t = t / t.mean() if teacher_tau else t
+        z = (s[:, None] - s[None, :]) / tau
+        step = 0.5 * (np.sign(t[:, None] - t[None, :]) + 1)
+        target = 1 / (1 + np.exp(-(t[:, None] - t[None, :]) / teacher_tau)) if teacher_tau else step
+        ours, theirs = (1 / (1 + np.exp(-z))).mean(1), target.mean(1)
+        r = ours - theirs
+        if objective == "mse":
+            losses.append((r**2).mean())
+        elif objective == "l1":
+            losses.append(np.abs(r).mean())
+        elif objective == "huber":
+            losses.append(np.where(abs(r) <= delta, r**2 / 2, delta * (abs(r) - delta / 2)).mean())
+        elif objective == "spearman":
+            losses.append(1 - np.corrcoef(ours, theirs)[0, 1])
+        else:
+            p = np.clip(target, 1e-300, 1)
+            q = np.clip(1 - target, 1e-300, 1)
+            entropy = -(target * np.log(p) + (1 - target) * np.log(q))
+            losses.append((np.log1p(np.exp(z)) - target * z - entropy).mean())
+    return float(np.mean(losses))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("teacher_temperature", [None, 0.3])
+def test_loss_equals_the_definition_by_loops(
+    objective: str, teacher_temperature: float | None
+) -> None:
+    student, teacher = make_case("gaussian", 11, 3, seed=3), make_case("lattice", 11, 2, seed=4)
+    found = reference.perception_coherence_loss(
+        student,
+        teacher,
+        temperature=0.2,
+        teacher_temperature=teacher_temperature,
+        objective=objective,
+    )
+    expected = naive_loss(student.numpy(), teacher.numpy(), objective, 0.2, teacher_temperature)
+    assert found.item() == pytest.approx(expected, rel=1e-11)
+
+
+@pytest.mark.parametrize("teacher_temperature", [None, 0.3])
+def test_cross_entropy_identities(teacher_temperature: float | None) -> None:
+    """The gradient is 2 w_j r_j / (tau W); the linear part needs no pairs."""
+    tau = 0.2
+    student = make_case("gaussian", 4, 13).abs().requires_grad_()
+    teacher, weights = make_case("lattice", 4, 13, seed=1), torch.rand(4, 13, dtype=torch.float64)
+    arguments = weights, tau, teacher_temperature
+    (found,) = torch.autograd.grad(
+        objectives.cross_entropy(student, teacher, *arguments).sum(), student
+    )
+    total = weights.sum(1, keepdim=True)
+    ours = soft_ranks.distribution(student, weights, tau)
+    theirs = soft_ranks.distribution(teacher, weights, teacher_temperature)
+    torch.testing.assert_close(found, 2 * weights * (ours - theirs) / (tau * total))
+    z = (student[:, :, None] - student[:, None, :]) / tau
+    p = soft_ranks.comparisons(teacher, teacher_temperature)
+    pairs = (weights[:, :, None] * weights[:, None, :] * p * z).sum((1, 2))
+    alone = total[:, 0] * (weights * student / tau * (2 * theirs - 1)).sum(1)
+    torch.testing.assert_close(pairs, alone)
+
+
+def test_cross_entropy_of_agreement_is_zero_in_the_limit() -> None:
+    points = make_case("gaussian", 8, 3)
+    agreement = reference.perception_coherence_loss(
+        points, points, objective="cross_entropy", temperature=1e-7
+    )
+    assert 0 <= agreement.item() < 1e-6
+    soft = reference.perception_coherence_loss(
+        points, points, objective="cross_entropy", temperature=0.3, teacher_temperature=0.3
+    )
+    assert soft.item() == pytest.approx(0, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("objective", "metric", "scale"), list(itertools.product(OBJECTIVES, METRICS, SCALES))
+)
+def test_gradcheck_and_gradgradcheck(objective: str, metric: str, scale: str) -> None:
+    student = make_case("gaussian", 5, 2, seed=5).requires_grad_()
+    teacher = make_case("gaussian", 5, 3, seed=6)
+
+    def loss(points: Tensor) -> Tensor:
+        return reference.perception_coherence_loss(
+            points, teacher, metric=metric, scale=scale, objective=objective
+        )
+
+    assert gradcheck(loss, (student,))
+    assert gradgradcheck(loss, (student,))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_derivatives_at_duplicates(metric: str) -> None:
+    """Stretching keeps duplicates duplicates: the loss is smooth although sqrt is not."""
+    points = make_case("duplicates", 9, 2, seed=5)
+    teacher = make_case("gaussian", 9, 3, seed=6)
+    stretch = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
+
+    def loss(factor: Tensor) -> Tensor:
+        return reference.perception_coherence_loss(points * factor, teacher, metric=metric)
+
+    assert len(points.unique(dim=0)) < 9
+    assert gradcheck(loss, (stretch,))
+    assert gradgradcheck(loss, (stretch,))
+
+
+@pytest.mark.parametrize(("objective", "metric"), list(itertools.product(OBJECTIVES, METRICS)))
+def test_degenerate_points_give_finite_derivatives(objective: str, metric: str) -> None:
+    teacher = make_case("gaussian", 6, 3)
+    for points in (make_case("equal", 6, 2), make_case("duplicates", 6, 2), torch.zeros(6, 2)):
+        student = points.to(torch.float64).requires_grad_()
+        loss = reference.perception_coherence_loss(
+            student, teacher, objective=objective, metric=metric
+        )
+        (first,) = torch.autograd.grad(loss, student, create_graph=True)
+        assert loss.isfinite()
+        assert first.isfinite().all()
+        if first.requires_grad:
+            (second,) = torch.autograd.grad(first.square().sum(), student, allow_unused=True)
+            assert second is None or second.isfinite().all()
+        if (points == points[0]).all():
+            assert (first == 0).all()
+
+
+def test_spearman_of_constant_ranks_is_one() -> None:
+    loss = reference.perception_coherence_loss(
+        make_case("equal", 7, 2),
+        make_case("gaussian", 7, 2),
+        objective="spearman",
+        reduction="none",
+    )
+    assert (loss == 1).all()
+
+
+def test_empty_anchors_give_zero() -> None:
+    student = torch.zeros(0, 3, requires_grad=True)
+    bank = torch.randn(4, 3, requires_grad=True)
+    for candidates in (None, bank):
+        loss = reference.perception_coherence_loss(
+            student,
+            torch.zeros(0, 2),
+            student_candidates=candidates,
+            teacher_candidates=None if candidates is None else torch.randn(4, 2),
+        )
+        loss.backward()
+        assert loss.item() == 0
+    assert bank.grad is not None
+    assert (bank.grad == 0).all()
+
+
+def test_an_anchor_without_candidates_contributes_zero_and_counts() -> None:
+    points, index = make_case("gaussian", 3, 2), torch.tensor([0, 1, 2])
+    weights = torch.tensor([1.0, 0.0, 0.0])
+    losses = [
+        reference.perception_coherence_loss(
+            points,
+            points,
+            candidate_weights=weights,
+            self_index=index,
+            reduction=reduction,
+            objective="cross_entropy",
+            temperature=1.0,
+        )
+        for reduction in ("none", "mean")
+    ]
+    assert losses[0][0] == 0
+    assert losses[1] == losses[0].sum() / 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_nan_and_inf_give_nan(bad: float, side: str, objective: str) -> None:
+    points = {name: make_case("gaussian", 5, 3, seed=1) for name in ("student", "teacher")}
+    points[side][2, 1] = bad
+    assert reference.perception_coherence_loss(**points, objective=objective).isnan()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("rectangular", [False, True])
+def test_anchor_by_anchor_equals_the_whole(scale: str, rectangular: bool) -> None:
+    student = make_case("gaussian", 7, 3).requires_grad_()
+    teacher = make_case("lattice", 7, 2)
+    arguments = {"scale": scale, "anchor_weights": torch.arange(7), "teacher_temperature": 0.2}
+    leaves = [student]
+    if rectangular:
+        leaves.append(make_case("gaussian", 9, 3, seed=8).requires_grad_())
+        arguments |= {"student_candidates": leaves[1], "teacher_candidates": teacher[[0] * 9]}
+        arguments["candidate_weights"] = torch.rand(9)
+    loss = reference.perception_coherence_loss(student, teacher, **arguments)
+    gradients = torch.autograd.grad(loss, leaves)
+    found, *found_gradients = reference_value_and_grad(student, teacher, **arguments)
+    assert relative_error(found, loss) < 1e-13
+    for ours, expected in zip(found_gradients, gradients, strict=False):
+        assert relative_error(ours, expected) < 1e-12

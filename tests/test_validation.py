@@ -1,0 +1,118 @@
+"""Every wrong argument raises before any work, and the message starts with its name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from pcoherence import PerceptionCoherenceLoss, perception_coherence_loss, soft_rank
+from pcoherence.spec import METRICS, OBJECTIVES, REDUCTIONS, SCALES
+
+X = torch.randn(5, 3)
+Y = torch.randn(5, 4)
+BANK = {"student_candidates": torch.randn(6, 3), "teacher_candidates": torch.randn(6, 4)}
+
+WRONG: list[tuple[str, type[Exception], dict[str, Any]]] = [
+    ("student", TypeError, {"student": [[1.0]]}),
+    ("student", TypeError, {"student": X.long()}),
+    ("student", TypeError, {"student": X.to(torch.complex64)}),
+    ("student", ValueError, {"student": X[0]}),
+    ("student", ValueError, {"student": X[:1], "teacher": Y[:1]}),
+    ("teacher", TypeError, {"teacher": None}),
+    ("teacher", TypeError, {"teacher": Y.double()}),
+    ("teacher", ValueError, {"teacher": Y[:4]}),
+    ("teacher", ValueError, {"teacher": Y[None]}),
+    ("teacher", ValueError, {"teacher": Y.to("meta")}),
+    ("teacher_candidates", ValueError, {"student_candidates": BANK["student_candidates"]}),
+    ("student_candidates", ValueError, {"teacher_candidates": BANK["teacher_candidates"]}),
+    ("student_candidates", ValueError, BANK | {"student_candidates": torch.randn(6, 2)}),
+    ("student_candidates", TypeError, BANK | {"student_candidates": torch.zeros(6, 3).double()}),
+    ("student_candidates", ValueError, {k: v[:1] for k, v in BANK.items()}),
+    ("teacher_candidates", ValueError, BANK | {"teacher_candidates": torch.randn(7, 4)}),
+    ("teacher_candidates", ValueError, BANK | {"teacher_candidates": torch.randn(6, 5)}),
+    ("anchor_weights", ValueError, {"anchor_weights": torch.ones(6)}),
+    ("anchor_weights", ValueError, {"anchor_weights": torch.tensor([1, 1, -1, 1, 1])}),
+    ("anchor_weights", ValueError, {"anchor_weights": torch.ones(5, requires_grad=True)}),
+    ("anchor_weights", TypeError, {"anchor_weights": [1.0] * 5}),
+    ("candidate_weights", ValueError, {"candidate_weights": torch.full((5,), math.nan)}),
+    ("candidate_weights", ValueError, {"candidate_weights": torch.full((5,), math.inf)}),
+    ("candidate_weights", ValueError, BANK | {"candidate_weights": torch.ones(5)}),
+    ("candidate_weights", ValueError, {"candidate_weights": torch.ones(5, 1)}),
+    ("candidate_weights", TypeError, {"candidate_weights": torch.ones(5).to(torch.complex64)}),
+    ("candidate_weights", ValueError, {"candidate_weights": torch.ones(5, device="meta")}),
+    ("self_index", ValueError, {"self_index": "none"}),
+    ("self_index", TypeError, {"self_index": 3}),
+    ("self_index", TypeError, {"self_index": torch.arange(5, dtype=torch.int32)}),
+    ("self_index", ValueError, {"self_index": torch.arange(6)}),
+    ("self_index", ValueError, {"self_index": torch.arange(5) + 1}),
+    ("self_index", ValueError, {"self_index": torch.arange(5) - 2}),
+    ("temperature", ValueError, {"temperature": 0.0}),
+    ("temperature", ValueError, {"temperature": -1}),
+    ("temperature", ValueError, {"temperature": math.nan}),
+    ("temperature", ValueError, {"temperature": math.inf}),
+    ("temperature", TypeError, {"temperature": "0.1"}),
+    ("temperature", TypeError, {"temperature": True}),
+    ("temperature", TypeError, {"temperature": None}),
+    ("teacher_temperature", ValueError, {"teacher_temperature": 0}),
+    ("metric", ValueError, {"metric": "manhattan"}),
+    ("metric", TypeError, {"metric": 2}),
+    ("metric", ValueError, {"metric": lambda a, b: torch.zeros(2, 2)}),
+    ("metric", TypeError, {"metric": lambda a, b: 0.0}),
+    ("teacher_metric", ValueError, {"teacher_metric": "l2"}),
+    ("teacher_metric", ValueError, {"teacher_metric": lambda a, b: torch.zeros(2, 2)}),
+    ("scale", ValueError, {"scale": "mean"}),
+    ("scale", TypeError, {"scale": None}),
+    ("objective", ValueError, {"objective": "l2"}),
+    ("include_self", TypeError, {"include_self": 1}),
+    ("reduction", ValueError, {"reduction": "avg"}),
+    ("method", ValueError, {"method": "sort"}),
+    ("backend", ValueError, {"backend": "mps"}),
+]
+
+
+@pytest.mark.parametrize(("argument", "error", "arguments"), WRONG)
+@pytest.mark.filterwarnings("ignore:pcoherence. using the slow reference")
+def test_message_names_the_argument(
+    argument: str, error: type[Exception], arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(error, match=rf"^{argument}: expected .*; got "):
+        perception_coherence_loss(**({"student": X, "teacher": Y} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("argument", "known"),
+    [
+        ("metric", METRICS),
+        ("scale", SCALES),
+        ("objective", OBJECTIVES),
+        ("reduction", REDUCTIONS),
+    ],
+)
+def test_unknown_names_list_the_known(argument: str, known: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=", ".join(known)):
+        PerceptionCoherenceLoss(**{argument: "?"})
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "arguments"),
+    [
+        ("values", TypeError, {"values": 1.0}),
+        ("values", TypeError, {"values": torch.arange(3)}),
+        ("values", ValueError, {"values": torch.tensor(1.0)}),
+        ("temperature", ValueError, {"temperature": 0}),
+        ("weights", ValueError, {"weights": torch.ones(4)}),
+        ("weights", ValueError, {"weights": torch.ones(1, 5, 3)}),
+        ("weights", ValueError, {"weights": -torch.ones(3)}),
+        ("weights", ValueError, {"weights": torch.ones(3, requires_grad=True)}),
+        ("method", ValueError, {"method": "sort"}),
+        ("backend", ValueError, {"backend": "gpu"}),
+    ],
+)
+def test_soft_rank_message_names_the_argument(
+    argument: str, error: type[Exception], arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(error, match=rf"^{argument}: expected .*; got "):
+        soft_rank(**({"values": torch.randn(5, 3)} | arguments))
