@@ -4,7 +4,6 @@ PCOHERENCE_NO_EXTENSION=1 installs the Python files alone (the reference backend
 """
 
 import os
-import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -37,7 +36,6 @@ def extension_modules():
         # The oldest torch whose stable ABI is used: 2.11.
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
         extra_compile_args={"cxx": flags},
-        extra_link_args=[] if sys.platform == "darwin" else ["-Wl,--strip-all"],
         depends=sorted(str(path) for path in Path("csrc").rglob("*.[hi]*")),
     )
     return [extension], {"build_ext": BuildExtension.with_options(use_ninja=True)}

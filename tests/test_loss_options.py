@@ -34,7 +34,7 @@ def in_double(value: Any) -> Any:
 
 def errors(found: Found, truth: Found) -> tuple[float, float]:
     gradient, expected = (torch.cat([g.double().flatten() for g in x[1]]) for x in (found, truth))
-    return relative_error(found[0], truth[0]), relative_error(gradient, expected)
+    return relative_error(found[0], truth[0], 0.1), relative_error(gradient, expected, 0.1)
 
 
 def check(backend: str, leaves: list[Tensor], constants: dict[str, Any], **options: Any) -> None:
@@ -46,13 +46,14 @@ def check(backend: str, leaves: list[Tensor], constants: dict[str, Any], **optio
         **reference,
     )
     dtype = leaves[0].dtype
-    allowed = tolerances(dtype, errors(evaluate(leaves, constants, **reference), truth))
-    floor = 1e-12 if dtype == torch.float64 else 1e-6
+    brute_force = errors(evaluate(leaves, constants, **reference), truth)
     for method in METHODS:
+        # Brute force is one draw of a rounding error: leave room where nobody chose the method.
+        allowed = tolerances(dtype, brute_force, factor=2.0 if method == "auto" else 4.0)
         found = evaluate(leaves, constants, **options, backend=backend, method=method)
         assert found[0].dtype == dtype
         for error, limit in zip(errors(found, truth), allowed, strict=True):
-            assert error <= limit + floor, f"{method}: {error:.2e} > {limit:.2e}"
+            assert error <= limit, f"{method}: {error:.2e} > {limit:.2e}"
 
 
 def problem(

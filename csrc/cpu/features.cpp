@@ -3,54 +3,79 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace pcoherence {
 namespace {
 
-template <class T>
-double squared_norm(const T* x, std::int64_t width) {
-  double lanes[8] = {};
-  std::int64_t f = 0;
-  for (; f + 8 <= width; f += 8)
-    for (int i = 0; i < 8; ++i) lanes[i] += double(x[f + i]) * double(x[f + i]);
-  for (; f < width; ++f) lanes[0] += double(x[f]) * double(x[f]);
-  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-}
-
-// Mean of the rows listed by `use(i)`.
-template <class T, class Use>
-std::vector<double> mean_of_rows(const T* x, std::int64_t rows, std::int64_t width, Use use) {
-  std::vector<double> sum(width, 0.0);
-  std::int64_t count = 0;
-  for (std::int64_t i = 0; i < rows; ++i) {
-    if (!use(i)) continue;
-    ++count;
-    const T* row = x + i * width;
-    for (std::int64_t f = 0; f < width; ++f) sum[f] += double(row[f]);
-  }
-  for (double& s : sum) s /= double(std::max<std::int64_t>(count, 1));
-  return sum;
-}
-
-template <class T>
-double squared_distance(const T* x, const std::vector<double>& c) {
-  double sum = 0;
-  for (std::size_t f = 0; f < c.size(); ++f) sum += (double(x[f]) - c[f]) * (double(x[f]) - c[f]);
-  return sum;
-}
+// The centre and the spread are estimated from at most this many candidates, evenly spaced: enough to find the
+// middle of a cloud, and a fraction of the cost of one product.
+constexpr std::int64_t kSample = 512;
+// Features that pay for a thread.
+constexpr std::int64_t kGrain = 1 << 15;
 
 double power_of_two_below(double x) { return std::ldexp(1.0, std::ilogb(x)); }
 
-std::uint64_t hash_row(const void* row, std::size_t bytes) {
-  std::uint64_t h = 1469598103934665603ull;
-  const char* p = static_cast<const char*>(row);
-  for (; bytes >= 4; bytes -= 4, p += 4) {
-    std::uint32_t word;
-    std::memcpy(&word, p, 4);
-    h = (h ^ word) * 1099511628211ull;
-  }
-  return h;
+double inverse_length(double length) { return length == 0 ? 0 : 1 / length; }  // a zero vector stays zero
+
+// What the squared distance of equal points to their mean can be: the mean may miss them by its rounding.
+double rounding(const std::vector<double>& centre) {
+  double square = 0;
+  for (const double c : centre) square += c * c;
+  constexpr double epsilon = std::numeric_limits<double>::epsilon();
+  return square * (4 * epsilon) * (4 * epsilon);
 }
+
+// Rows of a matrix, evenly spaced, as directions (times `factor`) or as they are.
+template <class T>
+class Sample {
+ public:
+  Sample(const T* x, std::int64_t rows, std::int64_t width, std::int64_t size, bool directions)
+      : width_(width), count_(std::min(rows, size)), x_(count_ * width), far_(count_) {
+    const std::vector<double> zero(width, 0.0);
+    for (std::int64_t i = 0; i < count_; ++i) {
+      const T* from = x + i * rows / count_ * width;
+      const double length = std::sqrt(kernel().squared_distance_to(from, zero.data(), width));
+      kernel().shift(row(i), from, directions ? inverse_length(length) : 1.0, zero.data(), 1.0, width);
+    }
+  }
+
+  // Mean of the rows no farther from the last centre than `limit`.
+  std::vector<double> mean(double limit) {
+    std::vector<double> sum(width_, 0.0);
+    std::int64_t used = 0;
+    for (std::int64_t i = 0; i < count_; ++i) {
+      if (!(far_[i] <= limit)) continue;
+      ++used;
+      kernel().add_to(sum.data(), row(i), width_);
+    }
+    for (double& s : sum) s /= double(std::max<std::int64_t>(used, 1));
+    return sum;
+  }
+
+  // Median of the squared distances to `centre`.
+  double median(const std::vector<double>& centre) {
+    for (std::int64_t i = 0; i < count_; ++i) {
+      far_[i] = kernel().squared_distance_to(row(i), centre.data(), width_);
+      if (std::isnan(far_[i])) far_[i] = std::numeric_limits<double>::infinity();  // sorting needs an order
+    }
+    std::vector<double> sorted = far_;
+    std::nth_element(sorted.begin(), sorted.begin() + count_ / 2, sorted.end());
+    return sorted[count_ / 2];
+  }
+
+  void copy_first(std::vector<double>& centre) { std::copy(row(0), row(0) + width_, centre.begin()); }
+
+  double farthest() const { return *std::max_element(far_.begin(), far_.end()); }
+
+ private:
+  static const RowKernels<T>& kernel() { return kernels().of<T>(); }
+  T* row(std::int64_t i) { return x_.data() + i * width_; }
+
+  std::int64_t width_, count_;
+  std::vector<T> x_;         // [count, width]
+  std::vector<double> far_;  // [count] squared distances to the last centre
+};
 
 }  // namespace
 
@@ -61,107 +86,88 @@ Features<T>::Features(const FeatureInput<T>& input, Runtime<T>& runtime) : input
     candidates_ = same() ? anchors_ : const_cast<T*>(input.candidates);
     return;
   }
-  anchors_ = runtime.allocate(input.m * input.width);
-  candidates_ = same() ? anchors_ : runtime.allocate(input.n * input.width);
-  if (input.metric == Metric::cosine) {
-    normalise(runtime);
-  } else {
-    // + 0 turns -0 into 0, so that equal rows are equal bit by bit.
-    for (std::int64_t i = 0; i < input.m * input.width; ++i) anchors_[i] = input.anchors[i] + T(0);
-    if (!same())
-      for (std::int64_t i = 0; i < input.n * input.width; ++i) candidates_[i] = input.candidates[i] + T(0);
-  }
-  centre(runtime);
-  find_duplicates();
-  unit_ = input.metric == Metric::euclidean ? 1 / scale_ : 1 / (scale_ * scale_);
-}
-
-template <class T>
-void Features<T>::normalise(Runtime<T>& runtime) {
-  const auto side = [&](const T* from, T* to, T* lengths, std::int64_t rows) {
-    for (std::int64_t i = 0; i < rows; ++i) {
-      const T* x = from + i * input_.width;
-      const double length = std::sqrt(squared_norm(x, input_.width));
-      lengths[i] = static_cast<T>(length);
-      const double factor = length == 0 ? 0 : 1 / length;  // a zero vector has no direction: it stays zero
-      for (std::int64_t f = 0; f < input_.width; ++f)
-        to[i * input_.width + f] = static_cast<T>(double(x[f]) * factor) + T(0);
-    }
+  choose_centre();
+  const auto side = [&](const T* from, T*& to, T*& norms, T*& lengths, std::int64_t rows) {
+    to = runtime.allocate(rows * input.width);
+    norms = runtime.allocate(padded(rows));
+    if (input.metric == Metric::cosine) lengths = runtime.allocate(rows);
+    prepare(from, to, norms, lengths, rows, runtime);
   };
-  anchor_lengths_ = runtime.allocate(input_.m);
-  side(input_.anchors, anchors_, anchor_lengths_, input_.m);
+  side(input.anchors, anchors_, anchor_norms_, anchor_lengths_, input.m);
   if (same()) {
+    candidates_ = anchors_;
+    candidate_norms_ = anchor_norms_;
     candidate_lengths_ = anchor_lengths_;
   } else {
-    candidate_lengths_ = runtime.allocate(input_.n);
-    side(input_.candidates, candidates_, candidate_lengths_, input_.n);
+    side(input.candidates, candidates_, candidate_norms_, candidate_lengths_, input.n);
   }
+  find_duplicates(runtime);
+  unit_ = input.metric == Metric::euclidean ? 1 / scale_ : 1 / (scale_ * scale_);
 }
 
 // The centre is the mean of the half of the candidates that lies nearest to the overall mean, so that a far outlier
 // does not move it, rounded to a power of two near the spread of one coordinate: then x - centre is exact for data on
 // a lattice (integers, quantised or binary features), and distances that tie exactly still do.
 template <class T>
-void Features<T>::centre(Runtime<T>& runtime) {
-  const std::int64_t m = input_.m, n = input_.n, width = input_.width;
-  centre_ = mean_of_rows(candidates_, n, width, [](std::int64_t) { return true; });
-  std::vector<double> far(n);
-  const auto measure = [&] {
-    for (std::int64_t i = 0; i < n; ++i) {
-      far[i] = squared_distance(candidates_ + i * width, centre_);
-      if (std::isnan(far[i])) far[i] = std::numeric_limits<double>::infinity();  // sorting needs an order
-    }
-    std::vector<double> sorted = far;
-    std::nth_element(sorted.begin(), sorted.begin() + n / 2, sorted.end());
-    return sorted[n / 2];
-  };
-  double half = measure();
-  centre_ = mean_of_rows(candidates_, n, width, [&](std::int64_t i) { return far[i] <= half; });
-  half = measure();
-  const double spread = half > 0 ? half : *std::max_element(far.begin(), far.end());
-  if (spread > 0 && std::isfinite(spread)) {
-    const double quantum = power_of_two_below(std::sqrt(spread / double(width)));
+void Features<T>::choose_centre() {
+  const T* x = same() ? input_.anchors : input_.candidates;
+  const bool directions = input_.metric == Metric::cosine;
+  double spread = 0;
+  // Only where the sample is a single point must everybody be asked; if they all are, it is the centre.
+  for (const std::int64_t size : {kSample, input_.n}) {
+    Sample<T> sample(x, input_.n, input_.width, size, directions);
+    const double half = sample.median(sample.mean(0));
+    centre_ = sample.mean(half);
+    spread = sample.median(centre_);
+    if (!(spread > rounding(centre_))) spread = sample.farthest();
+    if (!(spread <= rounding(centre_))) break;
+    sample.copy_first(centre_);
+    spread = 0;
+  }
+  if (!std::isfinite(spread)) {
+    std::fill(centre_.begin(), centre_.end(), 0.0);
+  } else if (spread > 0) {
+    const double quantum = power_of_two_below(std::sqrt(spread / double(input_.width)));
     for (double& c : centre_) c = std::nearbyint(c / quantum) * quantum;
     scale_ = 1 / power_of_two_below(std::sqrt(spread));
-  } else if (!std::isfinite(spread)) {
-    std::fill(centre_.begin(), centre_.end(), 0.0);
   }
+}
 
-  const auto side = [&](T* x, T* norms, std::int64_t rows) {
-    runtime.parallel_for(rows, 1 + (1 << 14) / (width + 1), [&](std::int64_t begin, std::int64_t end, int) {
-      for (std::int64_t i = begin; i < end; ++i) {
-        T* row = x + i * width;
-        for (std::int64_t f = 0; f < width; ++f)
-          row[f] = static_cast<T>((double(row[f]) - centre_[f]) * scale_);
-        norms[i] = static_cast<T>(squared_norm(row, width));
+template <class T>
+void Features<T>::prepare(const T* from, T* to, T* norms, T* lengths, std::int64_t rows, Runtime<T>& runtime) const {
+  const auto& kernel = kernels().of<T>();
+  const std::vector<double> zero(input_.width, 0.0);
+  runtime.parallel_for(rows, 1 + kGrain / (input_.width + 1), [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const T* x = from + i * input_.width;
+      double factor = 1;
+      if (lengths != nullptr) {
+        const double length = std::sqrt(kernel.squared_distance_to(x, zero.data(), input_.width));
+        lengths[i] = static_cast<T>(length);
+        factor = inverse_length(length);
       }
-    });
-  };
-  anchor_norms_ = runtime.allocate(padded(m));
-  std::fill(anchor_norms_ + m, anchor_norms_ + padded(m), T(0));
-  side(anchors_, anchor_norms_, m);
-  if (same()) {
-    candidate_norms_ = anchor_norms_;
-  } else {
-    candidate_norms_ = runtime.allocate(padded(n));
-    std::fill(candidate_norms_ + n, candidate_norms_ + padded(n), T(0));
-    side(candidates_, candidate_norms_, n);
-  }
+      norms[i] = static_cast<T>(kernel.shift(to + i * input_.width, x, factor, centre_.data(), scale_, input_.width));
+    }
+  });
+  std::fill(norms + rows, norms + padded(rows), T(0));
 }
 
 // Matrix products may round differently for different columns, so equal candidates are found by value.
 template <class T>
-void Features<T>::find_duplicates() {
-  const std::size_t bytes = input_.width * sizeof(T);
-  std::vector<std::pair<std::uint64_t, std::int32_t>> order(input_.n);
-  for (std::int64_t i = 0; i < input_.n; ++i)
-    order[i] = {hash_row(candidates_ + i * input_.width, bytes), static_cast<std::int32_t>(i)};
-  std::sort(order.begin(), order.end());
+void Features<T>::find_duplicates(Runtime<T>& runtime) {
   const auto row = [&](std::int32_t i) { return candidates_ + std::int64_t(i) * input_.width; };
+  std::vector<std::pair<std::uint64_t, std::int32_t>> order(input_.n);
+  runtime.parallel_for(input_.n, 1 + kGrain / (input_.width + 1), [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const auto index = static_cast<std::int32_t>(i);
+      order[i] = {kernels().of<T>().hash(row(index), input_.width), index};
+    }
+  });
+  std::sort(order.begin(), order.end());
   for (std::size_t first = 0, i = 1; i < order.size(); ++i) {
     if (order[i].first != order[first].first)
       first = i;
-    else if (std::memcmp(row(order[i].second), row(order[first].second), bytes) == 0)
+    else if (std::memcmp(row(order[i].second), row(order[first].second), input_.width * sizeof(T)) == 0)
       duplicates_.emplace_back(order[i].second, order[first].second);
   }
 }

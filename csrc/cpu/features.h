@@ -49,9 +49,9 @@ class Features {
   void pull_candidates(T* gradient) const { pull(gradient, candidates_, candidate_lengths_, input_.n); }
 
  private:
-  void normalise(Runtime<T>& runtime);
-  void centre(Runtime<T>& runtime);
-  void find_duplicates();
+  void choose_centre();
+  void prepare(const T* from, T* to, T* norms, T* lengths, std::int64_t rows, Runtime<T>& runtime) const;
+  void find_duplicates(Runtime<T>& runtime);
   void pull(T* gradient, const T* prepared, const T* lengths, std::int64_t rows) const;
 
   FeatureInput<T> input_;

@@ -77,6 +77,12 @@ struct RowSum {
 // The stages, by element type.
 template <class T>
 struct RowKernels {
+  // Preparing features, one row of `width` at a time.
+  void (*add_to)(double* sum, const T* x, std::int64_t width);
+  double (*squared_distance_to)(const T* x, const double* centre, std::int64_t width);
+  // out = (x * factor - centre) * scale; returns |out|^2. In place or not.
+  double (*shift)(T* out, const T* x, double factor, const double* centre, double scale, std::int64_t width);
+  std::uint64_t (*hash)(const T* x, std::int64_t width);
   // Appends to `close` the candidates whose gradient products would cancel (see Nearness in distances.h).
   void (*finish_distances)(const DistanceRow<T>&, std::vector<std::int32_t>& close);
   // row[k] = sum_f |anchor_f - candidates_kf|, padding 0
