@@ -10,6 +10,40 @@
 
 namespace pcoherence::PCOH_ISA {
 
+// Where all coefficients fit into registers, an element finds its own by a permutation of them.
+template <class T>
+struct FewBins {
+  static constexpr bool available = false;
+};
+#if defined(PCOH_AVX512)
+template <>
+struct FewBins<float> {
+  static constexpr bool available = true;
+  static constexpr int order = GridOrder<float>::order;
+  static constexpr int most = 32;  // two registers for each of the 8 coefficients: half of the register file
+
+  // field: [bins, order]; bin, x, out: [n]
+  static void evaluate(const float* field, int bins, const std::int32_t* bin, const float* x, int n, float* out) {
+    alignas(64) float columns[order][most] = {};
+    for (int b = 0; b < bins; ++b)
+      for (int q = 0; q < order; ++q) columns[q][b] = field[b * order + q];
+    __m512 low[order], high[order];
+    for (int q = 0; q < order; ++q) {
+      low[q] = _mm512_load_ps(columns[q]);
+      high[q] = _mm512_load_ps(columns[q] + 16);
+    }
+    for (int k = 0; k < n; k += 16) {
+      const __m512i index = _mm512_loadu_si512(bin + k);
+      const __m512 at = _mm512_loadu_ps(x + k);
+      __m512 value = _mm512_permutex2var_ps(low[order - 1], index, high[order - 1]);
+      for (int q = order - 2; q >= 0; --q)
+        value = _mm512_fmadd_ps(value, at, _mm512_permutex2var_ps(low[q], index, high[q]));
+      _mm512_storeu_ps(out + k, value);
+    }
+  }
+};
+#endif
+
 template <class T>
 class Grid {
  public:
@@ -41,7 +75,7 @@ class Grid {
   // ranks[j] = sum_k w_k sigmoid(s_j - s_k)
   void ranks(T* out) {
     convolve(grid_table<T>(Kernel::sigmoid), moments_, fields_, Far::count);
-    for (int j = 0; j < n_; j += lanes) store(out + j, evaluate(fields_, j));
+    evaluate(fields_, out);
   }
 
   // sum_jk w_j w_k softplus(s_j - s_k): moments against coefficients, no gather.
@@ -58,10 +92,12 @@ class Grid {
     spread(r, residual_moments_);
     convolve(table, moments_, fields_, Far::nothing);
     convolve(table, residual_moments_, residual_fields_, Far::nothing);
-    for (int l = 0; l < n_; l += lanes) {
-      const V a = evaluate(fields_, l), b = evaluate(residual_fields_, l);
-      store(out + l, PCOH_ISA::load(r + l) * a - PCOH_ISA::load(w_ + l) * b);
-    }
+    T* pulled = ws_.carry.need<T>(n_);
+    evaluate(fields_, out);
+    evaluate(residual_fields_, pulled);
+    for (int l = 0; l < n_; l += lanes)
+      store(out + l, PCOH_ISA::load(r + l) * PCOH_ISA::load(out + l) -
+                         PCOH_ISA::load(w_ + l) * PCOH_ISA::load(pulled + l));
   }
 
  private:
@@ -89,7 +125,7 @@ class Grid {
   // addition need not wait for the one before; many bins make such conflicts rare, and replicas dear.
   void spread(const T* v, T* out) {
     if (bins_ <= 128)
-      spread_replicated<4>(v, out);
+      spread_replicated<8>(v, out);
     else
       spread_replicated<1>(v, out);
   }
@@ -145,17 +181,25 @@ class Grid {
     }
   }
 
-  // The polynomial of each of the elements k, ..., k + lanes - 1 at its own local coordinate.
-  V evaluate(const T* field, int k) const {
-    const V x = PCOH_ISA::load(x_ + k);
-    V value{};
-    for (int q = order - 8; q >= 0; q -= 8) {
-      V c[8];
-      for (int i = 0; i < 8; ++i) c[i] = rows_of(field + q, k + i);
-      transpose8(c);
-      for (int i = 7; i >= 0; --i) value = value * x + c[i];
+  // out[k] = the polynomial of element k's bin at its own local coordinate.
+  void evaluate(const T* field, T* out) {
+    if constexpr (FewBins<T>::available) {
+      if (bins_ <= FewBins<T>::most) {
+        FewBins<T>::evaluate(field, bins_, bin_, x_, n_, out);
+        return;
+      }
     }
-    return value;
+    for (int k = 0; k < n_; k += lanes) {
+      const V x = PCOH_ISA::load(x_ + k);
+      V value{};
+      for (int q = order - 8; q >= 0; q -= 8) {
+        V c[8];
+        for (int i = 0; i < 8; ++i) c[i] = rows_of(field + q, k + i);
+        transpose8(c);
+        for (int i = 7; i >= 0; --i) value = value * x + c[i];
+      }
+      store(out + k, value);
+    }
   }
 
   // 8 coefficients of element k's bin; float: those of element k + 8 beside them.

@@ -5,6 +5,17 @@
 
 namespace pcoherence::PCOH_ISA {
 
+template <class I>
+struct CountVector;
+template <>
+struct CountVector<std::uint16_t> {
+  typedef std::uint16_t type __attribute__((vector_size(64)));
+};
+template <>
+struct CountVector<std::uint32_t> {
+  typedef std::uint32_t type __attribute__((vector_size(64)));
+};
+
 // The row's candidates: n is padded to the lane count with weights 0.
 template <class T>
 struct Candidates {
@@ -36,64 +47,85 @@ double hard_ranks_sorted(const T* values, const Candidates<T>& c, T* out, Worksp
 // Buckets more crowded than this are left to the sort: comparing within a bucket costs its size per element.
 inline constexpr int kCrowded = 16;
 
-// Exclusive running sums of counts[0..n), n a multiple of 16, in place; returns the largest count.
-inline std::int32_t exclusive_sums(std::int32_t* counts, int n) {
-  using I = index_t<float>;
-  std::int32_t start = 0;
-  I fullest{};
-  const I zero{};
-  for (int b = 0; b < n; b += 16) {
-    const I size = load_as<I>(counts + b);
+template <int step, class V, std::size_t... l>
+inline V lanes_below(V v, std::index_sequence<l...>) {
+  constexpr int n = sizeof...(l);
+  return __builtin_shufflevector(V{}, v, (int(l) < step ? int(l) : n + int(l) - step)...);
+}
+
+// Exclusive running sums of counts[0..n), n a multiple of the 64-byte vector's lanes, in place; returns the largest.
+template <class I>
+int exclusive_sums(I* counts, int n) {
+  typedef typename CountVector<I>::type V;
+  constexpr int lanes = 64 / sizeof(I);
+  constexpr auto all = std::make_index_sequence<lanes>{};
+  I start = 0;
+  V fullest{};
+  for (int b = 0; b < n; b += lanes) {
+    const V size = load_as<V>(counts + b);
     fullest = vmax(size, fullest);
-    I sum = size;  // inclusive, by doubling: add what lies 1, 2, 4, 8 lanes below
-    sum += __builtin_shufflevector(zero, sum, 0, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
-    sum += __builtin_shufflevector(zero, sum, 0, 1, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29);
-    sum += __builtin_shufflevector(zero, sum, 0, 1, 2, 3, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27);
-    sum += __builtin_shufflevector(zero, sum, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    V sum = size;  // inclusive, by doubling: add what lies 1, 2, 4, ... lanes below
+    sum += lanes_below<1>(sum, all);
+    sum += lanes_below<2>(sum, all);
+    sum += lanes_below<4>(sum, all);
+    sum += lanes_below<8>(sum, all);
+    if constexpr (lanes > 16) sum += lanes_below<16>(sum, all);
     store(counts + b, sum - size + start);
-    start += sum[15];
+    start += sum[lanes - 1];
   }
   return max_lane(fullest);
 }
 
-// sorted[p .. p + lanes) against its neighbours up to `window` places away, which hold every value of its bucket:
-// doubled = 2 #{less} + #{equal, itself included}, given that p counts all that lie before; equal without itself.
+// sorted[0 .. lanes) against its neighbours up to `window` places away, which hold every value of its bucket:
+// what 2 #{less} + #{equal, itself included} exceeds 2 position + 1 by; equal: #{equal} without itself.
 template <bool count_equal, class T>
-inline void compare_with_neighbours(const T* sorted, int window, ivec_t<T>& doubled, ivec_t<T>& equal) {
+inline ivec_t<T> compare_with_neighbours(const T* sorted, int window, ivec_t<T>& equal) {
   const vec_t<T> own = load(sorted);
+  const ivec_t<T> one = ivec_t<T>{} + 1;
+  ivec_t<T> excess{};
+  const auto compare = [&](vec_t<T> other) {  // sign(own - other)
+    excess = own > other ? excess + one : excess;
+    excess = own < other ? excess - one : excess;
+    if constexpr (count_equal) equal = own == other ? equal + one : equal;
+  };
   for (int d = 1; d <= window; ++d) {
-    const vec_t<T> before = load(sorted - d), after = load(sorted + d);
-    const auto ge = before >= own, gt = before > own, lt = after < own, le = after <= own;  // 0 or -1
-    doubled += (ge + gt) - (lt + le);
-    if constexpr (count_equal) equal += (gt - ge) + (lt - le);
+    compare(load(sorted - d));
+    compare(load(sorted + d));
   }
+  return excess;
 }
 
-// Equal weights: one pass into buckets of equal width, about one value each, then every value is compared with
-// its neighbours in bucket order as far as the fullest bucket reaches. No branch depends on the data.
+// Buckets for each value: more make the windows shorter and the counters longer (2 measured best).
+inline constexpr int kBucketsPerValue = 2;
+
+// Equal weights: one pass into buckets of equal width, then every value is compared with its neighbours in bucket
+// order as far as the fullest bucket reaches. No branch depends on the data. I: holds every bucket's number.
 // False where a bucket is too crowded; with `want_ties`, `ties` receives sum_jk w_j w_k [v_j = v_k].
-template <bool want_ties, class T>
+template <bool want_ties, class I, class T>
 bool hard_ranks_bucketed(const T* values, const Candidates<T>& c, T low, T high, T* out, double& ties, Workspace& ws) {
   using V = vec_t<T>;
   constexpr int lanes = lanes_v<T>;
-  const int n = c.n, buckets = n;
+  typedef I Index __attribute__((vector_size(lanes_v<T> * sizeof(I))));
+  const int n = c.n, buckets = (kBucketsPerValue * n + 31) / 32 * 32;
   const T per_unit = T(buckets) / (high - low);
   if (!(per_unit <= std::numeric_limits<T>::max())) return false;
 
-  auto* bucket = ws.bucket.need<std::int32_t>(n);
+  auto* bucket = ws.bucket.need<I>(n);
   const V zero{}, top = splat<T>(T(buckets - 1)), beyond = splat<T>(T(buckets));
   for (int k = 0; k < n; k += lanes) {
     const V b = vmin(vmax((load(values + k) - low) * per_unit, zero), top);
-    store(bucket + k, __builtin_convertvector(select(load(c.weights + k) > zero, b, beyond), index_t<T>));
+    // By way of 32 bits: there is no direct conversion to 16, and the compiler would go lane by lane.
+    const auto wide = __builtin_convertvector(select(load(c.weights + k) > zero, b, beyond), index_t<T>);
+    store(bucket + k, __builtin_convertvector(wide, Index));
   }
 
   // The last bucket, of those without weight, stands for itself: it starts where all others end.
-  auto* counts = ws.counts.need<std::int32_t>(buckets + 1);
-  auto* position = ws.arrival.need<std::int32_t>(n);
+  auto* counts = ws.counts.need<I>(buckets + 1);
+  auto* position = ws.arrival.need<I>(n);
   std::memset(counts, 0, sizeof(*counts) * (buckets + 1));
   for (int k = 0; k < n; ++k) position[k] = counts[bucket[k]]++;
-  const std::int32_t fullest = exclusive_sums(counts, buckets);
-  counts[buckets] = c.count;
+  const int fullest = exclusive_sums(counts, buckets);
+  counts[buckets] = static_cast<I>(c.count);
   if (fullest > kCrowded) return false;
 
   // Sentinels on both sides stand for "nothing there": they compare as below before, as above after.
@@ -109,8 +141,8 @@ bool hard_ranks_bucketed(const T* values, const Candidates<T>& c, T low, T high,
   ivec_t<T> iota{}, equal{};
   for (int i = 0; i < lanes; ++i) iota[i] = 2 * i + 1;
   for (int p = 0; p < n; p += lanes) {
-    ivec_t<T> doubled = iota + 2 * p, here{};
-    compare_with_neighbours<want_ties>(sorted + p, window, doubled, here);
+    ivec_t<T> here{};
+    const ivec_t<T> doubled = iota + 2 * p + compare_with_neighbours<want_ties>(sorted + p, window, here);
     store(rank + p, __builtin_convertvector(doubled, V) * scale);
     if (want_ties && p < whole) equal += here;
     if (want_ties && p == whole)
@@ -130,7 +162,12 @@ bool hard_ranks_bucketed(const T* values, const Candidates<T>& c, T low, T high,
 template <bool want_ties, class T>
 double hard_ranks(const T* values, const Candidates<T>& c, T low, T high, T* out, Workspace& ws) {
   double ties = 0;
-  if (c.uniform && high > low && hard_ranks_bucketed<want_ties>(values, c, low, high, out, ties, ws)) return ties;
+  if (c.uniform && high > low) {
+    const bool narrow = kBucketsPerValue * c.n + 32 < std::numeric_limits<std::uint16_t>::max();
+    const auto bucketed =
+        narrow ? hard_ranks_bucketed<want_ties, std::uint16_t, T> : hard_ranks_bucketed<want_ties, std::uint32_t, T>;
+    if (bucketed(values, c, low, high, out, ties, ws)) return ties;
+  }
   return hard_ranks_sorted(values, c, out, ws);
 }
 

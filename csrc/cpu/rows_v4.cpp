@@ -1,5 +1,7 @@
 // Row kernels for x86-64-v4 (AVX-512).
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "rows_prelude.h"
 
 #if defined(__clang__)
@@ -10,6 +12,7 @@
 #endif
 
 #define PCOH_ISA isa_v4
+#define PCOH_AVX512
 #define PCOH_ISA_NAME "v4"
 #include "rows.inc"
 
