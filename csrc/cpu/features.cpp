@@ -87,16 +87,15 @@ Features<T>::Features(const FeatureInput<T>& input, Runtime<T>& runtime) : input
     return;
   }
   choose_centre();
-  const auto side = [&](const T* from, T*& to, T*& norms, T*& lengths, std::int64_t rows) {
+  const auto side = [&](const T* from, T*& to, std::vector<double>& norms, T*& lengths, std::int64_t rows) {
     to = runtime.allocate(rows * input.width);
-    norms = runtime.allocate(padded(rows));
+    norms.assign(padded(rows), 0.0);
     if (input.metric == Metric::cosine) lengths = runtime.allocate(rows);
     prepare(from, to, norms, lengths, rows, runtime);
   };
   side(input.anchors, anchors_, anchor_norms_, anchor_lengths_, input.m);
   if (same()) {
     candidates_ = anchors_;
-    candidate_norms_ = anchor_norms_;
     candidate_lengths_ = anchor_lengths_;
   } else {
     side(input.candidates, candidates_, candidate_norms_, candidate_lengths_, input.n);
@@ -134,7 +133,8 @@ void Features<T>::choose_centre() {
 }
 
 template <class T>
-void Features<T>::prepare(const T* from, T* to, T* norms, T* lengths, std::int64_t rows, Runtime<T>& runtime) const {
+void Features<T>::prepare(const T* from, T* to, std::vector<double>& norms, T* lengths, std::int64_t rows,
+                          Runtime<T>& runtime) const {
   const auto& kernel = kernels().of<T>();
   const std::vector<double> zero(input_.width, 0.0);
   runtime.parallel_for(rows, 1 + kGrain / (input_.width + 1), [&](std::int64_t begin, std::int64_t end, int) {
@@ -146,10 +146,9 @@ void Features<T>::prepare(const T* from, T* to, T* norms, T* lengths, std::int64
         lengths[i] = static_cast<T>(length);
         factor = inverse_length(length);
       }
-      norms[i] = static_cast<T>(kernel.shift(to + i * input_.width, x, factor, centre_.data(), scale_, input_.width));
+      norms[i] = kernel.shift(to + i * input_.width, x, factor, centre_.data(), scale_, input_.width);
     }
   });
-  std::fill(norms + rows, norms + padded(rows), T(0));
 }
 
 // Matrix products may round differently for different columns, so equal candidates are found by value.
@@ -188,8 +187,9 @@ void Features<T>::distances(T* row, std::int64_t anchor, bool order_only, std::v
   }
   const bool root = input_.metric == Metric::euclidean && !order_only;
   const T factor = input_.metric == Metric::cosine ? T(0.5) : T(1);
-  kernels().of<T>().finish_distances({row, input_.n, anchor_norms_[anchor], candidate_norms_, same() ? anchor : -1,
-                                      root, factor, x, candidates_, input_.width},
+  const auto& norms = same() ? anchor_norms_ : candidate_norms_;
+  kernels().of<T>().finish_distances({row, input_.n, anchor_norms_[anchor], norms.data(), same() ? anchor : -1, root,
+                                      factor, x, candidates_, input_.width},
                                      close);
   for (const auto& [candidate, original] : duplicates_) row[candidate] = row[original];
 }

@@ -28,8 +28,8 @@ template <class T>
 struct DistanceRow {
   T* row;                     // [padded(n)] in: a . c_j; out: distances
   std::int64_t n;
-  T anchor_norm;              // |a|^2
-  const T* candidate_norms;   // [padded(n)] |c_j|^2
+  double anchor_norm;             // |a|^2
+  const double* candidate_norms;  // [padded(n)] |c_j|^2
   std::int64_t identical;     // candidate that is this very anchor, or -1
   bool root;                  // distances; otherwise their squares times `factor`
   T factor;

@@ -89,6 +89,11 @@ inline dvec high_half(vec_t<float> v) {
   return __builtin_convertvector(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15), dvec);
 }
 
+inline vec_t<float> join(dvec low, dvec high) {
+  return __builtin_shufflevector(__builtin_convertvector(low, fhalf), __builtin_convertvector(high, fhalf), 0, 1, 2, 3,
+                                 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
 inline double sum_lanes(dvec v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }

@@ -1,0 +1,1 @@
+"""Measurements of pcoherence: every number of the README comes from here."""

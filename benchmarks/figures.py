@@ -1,0 +1,265 @@
+"""The figures that the README quotes: accuracy, speed, memory, repeatability.
+
+`python -m benchmarks.figures` measures, prints a table with the bar that each figure should
+clear, and writes benchmarks/results/figures.json. Run it on an otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+import pcoherence
+from pcoherence.testing import ACCURACY, CASES, make_case, reference_value_and_grad, relative_error
+
+from . import measure
+
+RESULTS = Path(__file__).parent / "results" / "figures.json"
+
+
+class Figure(NamedTuple):
+    """One number, the bar it should clear, and whether it does."""
+
+    name: str
+    measured: str
+    bar: str
+    met: bool
+
+
+def at_most(name: str, value: float, bar: float, unit: str = "") -> Figure:
+    """A figure that should not exceed its bar."""
+    return Figure(name, f"{value:.3g}{unit}", f"at most {bar:g}{unit}", value <= bar)
+
+
+def at_least(name: str, value: float, bar: float, unit: str = "") -> Figure:
+    """A figure that should reach its bar."""
+    return Figure(name, f"{value:.3g}{unit}", f"at least {bar:g}{unit}", value >= bar)
+
+
+# --- accuracy ----------------------------------------------------------------------------------
+
+SIZES = (2, 3, 17, 130, 511, 2047)
+TEMPERATURES = (1e-4, 1e-2, 0.1, 1.0, 10.0)
+ANCHORS = 6
+"""Weighted anchors of a case: the float64 reference costs n^2 for each."""
+MOST_DRAWS = 12
+
+
+def errors(
+    student: Tensor, teacher: Tensor, truth: tuple[Tensor, Tensor], **options: object
+) -> tuple[float, float]:
+    """Relative errors of loss and gradient. A loss of a few points may vanish: floor 0.1."""
+    leaf = student.clone().requires_grad_()
+    loss = pcoherence.perception_coherence_loss(leaf, teacher, **options)  # type: ignore[arg-type]
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+    return relative_error(loss, truth[0], 0.1), relative_error(leaf.grad, truth[1], 0.1)
+
+
+def brute_force(
+    student: Tensor, teacher: Tensor, weights: Tensor, truth: tuple[Tensor, Tensor], tau: float
+) -> tuple[float, float]:
+    """The same errors of the reference run in the features' own precision, anchor by anchor."""
+    leaf = student.clone().requires_grad_()
+    loss = torch.zeros((), dtype=student.dtype)
+    for i in weights.nonzero().flatten().tolist():
+        part = pcoherence.reference.perception_coherence_loss(
+            leaf[i : i + 1],
+            teacher[i : i + 1],
+            student_candidates=leaf,
+            teacher_candidates=teacher,
+            self_index=torch.tensor([i]),
+            temperature=tau,
+            reduction="sum",
+        )
+        loss = loss + part / weights.sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+    return relative_error(loss, truth[0], 0.1), relative_error(leaf.grad, truth[1], 0.1)
+
+
+class Pooled:
+    """Root mean square over draws of (loss error, gradient error)."""
+
+    def __init__(self) -> None:
+        self.squares = [0.0, 0.0]
+        self.draws = 0
+
+    def add(self, found: tuple[float, float]) -> None:
+        """One more draw."""
+        self.squares = [s + e * e for s, e in zip(self.squares, found, strict=True)]
+        self.draws += 1
+
+    def errors(self) -> list[float]:
+        """Loss, gradient."""
+        return [math.sqrt(s / self.draws) for s in self.squares]
+
+
+def pooled_errors(
+    case: str, n: int, tau: float, dtype: torch.dtype
+) -> tuple[dict[str, Pooled], Pooled]:
+    """Errors of each method and of brute force over fresh draws of a case."""
+    methods = {"auto": Pooled(), "scan": Pooled()}
+    brute = Pooled()
+    for draw in range(max(2, min(MOST_DRAWS, 2048 // n))):
+        student = make_case(case, n, 16, dtype=dtype, seed=n + 1000 * draw)
+        teacher = make_case(case, n, 24, dtype=dtype, seed=n + 1000 * draw + 1)
+        weights = torch.zeros(n, dtype=dtype)
+        weights[torch.linspace(0, n - 1, min(n, ANCHORS)).long()] = 1.0
+        options = {"anchor_weights": weights, "temperature": tau}
+        loss, gradient, _ = reference_value_and_grad(student, teacher, **options)
+        brute.add(brute_force(student, teacher, weights, (loss, gradient), tau))
+        for method, pooled in methods.items():
+            found = errors(
+                student, teacher, (loss, gradient), method=method, backend="cpu", **options
+            )
+            pooled.add(found)
+    return methods, brute
+
+
+def accuracy(dtype: torch.dtype, sizes: tuple[int, ...]) -> Iterator[Figure]:
+    """Worst errors over kinds of data, sizes, temperatures and methods, in units of the bar.
+
+    The bar is ACCURACY, or in float32 twice what brute force errs by, where that is larger. At a
+    tiny temperature a few near ties make all of the error: single draws of it say nothing, so
+    both sides are pooled over fresh draws.
+    """
+    names = ("loss", "gradient")
+    worst = dict.fromkeys(names, (0.0, ""))
+    cases = [(c, n, tau) for c in CASES for n in sizes for tau in TEMPERATURES]
+    for case, n, tau in tqdm(cases, desc=f"accuracy {str(dtype)[6:]}", leave=False, disable=None):
+        methods, brute = pooled_errors(case, n, tau, dtype)
+        factor = 2 if dtype == torch.float32 else 0
+        bars = [
+            max(bar, factor * error)
+            for bar, error in zip(ACCURACY[dtype], brute.errors(), strict=True)
+        ]
+        for pooled in methods.values():
+            for name, error, bar in zip(names, pooled.errors(), bars, strict=True):
+                if not error / bar <= worst[name][0]:
+                    worst[name] = (error / bar, f"{case}, n {n}, tau {tau:g}, {error:.1e}")
+    for name, bar in zip(names, ACCURACY[dtype], strict=True):
+        share, where = worst[name]
+        yield Figure(
+            f"{str(dtype)[6:]} {name} error ({where})",
+            f"{share:.2f} of the bar",
+            f"{bar:g}" + (" or 2x brute force" if dtype == torch.float32 else ""),
+            share <= 1,
+        )
+
+
+# --- speed, memory, repeatability --------------------------------------------------------------
+
+
+def against_products(n: int, d: int, bar: float, repeats: int) -> Figure:
+    """Forward and backward against the four matrix products alone."""
+    seconds = measure.interleaved(
+        {"loss": measure.loss_step(n, d, backend="cpu"), "products": measure.four_products(n, d)},
+        repeats,
+    )
+    ratio = measure.median_ratio(seconds["loss"], seconds["products"])
+    ms = statistics.median(seconds["loss"]) * 1e3
+    return at_most(f"n {n:,}, d {d}: times the four products ({ms:.0f} ms)", ratio, bar, "x")
+
+
+def against_reference(n: int, d: int, bar: float, repeats: int) -> Figure:
+    """Forward and backward against the reference."""
+    seconds = measure.interleaved(
+        {
+            "loss": measure.loss_step(n, d, backend="cpu"),
+            "reference": measure.loss_step(n, d, backend="reference"),
+        },
+        repeats,
+    )
+    ratio = measure.median_ratio(seconds["reference"], seconds["loss"])
+    ms = statistics.median(seconds["loss"]) * 1e3
+    name = f"n {n:,}, d {d}: faster than the reference ({ms:.2f} ms)"
+    return at_least(name, ratio, bar, "x")
+
+
+def growth(repeats: int) -> Figure:
+    """Exponent of time in n, from 1,024 to 8,192, by least squares in logarithms."""
+    sizes = (1024, 2048, 4096, 8192)
+    seconds = measure.interleaved(
+        {str(n): measure.loss_step(n, 128, backend="cpu") for n in sizes}, repeats
+    )
+    x = [math.log(n) for n in sizes]
+    y = [math.log(statistics.median(seconds[str(n)])) for n in sizes]
+    slope = statistics.linear_regression(x, y).slope
+    return at_most("growth of time from n 1,024 to 8,192: exponent", slope, 2.2)
+
+
+def memory() -> Figure:
+    """Peak above inputs and gradient."""
+    peak = measure.step_peak_memory(16384, 128) / 2**20
+    return at_most("n 16,384, d 128: peak memory above inputs", peak, 256, " MiB")
+
+
+def repeatable() -> Figure:
+    """Loss and gradient, bit for bit, on repeated runs."""
+    student, teacher = make_case("gaussian", 1501, 40, dtype=torch.float32), torch.randn(1501, 30)
+
+    def run() -> tuple[Tensor, Tensor]:
+        leaf = student.clone().requires_grad_()
+        loss = pcoherence.perception_coherence_loss(leaf, teacher, backend="cpu")
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        return loss.detach(), leaf.grad
+
+    first = run()
+    same = sum(all(map(torch.equal, first, run())) for _ in range(10))
+    return at_least("runs out of 10 equal to the first, bit for bit", same, 10)
+
+
+def figures(quick: bool) -> Iterator[Figure]:
+    """All of them, in the order of the table."""
+    repeats = 3 if quick else 11
+    yield against_reference(64, 128, 1.0, 200)
+    yield against_reference(128, 128, 2.0, 30)
+    yield against_reference(512, 128, 150.0, 3)
+    yield against_products(4096, 512, 1.5, repeats)
+    yield against_products(4096, 128, 2.0, repeats)
+    yield growth(repeats)
+    yield memory()
+    yield repeatable()
+    for dtype in (torch.float32, torch.float64):
+        yield from accuracy(dtype, SIZES[:4] if quick else SIZES)
+
+
+def show(results: list[Figure], where: dict[str, str], console: Console) -> None:
+    """The table, narrow enough for a terminal."""
+    table = Table(title="Figures of pcoherence", caption=", ".join(where.values()))
+    for column in ("figure", "measured", "bar", ""):
+        table.add_column(column)
+    for figure in results:
+        table.add_row(figure.name, figure.measured, figure.bar, "met" if figure.met else "MISSED")
+    console.print(table)
+
+
+def main(write: Callable[[Path, object], None] = measure.write_json) -> None:
+    """Measure, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, smaller sizes")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the JSON goes")
+    arguments = parser.parse_args()
+    results = []
+    for figure in figures(arguments.quick):
+        results.append(figure)
+        tqdm.write(f"{figure.name}: {figure.measured}")
+    where = measure.environment()
+    write(arguments.output, {"environment": where, "figures": [f._asdict() for f in results]})
+    show(results, where, Console(width=100))
+
+
+if __name__ == "__main__":
+    main()
