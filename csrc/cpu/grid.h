@@ -105,20 +105,40 @@ class Grid {
   using Octet = typename Simd<T>::octet;
   static constexpr int lanes = lanes_v<T>;
   static constexpr int order = GridOrder<T>::order;
-  using Powers = typename Simd<T>::powers;
-  static_assert(sizeof(Powers) == order * sizeof(T));
+  static constexpr int parts = order / 8;
+
+  // One value for each term of a bin's polynomial.
+  struct Terms {
+    Octet part[parts] = {};
+
+    static Terms load(const T* p) {
+      Terms t;
+      for (int i = 0; i < parts; ++i) t.part[i] = load_as<Octet>(p + 8 * i);
+      return t;
+    }
+    void store(T* p) const {
+      for (int i = 0; i < parts; ++i) PCOH_ISA::store(p + 8 * i, part[i]);
+    }
+    void add(const Terms& other, T factor) {
+      for (int i = 0; i < parts; ++i) part[i] += other.part[i] * factor;
+    }
+  };
   // What kernel(t) is where t is beyond reach on the far left of a point: 0, 1, or t.
   enum class Far { nothing, count, linear };
 
-  static Powers powers(T x) {
-    Powers p = Powers{} + T(1);
+  // 1, x, x^2, ...
+  static Terms powers(T x) {
+    using Mask = decltype(Octet{} > Octet{});
+    Octet p = Octet{} + T(1);
     T y = x;
-    for (int bit = 1; bit < order; bit *= 2, y *= y) {
-      decltype(p > p) mask{};
-      for (int q = 0; q < order; ++q) mask[q] = (q & bit) ? -1 : 0;
+    for (int bit = 1; bit < 8; bit *= 2, y *= y) {
+      Mask mask{};
+      for (int q = 0; q < 8; ++q) mask[q] = (q & bit) ? -1 : 0;
       p = mask ? p * y : p;
     }
-    return p;
+    Terms t;
+    for (int i = 0; i < parts; ++i, p *= y) t.part[i] = p;
+    return t;
   }
 
   // out[b][q] = sum over k in bin b of v_k x_k^q. Neighbours k go to different replicas of the bins, so that an
@@ -137,14 +157,16 @@ class Grid {
     for (int k = 0; k < n_; k += replicas)
       for (int i = 0; i < replicas; ++i) {
         T* cell = acc + (std::size_t(bin_[k + i]) * replicas + i) * order;
-        store(cell, load_as<Powers>(cell) + powers(x_[k + i]) * v[k + i]);
+        Terms sum = Terms::load(cell);
+        sum.add(powers(x_[k + i]), v[k + i]);
+        sum.store(cell);
       }
     if constexpr (replicas > 1)
       for (int b = 0; b < bins_; ++b) {
         const T* cell = acc + std::size_t(b) * replicas * order;
-        Powers sum = load_as<Powers>(cell);
-        for (int i = 1; i < replicas; ++i) sum += load_as<Powers>(cell + i * order);
-        store(out + std::size_t(b) * order, sum);
+        Terms sum = Terms::load(cell);
+        for (int i = 1; i < replicas; ++i) sum.add(Terms::load(cell + i * order), T(1));
+        sum.store(out + std::size_t(b) * order);
       }
   }
 
@@ -154,30 +176,30 @@ class Grid {
     double count = 0, first = 0;  // of all bins below reach: sum of M_0; linear: sum of the points' positions
     far_total_ = 0;
     for (int b = 0; b < bins_; ++b) {
-      Powers sum[2] = {};
+      Terms sum[2];
       const int begin = b > reach ? b - reach : 0, end = b + reach < bins_ ? b + reach + 1 : bins_;
       for (int c = begin; c < end; ++c) {
         const T* m = moments + std::size_t(c) * order;
         const T* rows = table.at(b - c);
         for (int r = 0; r < order; r += 2) {
-          sum[0] += load_as<Powers>(rows + r * order) * m[r];
-          sum[1] += load_as<Powers>(rows + (r + 1) * order) * m[r + 1];
+          sum[0].add(Terms::load(rows + r * order), m[r]);
+          sum[1].add(Terms::load(rows + (r + 1) * order), m[r + 1]);
         }
       }
-      sum[0] += sum[1];
+      sum[0].add(sum[1], T(1));
       if (far != Far::nothing && begin > 0) {
         const T* m = moments + std::size_t(begin - 1) * order;
         count += double(m[0]);
         first += double(m[0]) * (begin - 1) + double(m[1]) / 2;
         if (far == Far::count) {
-          sum[0][0] += T(count);
+          sum[0].part[0][0] += T(count);
         } else {  // sum_jk w_j w_k (t_j - t_k), kept out of the coefficients: it can dwarf them
           const T* own = moments + std::size_t(b) * order;
           const double own_first = double(own[0]) * b + double(own[1]) / 2;
           far_total_ += unit * (own_first * count - double(own[0]) * first);
         }
       }
-      store(field + std::size_t(b) * order, sum[0]);
+      sum[0].store(field + std::size_t(b) * order);
     }
   }
 

@@ -13,7 +13,6 @@ struct Simd<float> {
   typedef std::int32_t ivec __attribute__((vector_size(64)));  // same lane count and width: masks, bit tricks
   typedef std::int32_t index __attribute__((vector_size(64)));
   typedef float octet __attribute__((vector_size(32)));   // 8 consecutive values of a bin's polynomial
-  typedef float powers __attribute__((vector_size(32)));  // all of them: GridOrder<float>::order
 };
 template <>
 struct Simd<double> {
@@ -22,7 +21,6 @@ struct Simd<double> {
   typedef std::int64_t ivec __attribute__((vector_size(64)));
   typedef std::int32_t index __attribute__((vector_size(32)));
   typedef double octet __attribute__((vector_size(64)));
-  typedef double powers __attribute__((vector_size(128)));
 };
 
 typedef double dvec __attribute__((vector_size(64)));
