@@ -45,7 +45,7 @@ format: $(VENV)/installed  ## rewrite the files as the linters want them
 	$(BIN)/clang-format -i csrc/*.h csrc/cpu/*
 
 figures: $(VENV)/installed  ## the measured numbers of the README: accuracy, speed, memory (about 10 minutes)
-	$(BIN)/python -m benchmarks.figures
+	$(BIN)/python -m benchmarks.figures --readme
 
 clean:  ## remove everything that the targets made
 	rm -rf $(VENV) build dist *.egg-info pcoherence/*.so demo-output

@@ -1,7 +1,8 @@
 """The figures that the README quotes: accuracy, speed, memory, repeatability.
 
 `python -m benchmarks.figures` measures, prints a table with the bar that each figure should
-clear, and writes benchmarks/results/figures.json. Run it on an otherwise idle machine.
+clear, writes benchmarks/results/figures.json, and with --readme puts the table into README.md.
+Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pcoherence.testing import ACCURACY, CASES, make_case, reference_value_and_g
 from . import measure
 
 RESULTS = Path(__file__).parent / "results" / "figures.json"
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
 
 
 class Figure(NamedTuple):
@@ -246,11 +249,25 @@ def show(results: list[Figure], where: dict[str, str], console: Console) -> None
     console.print(table)
 
 
+def put_into_readme(results: list[Figure], where: dict[str, str]) -> None:
+    """Replace what stands between the two markers."""
+    lines = ["| figure | measured | bar |", "| --- | --- | --- |"]
+    for figure in results:
+        missed = "" if figure.met else ", missed"
+        lines.append(f"| {figure.name} | {figure.measured} | {figure.bar}{missed} |")
+    lines += ["", f"Measured on: {where['processor']}, {where['threads']} threads, "]
+    lines[-1] += f"torch {where['torch']}, commit {where['commit']}."
+    before, rest = README.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    README.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after)
+
+
 def main(write: Callable[[Path, object], None] = measure.write_json) -> None:
     """Measure, print, store."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer repeats, smaller sizes")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the JSON goes")
+    parser.add_argument("--readme", action="store_true", help="also update README.md")
     arguments = parser.parse_args()
     results = []
     for figure in figures(arguments.quick):
@@ -258,6 +275,8 @@ def main(write: Callable[[Path, object], None] = measure.write_json) -> None:
         tqdm.write(f"{figure.name}: {figure.measured}")
     where = measure.environment()
     write(arguments.output, {"environment": where, "figures": [f._asdict() for f in results]})
+    if arguments.readme:
+        put_into_readme(results, where)
     show(results, where, Console(width=100))
 
 

@@ -85,10 +85,10 @@ Array<T> soft_rank(const Array<T>& values, const Array<T>& weights, const std::o
     throw py::value_error("weights, upstream: expected as many as values");
   Array<T> out(values.size());
   Workspace ws;
-  const Status status = named(isa).of<T>().soft_rank(
-      {values.data(), weights.data(), upstream ? upstream->data() : nullptr, out.mutable_data(), values.size(),
-       temperature, static_cast<Method>(parsed)},
-      ws);
+  const Status status =
+      named(isa).of<T>().soft_rank({values.data(), weights.data(), upstream ? upstream->data() : nullptr,
+                                    out.mutable_data(), values.size(), temperature, static_cast<Method>(parsed)},
+                                   ws);
   if (status != Status::ok) throw py::value_error("method: too many bins for this range and temperature");
   return out;
 }
@@ -109,19 +109,26 @@ PYBIND11_MODULE(_C, m) {
   using namespace pcoherence;
   m.doc() = "C++ backend of pcoherence";
   m.def("build_info", &build_info, "Compiler, torch version and instruction sets of this build.");
-  m.def("names", [] {
-    return std::map<std::string, std::vector<std::string>>{{"metric", list(kMetricNames)},
-                                                           {"scale", list(kScaleNames)},
-                                                           {"objective", list(kObjectiveNames)},
-                                                           {"method", list(kMethodNames)}};
-  }, "The option names that the C++ side knows.");
-  m.def("isas", [] {
-    std::vector<std::string> names;
-    for (const Kernels* k : supported_kernels()) names.emplace_back(k->isa);
-    return names;
-  }, "Instruction sets this processor supports, best first.");
-  m.def("set_poison", [](bool on) { poison_workspace = on; }, py::arg("on"),
-        "Fill scratch memory with NaN before use (for tests).");
+  m.def(
+      "names",
+      [] {
+        return std::map<std::string, std::vector<std::string>>{{"metric", list(kMetricNames)},
+                                                               {"scale", list(kScaleNames)},
+                                                               {"objective", list(kObjectiveNames)},
+                                                               {"method", list(kMethodNames)}};
+      },
+      "The option names that the C++ side knows.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (const Kernels* k : supported_kernels()) names.emplace_back(k->isa);
+        return names;
+      },
+      "Instruction sets this processor supports, best first.");
+  m.def(
+      "set_poison", [](bool on) { poison_workspace = on; }, py::arg("on"),
+      "Fill scratch memory with NaN before use (for tests).");
   bind_rows<float>(m, "float32");
   bind_rows<double>(m, "float64");
 }

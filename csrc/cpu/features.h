@@ -50,7 +50,8 @@ class Features {
 
  private:
   void choose_centre();
-  void prepare(const T* from, T* to, std::vector<double>& norms, T* lengths, std::int64_t rows, Runtime<T>& runtime) const;
+  void prepare(const T* from, T* to, std::vector<double>& norms, T* lengths, std::int64_t rows,
+               Runtime<T>& runtime) const;
   void find_duplicates(Runtime<T>& runtime);
   void pull(T* gradient, const T* prepared, const T* lengths, std::int64_t rows) const;
 
@@ -59,7 +60,7 @@ class Features {
   std::vector<double> anchor_norms_, candidate_norms_;          // [padded(m)], [padded(n)]: squared; empty if same()
   T *anchor_lengths_ = nullptr, *candidate_lengths_ = nullptr;  // cosine: |x| of the input
   std::vector<double> centre_;                                  // [width]
-  double scale_ = 1;  // power of two that features were multiplied by
+  double scale_ = 1;                                            // power of two that features were multiplied by
   double unit_ = 1;
   std::vector<std::pair<std::int32_t, std::int32_t>> duplicates_;  // (candidate, an earlier identical one)
 };

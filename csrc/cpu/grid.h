@@ -96,8 +96,8 @@ class Grid {
     evaluate(fields_, out);
     evaluate(residual_fields_, pulled);
     for (int l = 0; l < n_; l += lanes)
-      store(out + l, PCOH_ISA::load(r + l) * PCOH_ISA::load(out + l) -
-                         PCOH_ISA::load(w_ + l) * PCOH_ISA::load(pulled + l));
+      store(out + l,
+            PCOH_ISA::load(r + l) * PCOH_ISA::load(out + l) - PCOH_ISA::load(w_ + l) * PCOH_ISA::load(pulled + l));
   }
 
  private:
@@ -238,8 +238,8 @@ class Grid {
   Workspace& ws_;
   int n_ = 0, bins_ = 0;
   const T* w_ = nullptr;
-  std::int32_t* bin_ = nullptr;  // [n]
-  T* x_ = nullptr;               // [n], in [-1, 1]
+  std::int32_t* bin_ = nullptr;                         // [n]
+  T* x_ = nullptr;                                      // [n], in [-1, 1]
   T *moments_ = nullptr, *residual_moments_ = nullptr;  // [bins, order]
   T *fields_ = nullptr, *residual_fields_ = nullptr;    // [bins, order]
   double far_total_ = 0;

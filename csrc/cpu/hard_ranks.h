@@ -20,10 +20,10 @@ struct CountVector<std::uint32_t> {
 template <class T>
 struct Candidates {
   int n;
-  const T* weights;    // [n], this anchor's own candidate excluded by weight 0
-  double total;        // W = sum of the weights, > 0
-  int count;           // how many weights are > 0
-  bool uniform;        // all weights > 0 are equal
+  const T* weights;  // [n], this anchor's own candidate excluded by weight 0
+  double total;      // W = sum of the weights, > 0
+  int count;         // how many weights are > 0
+  bool uniform;      // all weights > 0 are equal
 };
 
 // Any weights: sort, then running sums over groups of equal values.

@@ -98,8 +98,8 @@ void check_weights(const OptionalTensor& t, const char* name) {
   if (!t) return;
   const T* w = static_cast<const T*>(t->const_data_ptr());
   for (std::int64_t i = 0; i < t->numel(); ++i)
-    STD_TORCH_CHECK(w[i] >= 0 && w[i] <= std::numeric_limits<T>::max(), name,
-                    ": expected finite weights >= 0, got ", double(w[i]), " at position ", i);
+    STD_TORCH_CHECK(w[i] >= 0 && w[i] <= std::numeric_limits<T>::max(), name, ": expected finite weights >= 0, got ",
+                    double(w[i]), " at position ", i);
 }
 
 void check_self_index(const OptionalTensor& t, std::int64_t n) {
@@ -131,8 +131,8 @@ LossSpec parse_spec(double temperature, double teacher_temperature, const std::s
 }
 
 void check_status(Status status) {
-  STD_TORCH_CHECK(status != Status::too_many_bins,
-                  "method: 'grid' would need more than ", kMaxBins, " bins for a row, one for every ", kBinWidth,
+  STD_TORCH_CHECK(status != Status::too_many_bins, "method: 'grid' would need more than ", kMaxBins,
+                  " bins for a row, one for every ", kBinWidth,
                   " temperatures of its range; use method='scan' or 'auto', or a higher temperature");
 }
 
@@ -199,7 +199,11 @@ struct Inputs {
   template <class T>
   FeatureInput<T> features(const Tensor& anchors, const OptionalTensor& candidates, const std::string& metric,
                            const char* argument) const {
-    return {data<T>(anchors), data<T>(candidates), m(), n(), anchors.size(1),
+    return {data<T>(anchors),
+            data<T>(candidates),
+            m(),
+            n(),
+            anchors.size(1),
             static_cast<Metric>(parse(kMetricNames, metric, argument))};
   }
 
@@ -229,13 +233,15 @@ Tensor gradient_like(bool wanted, const Tensor& features) {
                 : new_tensor({0}, features.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> coherence_sum(
-    Tensor student, OptionalTensor student_candidates, Tensor teacher, OptionalTensor teacher_candidates,
-    Tensor coefficients, OptionalTensor anchor_weights, OptionalTensor candidate_weights, OptionalTensor self_index,
-    double temperature, double teacher_temperature, std::string metric, std::string teacher_metric, std::string scale,
-    std::string objective, std::string method, bool grad_student, bool grad_candidates) {
-  const Inputs inputs{student, student_candidates, teacher, teacher_candidates, anchor_weights, candidate_weights,
-                      self_index};
+std::tuple<Tensor, Tensor, Tensor> coherence_sum(Tensor student, OptionalTensor student_candidates, Tensor teacher,
+                                                 OptionalTensor teacher_candidates, Tensor coefficients,
+                                                 OptionalTensor anchor_weights, OptionalTensor candidate_weights,
+                                                 OptionalTensor self_index, double temperature,
+                                                 double teacher_temperature, std::string metric,
+                                                 std::string teacher_metric, std::string scale, std::string objective,
+                                                 std::string method, bool grad_student, bool grad_candidates) {
+  const Inputs inputs{student,        student_candidates, teacher,   teacher_candidates,
+                      anchor_weights, candidate_weights,  self_index};
   inputs.check_shapes();
   const LossSpec spec = parse_spec(temperature, teacher_temperature, scale, objective, method);
   check_vector(coefficients, "coefficients", inputs.m(), inputs.type());
@@ -258,8 +264,8 @@ Tensor coherence_rows(Tensor student, OptionalTensor student_candidates, Tensor 
                       OptionalTensor candidate_weights, OptionalTensor self_index, double temperature,
                       double teacher_temperature, std::string metric, std::string teacher_metric, std::string scale,
                       std::string objective, std::string method) {
-  const Inputs inputs{student, student_candidates, teacher, teacher_candidates, anchor_weights, candidate_weights,
-                      self_index};
+  const Inputs inputs{student,        student_candidates, teacher,   teacher_candidates,
+                      anchor_weights, candidate_weights,  self_index};
   inputs.check_shapes();
   const LossSpec spec = parse_spec(temperature, teacher_temperature, scale, objective, method);
   const Tensor losses = new_tensor({inputs.m()}, inputs.type());
@@ -354,9 +360,9 @@ Tensor run_soft_rank(const Tensor& values, const OptionalTensor& weights, const 
                     "]");
   }
   if (upstream)
-    STD_TORCH_CHECK(upstream->is_contiguous() && upstream->numel() == rows * n &&
-                        upstream->scalar_type() == values.scalar_type(),
-                    "grad: expected a contiguous tensor like values");
+    STD_TORCH_CHECK(
+        upstream->is_contiguous() && upstream->numel() == rows * n && upstream->scalar_type() == values.scalar_type(),
+        "grad: expected a contiguous tensor like values");
   const auto parsed = static_cast<Method>(parse(kMethodNames, method, "method"));
   const Tensor out = new_tensor({rows, n}, values.scalar_type());
   if (rows * n == 0) return out;

@@ -149,8 +149,8 @@ class FeatureGradient {
       const std::int64_t end = std::min(width_, (s + 1) * slice);
       for (const Pair& p : pairs)
         for (std::int64_t f = s * slice; f < end; ++f) {
-          const T pull = p.value * (features_.anchors()[p.anchor * width_ + f] -
-                                    features_.candidates()[p.candidate * width_ + f]);
+          const T pull =
+              p.value * (features_.anchors()[p.anchor * width_ + f] - features_.candidates()[p.candidate * width_ + f]);
           if (anchors_ != nullptr) anchors_[p.anchor * width_ + f] += pull;
           if (candidates_ != nullptr) candidates_[p.candidate * width_ + f] += pull;
         }
@@ -228,8 +228,8 @@ class Coherence {
 
   Status run(Results<T>& results) {
     const bool want = results.gradient_anchors != nullptr || results.gradient_candidates != nullptr;
-    FeatureGradient<T> gradient(student_, results.gradient_anchors != nullptr,
-                                results.gradient_candidates != nullptr, runtime_);
+    FeatureGradient<T> gradient(student_, results.gradient_anchors != nullptr, results.gradient_candidates != nullptr,
+                                runtime_);
     FeatureGradient<T> mean_gradient(student_, want_mean(results.gradient_anchors),
                                      want_mean(results.gradient_candidates), runtime_);
     BatchMean<T> student_mean, teacher_mean;
@@ -409,8 +409,8 @@ Status coherence_from_distances(const LossSpec& spec, const T* student, const T*
 }
 
 template <class T>
-Status soft_ranks(const T* values, const T* weights, bool weights_per_row, const T* upstream, T* out,
-                  std::int64_t rows, std::int64_t n, double temperature, Method method, Runtime<T>& runtime) {
+Status soft_ranks(const T* values, const T* weights, bool weights_per_row, const T* upstream, T* out, std::int64_t rows,
+                  std::int64_t n, double temperature, Method method, Runtime<T>& runtime) {
   Team team(runtime.threads());
   std::vector<Status> status(rows, Status::ok);
   team.run(runtime, rows, 1 + kGrain / (n + 1), [&](std::int64_t i, Workspace& ws) {
@@ -423,12 +423,12 @@ Status soft_ranks(const T* values, const T* weights, bool weights_per_row, const
   return Status::ok;
 }
 
-#define PCOH_INSTANTIATE(T)                                                                                          \
-  template Status coherence<T>(const LossSpec&, const FeatureInput<T>&, const FeatureInput<T>&, const Weights<T>&,   \
-                               Results<T>&, Runtime<T>&);                                                            \
-  template Status coherence_from_distances<T>(const LossSpec&, const T*, const T*, std::int64_t, std::int64_t,       \
-                                              const Weights<T>&, T*, T*, double&, Runtime<T>&);                      \
-  template Status soft_ranks<T>(const T*, const T*, bool, const T*, T*, std::int64_t, std::int64_t, double, Method,  \
+#define PCOH_INSTANTIATE(T)                                                                                         \
+  template Status coherence<T>(const LossSpec&, const FeatureInput<T>&, const FeatureInput<T>&, const Weights<T>&,  \
+                               Results<T>&, Runtime<T>&);                                                           \
+  template Status coherence_from_distances<T>(const LossSpec&, const T*, const T*, std::int64_t, std::int64_t,      \
+                                              const Weights<T>&, T*, T*, double&, Runtime<T>&);                     \
+  template Status soft_ranks<T>(const T*, const T*, bool, const T*, T*, std::int64_t, std::int64_t, double, Method, \
                                 Runtime<T>&);
 PCOH_INSTANTIATE(float)
 PCOH_INSTANTIATE(double)

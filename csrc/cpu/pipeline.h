@@ -9,10 +9,10 @@ namespace pcoherence {
 
 template <class T>
 struct Weights {
-  const T* coefficients = nullptr;      // [m] of L_i in the total, or null: only the losses are wanted
-  const T* anchors = nullptr;           // [m] or null; counts for scale "batch" only
-  const T* candidates = nullptr;        // [n] or null
-  const std::int64_t* self = nullptr;   // [m] candidate excluded, -1 for none, or null
+  const T* coefficients = nullptr;     // [m] of L_i in the total, or null: only the losses are wanted
+  const T* anchors = nullptr;          // [m] or null; counts for scale "batch" only
+  const T* candidates = nullptr;       // [n] or null
+  const std::int64_t* self = nullptr;  // [m] candidate excluded, -1 for none, or null
 };
 
 // Gradients are written, not added to; null where not wanted.
@@ -37,7 +37,7 @@ Status coherence_from_distances(const LossSpec& spec, const T* student, const T*
 
 // values, out: [rows, n]; weights: [rows or 1, n] or null; upstream [rows, n] or null (then ranks, not gradients).
 template <class T>
-Status soft_ranks(const T* values, const T* weights, bool weights_per_row, const T* upstream, T* out,
-                  std::int64_t rows, std::int64_t n, double temperature, Method method, Runtime<T>& runtime);
+Status soft_ranks(const T* values, const T* weights, bool weights_per_row, const T* upstream, T* out, std::int64_t rows,
+                  std::int64_t n, double temperature, Method method, Runtime<T>& runtime);
 
 }  // namespace pcoherence

@@ -18,7 +18,7 @@ enum class Status { ok, too_many_bins };
 
 template <class T>
 struct CandidateWeights {
-  std::int64_t n;  // candidates, before padding
+  std::int64_t n;    // candidates, before padding
   const T* weights;  // [padded(n)], the padding 0
   bool uniform;      // all weights > 0 are equal
 };
@@ -26,24 +26,24 @@ struct CandidateWeights {
 // Squared or plain distances of one anchor from the products of features, in place.
 template <class T>
 struct DistanceRow {
-  T* row;                     // [padded(n)] in: a . c_j; out: distances
+  T* row;  // [padded(n)] in: a . c_j; out: distances
   std::int64_t n;
   double anchor_norm;             // |a|^2
   const double* candidate_norms;  // [padded(n)] |c_j|^2
-  std::int64_t identical;     // candidate that is this very anchor, or -1
-  bool root;                  // distances; otherwise their squares times `factor`
+  std::int64_t identical;         // candidate that is this very anchor, or -1
+  bool root;                      // distances; otherwise their squares times `factor`
   T factor;
-  const T* anchor;            // [width] features, for pairs that are too near for products
-  const T* candidates;        // [n, width]
+  const T* anchor;      // [width] features, for pairs that are too near for products
+  const T* candidates;  // [n, width]
   std::int64_t width;
 };
 
 template <class T>
 struct AnchorRow {
-  T* student;               // [padded(n)] in: distances; out: the gradient of coefficient * loss, if wanted
-  T* teacher;               // [padded(n)] distances, or for hard ranks anything in the same order
-  std::int64_t self;        // candidate excluded, or -1
-  double student_mean;      // scale "batch": the mean distance; otherwise ignored
+  T* student;           // [padded(n)] in: distances; out: the gradient of coefficient * loss, if wanted
+  T* teacher;           // [padded(n)] distances, or for hard ranks anything in the same order
+  std::int64_t self;    // candidate excluded, or -1
+  double student_mean;  // scale "batch": the mean distance; otherwise ignored
   double teacher_mean;
   double coefficient;
   bool want_gradient;
@@ -52,9 +52,9 @@ struct AnchorRow {
   double chain;
   bool chain_root;
   // results
-  double loss = 0;          // L_i, without the coefficient
-  double stored_sum = 0;    // sum of what was stored
-  double mean_pull = 0;     // scale "batch": d (coefficient * loss) / d student_mean
+  double loss = 0;        // L_i, without the coefficient
+  double stored_sum = 0;  // sum of what was stored
+  double mean_pull = 0;   // scale "batch": d (coefficient * loss) / d student_mean
   Status status = Status::ok;
 };
 

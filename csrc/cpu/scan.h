@@ -26,8 +26,7 @@ class Scan {
     steps_[0] = 0;
     for (int i = 1; i < n; ++i) steps_[i] = double(s_[items_[i - 1].index]) - double(s_[items_[i].index]);
     for (int i = n; i < n + lanes_v<double>; ++i) steps_[i] = 0;
-    for (int i = 0; i < n; i += lanes_v<double>)
-      store(steps_ + i, exp_nonpositive<double>(PCOH_ISA::load(steps_ + i)));
+    for (int i = 0; i < n; i += lanes_v<double>) store(steps_ + i, exp_nonpositive<double>(PCOH_ISA::load(steps_ + i)));
   }
 
   void ranks(T* out) {
@@ -90,8 +89,8 @@ class Scan {
   // z^1 ... z^8 and z^9 ... z^16
   static Coefficients powers(double z) {
     const double z2 = z * z, z4 = z2 * z2;
-    const dvec a = dvec{z, z2, z, z2, z, z2, z, z2} * dvec{1, 1, z2, z2, 1, 1, z2, z2} *
-                   dvec{1, 1, 1, 1, z4, z4, z4, z4};
+    const dvec a =
+        dvec{z, z2, z, z2, z, z2, z, z2} * dvec{1, 1, z2, z2, 1, 1, z2, z2} * dvec{1, 1, 1, 1, z4, z4, z4, z4};
     return {a, a * (z4 * z4)};
   }
 

@@ -12,7 +12,7 @@ struct Simd<float> {
   typedef float vec __attribute__((vector_size(64)));
   typedef std::int32_t ivec __attribute__((vector_size(64)));  // same lane count and width: masks, bit tricks
   typedef std::int32_t index __attribute__((vector_size(64)));
-  typedef float octet __attribute__((vector_size(32)));   // 8 consecutive values of a bin's polynomial
+  typedef float octet __attribute__((vector_size(32)));  // 8 consecutive values of a bin's polynomial
 };
 template <>
 struct Simd<double> {
@@ -92,9 +92,7 @@ inline vec_t<float> join(dvec low, dvec high) {
                                  4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
-inline double sum_lanes(dvec v) {
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-}
+inline double sum_lanes(dvec v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 // Sums in float64 whatever the element type: row sums then cost no accuracy and need no blocking.
 struct Sum {

@@ -13,7 +13,8 @@ struct GridTable {
   // Bins farther apart than this are beyond reach for every pair of their points.
   static constexpr int bins_in_reach = static_cast<int>(GridOrder<T>::reach / kBinWidth) + 2;
 
-  // [order (r), order (q)]: coefficients of x^q y^r for bins that differ by `difference`, |difference| <= bins_in_reach.
+  // [order (r), order (q)]: coefficients of x^q y^r for bins that differ by `difference`, |difference| <=
+  // bins_in_reach.
   const T* at(int difference) const {
     return values.data() + static_cast<std::size_t>(difference + bins_in_reach) * order * order;
   }

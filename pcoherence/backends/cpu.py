@@ -16,16 +16,16 @@ BLOCK_ELEMENTS = 2**22
 """Numbers a block of anchors may hold while a callable metric is evaluated: 16 MiB in float32."""
 
 
-def _load() -> str | None:
-    """Load the kernels; why they cannot be, or None."""
+def _load() -> tuple[str | None, dict[str, list[str]]]:
+    """Load the kernels: why they cannot be, or None; and the option names they know."""
     try:
-        importlib.import_module("pcoherence._C")
+        extension = importlib.import_module("pcoherence._C")
     except (ImportError, OSError) as error:  # OSError: a shared library that does not link
-        return f"the C++ extension cannot be imported: {error}"
-    return None
+        return f"the C++ extension cannot be imported: {error}", {}
+    return None, extension.names()
 
 
-_LOAD_ERROR = _load()
+_LOAD_ERROR, _NAMES = _load()
 
 
 class CpuBackend:
@@ -38,12 +38,18 @@ class CpuBackend:
         return _LOAD_ERROR
 
     def supports(self, spec: LossSpec, inputs: LossInputs) -> str | None:
-        """Every option, on CPU tensors."""
-        return _objection(inputs.student)
+        """The names that the extension knows, on CPU tensors."""
+        return _objection(inputs.student) or _unknown_name(
+            metric=spec.metric,
+            metric_of_teacher=spec.resolved_teacher_metric,
+            scale=spec.scale,
+            objective=spec.objective,
+            method=spec.method,
+        )
 
     def supports_soft_rank(self, values: Tensor, method: str) -> str | None:
-        """Every option, on CPU tensors."""
-        return _objection(values)
+        """The methods that the extension knows, on CPU tensors."""
+        return _objection(values) or _unknown_name(method=method)
 
     def loss(self, spec: LossSpec, inputs: LossInputs) -> Tensor:
         """Loss and gradient in one pass; memory grows as m + n."""
@@ -72,6 +78,14 @@ class CpuBackend:
 
 def _objection(tensor: Tensor) -> str | None:
     return None if tensor.device.type == "cpu" else f"it needs CPU tensors, not {tensor.device}"
+
+
+def _unknown_name(**options: object) -> str | None:
+    """The first option whose name has not been ported to C++ yet; callables pass."""
+    for option, name in options.items():
+        if isinstance(name, str) and name not in _NAMES[option.split("_")[0]]:
+            return f"{option.split('_')[0]} {name!r} is not part of the C++ extension yet"
+    return None
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

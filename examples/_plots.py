@@ -1,0 +1,102 @@
+"""The plots of the demo, written as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure  # without pyplot no display is needed
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+STUDENT, TEACHER, UNTRAINED = "tab:blue", "tab:green", "tab:gray"
+DPI = 120
+
+
+class Epoch(NamedTuple):
+    """The student at the end of an epoch."""
+
+    loss: float  # mean over the epoch's batches
+    coherence: float  # with the teacher, on the test images
+    accuracy: float  # of nearest neighbours, on the test images
+
+
+def plot_learning(history: Sequence[Epoch], start: Epoch, teacher_accuracy: float) -> Figure:
+    """Loss, coherence and accuracy by epoch; `start` is the untrained student (its loss unused)."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    epochs = np.arange(len(history) + 1)
+    left.plot(epochs[1:], [epoch.loss for epoch in history], ".-", color=STUDENT)
+    left.set(title="Training loss", ylabel="coherence loss (log scale)", yscale="log")
+    _plot_levels(middle, [start.coherence] + [epoch.coherence for epoch in history], 1.0)
+    middle.set(title="Coherence with the teacher", ylabel="mean Spearman correlation, test images")
+    _plot_levels(right, [start.accuracy] + [epoch.accuracy for epoch in history], teacher_accuracy)
+    right.set(title="5-nearest-neighbour accuracy", ylabel="accuracy, test images")
+    for axes in (left, middle, right):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _plot_levels(axes: Axes, student: Sequence[float], teacher: float) -> None:
+    axes.axhline(teacher, color=TEACHER, linestyle="--", label=f"teacher: {teacher:.3f}")
+    axes.plot(student, ".-", color=STUDENT, label=f"student: {student[-1]:.3f} at the end")
+    axes.axhline(
+        student[0], color=UNTRAINED, linestyle=":", label=f"untrained student: {student[0]:.3f}"
+    )
+    axes.legend(loc="center right")
+
+
+def plot_ranks(teacher: NDArray[np.float64], students: Mapping[str, NDArray[np.float64]]) -> Figure:
+    """For each student, its ranks [n, n - 1] of all candidates against the teacher's."""
+    figure = Figure(figsize=(5 * len(students) + 0.6, 5), layout="constrained")
+    panels = figure.subplots(1, len(students), sharey=True)
+    cells = 60
+    # 1: what a cell would hold if the student's ranks had nothing to do with the teacher's.
+    chance = teacher.size / cells**2
+    lowest, highest = 0.03, 30
+    for axes, (title, ranks) in zip(panels, students.items(), strict=True):
+        counts, x_edges, y_edges = np.histogram2d(
+            teacher.ravel(), ranks.ravel(), bins=cells, range=[[0, 1], [0, 1]]
+        )
+        density = np.maximum(counts.T / chance, lowest)
+        image = axes.pcolormesh(
+            x_edges, y_edges, density, norm=LogNorm(lowest, highest), cmap="viridis"
+        )
+        axes.plot([0, 1], [0, 1], color="white", linestyle=":", linewidth=1)
+        axes.set(
+            title=title, xlabel="rank by the teacher (0: nearest, 1: farthest)", aspect="equal"
+        )
+    panels[0].set_ylabel("rank by the student")
+    figure.colorbar(image, ax=panels, label="density (1: unrelated ranks)", extend="both")
+    figure.suptitle("Ranks of all test images, seen from every test image")
+    return figure
+
+
+def plot_embeddings(embeddings: Mapping[str, Tensor], labels: Tensor) -> Figure:
+    """The first two principal components of each embedding [n, d], coloured by digit."""
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    panels = figure.subplots(1, len(embeddings))
+    first = None
+    for axes, (title, points) in zip(panels, embeddings.items(), strict=True):
+        plane = PCA(2, svd_solver="full").fit_transform(points.double().numpy())
+        # The sign of a component means nothing: let it follow the first embedding's.
+        first = plane if first is None else first
+        plane = plane * np.sign(np.sum(plane * first, axis=0))
+        dots = axes.scatter(*plane.T, c=labels.numpy(), s=9, cmap="tab10", vmin=-0.5, vmax=9.5)
+        axes.set(title=title, xticks=[], yticks=[], xlabel="first component")
+    panels[0].set_ylabel("second component")
+    figure.colorbar(dots, ax=panels, label="digit", ticks=range(10))
+    figure.suptitle("Test images in each embedding: its first two principal components")
+    return figure
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure."""
+    figure.savefig(path, dpi=DPI)
+    return path

@@ -1,0 +1,252 @@
+"""The row kernels of the extension, on every instruction set of this processor."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.special import expit
+from scipy.stats import rankdata
+
+import pcoherence
+
+Row = NDArray[Any]
+
+if pcoherence.available_backends()["cpu"] is not None:
+    pytest.skip(str(pcoherence.available_backends()["cpu"]), allow_module_level=True)
+C: Any = importlib.import_module("pcoherence._C")
+
+SIZES = (2, 3, 17, 33, 130, 1000)
+DTYPES = ("float32", "float64")
+SERIES_ERROR = {"float32": 3e-7, "float64": 1e-11}
+"""What csrc/soft_ranks.h states for the kernels' polynomials, at worst."""
+
+
+def on_every_isa(function: Any) -> Any:
+    return pytest.mark.parametrize("isa", C.isas())(function)
+
+
+def values_of(case: str, n: int, dtype: str) -> Row:
+    """A row of values [n] of a kind from VALUES."""
+    rng = np.random.default_rng(n)
+    values = rng.normal(size=n)
+    tiny = float(np.finfo(dtype).smallest_subnormal)
+    return {
+        "gaussian": lambda: 0.3 * values,  # negative values among them
+        "positive": lambda: np.abs(values),
+        "negative": lambda: -1000 - np.abs(values),
+        "ties": lambda: np.round(2 * values) / 16,
+        "duplicates": lambda: rng.choice(values, n),
+        "equal": lambda: np.full(n, 0.7),
+        "zeros": lambda: np.where(rng.random(n) < 0.5, -0.0, 0.0),
+        "signed zeros": lambda: np.where(rng.random(n) < 0.5, 0.0, values) * -1.0,
+        "outlier": lambda: np.where(np.arange(n) == n // 2, 1e4, values),
+        "far outlier": lambda: np.where(np.arange(n) == n // 2, -1e30, values),
+        "denormal": lambda: tiny * rng.integers(-5, 6, n),
+        "denormal and normal": lambda: np.where(
+            rng.random(n) < 0.5, values, tiny * np.arange(n)
+        ),
+        "widest": lambda: values / np.abs(values).max() * 0.9 * np.finfo(dtype).max,
+        "neighbours": lambda: 1 + np.finfo(dtype).eps * rng.permutation(n),
+        "exponential": lambda: np.exp(20 * values),  # crowds the buckets
+        "sorted": lambda: np.sort(values),
+        "reversed": lambda: -np.sort(values),
+    }[case]().astype(dtype)  # fmt: skip
+
+
+VALUES = (
+    "gaussian", "positive", "negative", "ties", "duplicates", "equal", "zeros", "signed zeros",
+    "outlier", "far outlier", "denormal", "denormal and normal", "widest", "neighbours",
+    "exponential", "sorted", "reversed",
+)  # fmt: skip
+WEIGHTS = ("ones", "0 and 1", "0 and 0.3", "general", "extreme")
+
+
+def weights_of(kind: str, n: int, dtype: str) -> Row:
+    """Weights [n], the first above 0."""
+    rng = np.random.default_rng(n + 1)
+    kept = (rng.random(n) < 0.7) | (np.arange(n) == 0)
+    return {
+        "ones": np.ones(n),
+        "0 and 1": kept * 1.0,
+        "0 and 0.3": kept * 0.3,
+        "general": kept * rng.uniform(0.1, 2, n),
+        "extreme": 10.0 ** rng.integers(-6, 7, n),
+    }[kind].astype(dtype)
+
+
+def expected_hard_ranks(values: Row, weights: Row) -> tuple[Row, float]:
+    """F and the tie sum in float64; by scipy where the weights allow it."""
+    w = weights.astype(np.float64)
+    _, group = np.unique(values + values.dtype.type(0), return_inverse=True)
+    sums = np.bincount(group, w)
+    below = np.cumsum(sums) - sums
+    ranks = ((below + sums / 2) / w.sum())[group]
+    if len(set(weights[weights > 0])) == 1:
+        kept = weights > 0
+        by_scipy = (rankdata(values[kept]) - 0.5) / kept.sum()
+        np.testing.assert_allclose(ranks[kept], by_scipy, rtol=1e-12)
+    return ranks, float((sums**2).sum())
+
+
+def check_hard_ranks(values: Row, weights: Row, dtype: str, isa: str) -> None:
+    ranks, ties = getattr(C, f"hard_ranks_{dtype}")(values, weights, isa)
+    expected, expected_ties = expected_hard_ranks(values, weights)
+    assert ranks.dtype == dtype
+    kept = weights > 0  # candidates without weight have no rank
+    # Sums of n weights in float64, then one division and one rounding.
+    n_eps = len(values) * np.finfo(np.float64).eps
+    rtol = 2 * np.finfo(dtype).eps + n_eps
+    np.testing.assert_allclose(ranks[kept], expected[kept], rtol=rtol)
+    np.testing.assert_allclose(ties, expected_ties, rtol=4 * n_eps)
+
+
+@on_every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("case", VALUES)
+def test_hard_ranks(case: str, weights: str, dtype: str, isa: str) -> None:
+    for n in SIZES:
+        check_hard_ranks(values_of(case, n, dtype), weights_of(weights, n, dtype), dtype, isa)
+
+
+# 2 buckets a value: 16-bit bucket numbers reach to n = 32,736, 32-bit ones from there.
+@on_every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["gaussian", "ties", "duplicates", "outlier"])
+@pytest.mark.parametrize("n", [32_736, 32_737, 40_000])
+def test_hard_ranks_of_long_rows(n: int, case: str, dtype: str, isa: str) -> None:
+    for weights in ("ones", "0 and 1"):
+        check_hard_ranks(values_of(case, n, dtype), weights_of(weights, n, dtype), dtype, isa)
+
+
+@on_every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_single_weighted_candidate_ranks_in_the_middle(dtype: str, isa: str) -> None:
+    values, weights = values_of("gaussian", 33, dtype), np.zeros(33, dtype)
+    weights[20] = 5
+    ranks, ties = getattr(C, f"hard_ranks_{dtype}")(values, weights, isa)
+    assert ranks[20] == 0.5
+    assert ties == 25
+
+
+class Soft:
+    """Soft ranks of one row, their pullback and the bounds of their errors, in float64."""
+
+    def __init__(
+        self, values: Row, weights: Row, upstream: Row, temperature: float, dtype: str
+    ) -> None:
+        v, w, u = (x.astype(np.float64) for x in (values, weights, upstream))
+        t = (v[:, None] - v[None, :]) / temperature
+        sigmoid, slope = expit(t), expit(t) * expit(-t)
+        self.total = w.sum()
+        self.ranks = 0.5 + sigmoid @ w
+        self.pullback = (u * (slope @ w) - w * (slope @ u)) / temperature
+        # Every kernel value errs by its series, every sum by its length's roundings, ...
+        eps = float(np.finfo(dtype).eps)
+        kernel = SERIES_ERROR[dtype] + eps * np.sqrt(len(v))
+        # ... and every position (v - low) / temperature by roundings of the range.
+        shift = 2 * eps * (1 + np.ptp(v) / temperature)
+        pull = np.abs(u) * (slope @ w) + w * (slope @ np.abs(u))
+        everything = np.abs(u) * self.total + w * np.abs(u).sum()
+        self.ranks_error = kernel * self.total + eps * self.ranks + shift * (slope @ w)
+        self.pullback_error = (kernel * everything + (shift + 4 * eps) * pull) / temperature
+
+
+@functools.cache
+def soft_row(
+    n: int, case: str, kind: str, temperature: float, dtype: str
+) -> tuple[Row, Row, Row, Soft]:
+    """Values, weights, upstream gradient and the truth."""
+    values, weights = values_of(case, n, dtype), weights_of(kind, n, dtype)
+    if case == "far outlier":  # all others are equal from there
+        values = np.where(values < -1e29, values, values.dtype.type(0))
+    # A candidate of weight 0 outside the range of the others counts for nothing, nor is it ranked.
+    low, high = values[weights > 0].min(), values[weights > 0].max()
+    values = np.clip(values, low, high)
+    upstream = np.random.default_rng(n + 2).normal(size=n).astype(dtype)
+    return values, weights, upstream, Soft(values, weights, upstream, temperature, dtype)
+
+
+@on_every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ["grid", "scan", "pairs"])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-2, 0.3, 10.0])
+@pytest.mark.parametrize("case", ["gaussian", "ties", "equal"])
+def test_soft_ranks(case: str, temperature: float, method: str, dtype: str, isa: str) -> None:
+    kernel = getattr(C, f"soft_rank_{dtype}")
+    for n in SIZES:
+        for kind in ("ones", "0 and 1", "general") if n < 1000 else ("general",):
+            values, weights, upstream, truth = soft_row(n, case, kind, temperature, dtype)
+            ranks = kernel(values, weights, None, temperature, method, isa)
+            pulled = kernel(values, weights, upstream, temperature, method, isa)
+            assert ranks.dtype == dtype
+            excess = (np.abs(ranks - truth.ranks) / truth.ranks_error).max()
+            assert excess <= 1, f"ranks, n={n} weights={kind}: {excess:.2f} times the bound"
+            excess = (np.abs(pulled - truth.pullback) / truth.pullback_error).max()
+            assert excess <= 1, f"pullback, n={n} weights={kind}: {excess:.2f} times the bound"
+            # Two comparisons of a pair sum to 1; moving all values together moves no rank.
+            w = weights.astype(np.float64)
+            assert abs(w @ (ranks - 0.5) - truth.total**2 / 2) <= w @ truth.ranks_error
+            assert abs(pulled.sum(dtype=np.float64)) <= truth.pullback_error.sum()
+
+
+@on_every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ["scan", "pairs", "auto"])
+@pytest.mark.parametrize("case", ["outlier", "far outlier", "negative"])
+def test_soft_ranks_of_wide_rows(case: str, method: str, dtype: str, isa: str) -> None:
+    kernel = getattr(C, f"soft_rank_{dtype}")
+    for n in SIZES:
+        values, weights, upstream, truth = soft_row(n, case, "ones", 1e-2, dtype)
+        ranks = kernel(values, weights, None, 1e-2, method, isa)
+        pulled = kernel(values, weights, upstream, 1e-2, method, isa)
+        assert (np.abs(ranks - truth.ranks) <= truth.ranks_error).all()
+        assert (np.abs(pulled - truth.pullback) <= truth.pullback_error).all()
+
+
+@on_every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_too_many_bins_raise(dtype: str, isa: str) -> None:
+    kernel = getattr(C, f"soft_rank_{dtype}")
+    values, ones = np.linspace(0, 1, 17), np.ones(17)
+    largest = 1 / (1.5 * 65_536)  # temperature: bins are 1.5 temperatures wide
+    kernel(values, ones, None, 1.001 * largest, "grid", isa)
+    for upstream in (None, ones):
+        with pytest.raises(ValueError, match="too many bins"):
+            kernel(values, ones, upstream, 0.999 * largest, "grid", isa)
+    assert np.isfinite(kernel(values, ones, None, 0.999 * largest, "auto", isa)).all()
+
+
+@on_every_isa
+@pytest.mark.parametrize("method", ["grid", "scan", "pairs", "auto"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_soft_ranks_of_nan_and_inf_are_nan(dtype: str, bad: float, method: str, isa: str) -> None:
+    kernel = getattr(C, f"soft_rank_{dtype}")
+    for n in SIZES:
+        for position in {0, n // 2, n - 1}:
+            values = values_of("gaussian", n, dtype)
+            values[position] = bad
+            for upstream in (None, np.ones(n, dtype)):
+                assert np.isnan(kernel(values, np.ones(n), upstream, 0.3, method, isa)).all()
+
+
+def test_unknown_names_and_sizes_raise() -> None:
+    row = np.ones(3)
+    for dtype in DTYPES:
+        with pytest.raises(ValueError, match=r"^isa: .*avx9"):
+            getattr(C, f"hard_ranks_{dtype}")(row, row, "avx9")
+        with pytest.raises(ValueError, match=r"^weights: "):
+            getattr(C, f"hard_ranks_{dtype}")(row, row[:2], C.isas()[0])
+        soft = getattr(C, f"soft_rank_{dtype}")
+        with pytest.raises(ValueError, match=r"^isa: .*avx9"):
+            soft(row, row, None, 1.0, "scan", "avx9")
+        with pytest.raises(ValueError, match=r"^method: .*sort"):
+            soft(row, row, None, 1.0, "sort", C.isas()[0])
+        with pytest.raises(ValueError, match=r"^weights, upstream: "):
+            soft(row, row, row[:2], 1.0, "scan", C.isas()[0])
