@@ -1,6 +1,6 @@
 """Builds the C++ extension pcoherence._C; everything else is declared in pyproject.toml.
 
-PCOHERENCE_NO_EXTENSION=1 installs the Python files alone (the reference backend works without a compiler).
+PCOHERENCE_NO_EXTENSION=1 installs the Python files alone: the reference needs no compiler.
 """
 
 import os
@@ -10,7 +10,7 @@ from setuptools import setup
 
 
 def extension_modules():
-    """The extension, or nothing when it is switched off. torch and pybind11 are needed only to build it."""
+    """The extension, or nothing when it is switched off; only building it needs torch."""
     if os.environ.get("PCOHERENCE_NO_EXTENSION") == "1":
         return [], {}
     import pybind11

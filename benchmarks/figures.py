@@ -21,7 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pcoherence
-from pcoherence.testing import ACCURACY, CASES, make_case, reference_value_and_grad, relative_error
+from pcoherence.testing import (
+    ACCURACY,
+    CASES,
+    make_case,
+    reference_value_and_grad,
+    relative_error,
+    root_mean_square,
+    tolerances,
+)
 
 from . import measure
 
@@ -91,29 +99,12 @@ def brute_force(
     return relative_error(loss, truth[0], 0.1), relative_error(leaf.grad, truth[1], 0.1)
 
 
-class Pooled:
-    """Root mean square over draws of (loss error, gradient error)."""
-
-    def __init__(self) -> None:
-        self.squares = [0.0, 0.0]
-        self.draws = 0
-
-    def add(self, found: tuple[float, float]) -> None:
-        """One more draw."""
-        self.squares = [s + e * e for s, e in zip(self.squares, found, strict=True)]
-        self.draws += 1
-
-    def errors(self) -> list[float]:
-        """Loss, gradient."""
-        return [math.sqrt(s / self.draws) for s in self.squares]
-
-
 def pooled_errors(
     case: str, n: int, tau: float, dtype: torch.dtype
-) -> tuple[dict[str, Pooled], Pooled]:
-    """Errors of each method and of brute force over fresh draws of a case."""
-    methods = {"auto": Pooled(), "scan": Pooled()}
-    brute = Pooled()
+) -> tuple[list[tuple[float, float]], tuple[float, float]]:
+    """Errors of each method and of brute force, (loss, gradient), over fresh draws of a case."""
+    methods: dict[str, list[tuple[float, float]]] = {"auto": [], "scan": []}
+    brute = []
     for draw in range(max(2, min(MOST_DRAWS, 2048 // n))):
         student = make_case(case, n, 16, dtype=dtype, seed=n + 1000 * draw)
         teacher = make_case(case, n, 24, dtype=dtype, seed=n + 1000 * draw + 1)
@@ -121,13 +112,13 @@ def pooled_errors(
         weights[torch.linspace(0, n - 1, min(n, ANCHORS)).long()] = 1.0
         options = {"anchor_weights": weights, "temperature": tau}
         loss, gradient, _ = reference_value_and_grad(student, teacher, **options)
-        brute.add(brute_force(student, teacher, weights, (loss, gradient), tau))
+        brute.append(brute_force(student, teacher, weights, (loss, gradient), tau))
         for method, pooled in methods.items():
             found = errors(
                 student, teacher, (loss, gradient), method=method, backend="cpu", **options
             )
-            pooled.add(found)
-    return methods, brute
+            pooled.append(found)
+    return [root_mean_square(each) for each in methods.values()], root_mean_square(brute)
 
 
 def accuracy(dtype: torch.dtype, sizes: tuple[int, ...]) -> Iterator[Figure]:
@@ -142,13 +133,9 @@ def accuracy(dtype: torch.dtype, sizes: tuple[int, ...]) -> Iterator[Figure]:
     cases = [(c, n, tau) for c in CASES for n in sizes for tau in TEMPERATURES]
     for case, n, tau in tqdm(cases, desc=f"accuracy {str(dtype)[6:]}", leave=False, disable=None):
         methods, brute = pooled_errors(case, n, tau, dtype)
-        factor = 2 if dtype == torch.float32 else 0
-        bars = [
-            max(bar, factor * error)
-            for bar, error in zip(ACCURACY[dtype], brute.errors(), strict=True)
-        ]
-        for pooled in methods.values():
-            for name, error, bar in zip(names, pooled.errors(), bars, strict=True):
+        bars = tolerances(dtype, brute) if dtype == torch.float32 else ACCURACY[dtype]
+        for pooled in methods:
+            for name, error, bar in zip(names, pooled, bars, strict=True):
                 if not error / bar <= worst[name][0]:
                     worst[name] = (error / bar, f"{case}, n {n}, tau {tau:g}, {error:.1e}")
     for name, bar in zip(names, ACCURACY[dtype], strict=True):

@@ -197,7 +197,8 @@ def report_comparison(console: Console, batch: int, reference: StepCost, fast: S
     console.print(
         f"Batch {batch:,}: the cpu backend is {faster:,.0f} times as fast as the reference\n"
         f"({computing:,.0f} times, without the time the system takes to hand out memory).\n"
-        f"Their losses {verdict(difference <= LOSS_TOLERANCE)}: relative difference {difference:.0e}."
+        f"Their losses {verdict(difference <= LOSS_TOLERANCE)}: "
+        f"relative difference {difference:.0e}."
     )
 
 

@@ -18,6 +18,12 @@ from .soft_ranks import comparisons, distribution
 HUBER_DELTA = 0.125
 """Where `huber` turns linear. Residuals lie in (-1, 1): torch's 1.0 would stay quadratic."""
 
+RESOLUTION = {torch.float32: 2.0**-22, torch.float64: 2.0**-36}
+"""Residuals of `l1` up to this size have gradient 0: their sign may be nothing but rounding.
+
+Far below 1 / (2 n), by which hard ranks differ.
+"""
+
 SPEARMAN_FLOOR = 8.0
 """Ranks whose standard deviation is below this many machine epsilons count as constant.
 
@@ -60,9 +66,10 @@ def l1(
     temperature: float,
     teacher_temperature: float | None,
 ) -> Tensor:
-    """sum_j w_j |r_j| / W with r = F^S - F^T; subgradient 0 at 0."""
+    """sum_j w_j |r_j| / W with r = F^S - F^T; subgradient 0 at 0, that is up to RESOLUTION."""
     residual = _residual(student, teacher, weights, temperature, teacher_temperature)
-    return _mean(residual.abs(), weights)
+    agree = residual.abs() <= RESOLUTION[residual.dtype]
+    return _mean(torch.where(agree, residual.detach(), residual).abs(), weights)
 
 
 def huber(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -94,16 +95,22 @@ def relative_error(value: Tensor, truth: Tensor, floor: float = 0.0) -> float:
     return error if size == 0 else error / size
 
 
-def tolerances(
-    dtype: torch.dtype, brute_force: tuple[float, float], factor: float = 2.0
-) -> tuple[float, float]:
-    """Allowed relative errors of loss and gradient: ACCURACY, or `factor` x brute force if larger.
+def tolerances(dtype: torch.dtype, brute_force: tuple[float, float]) -> tuple[float, float]:
+    """Allowed relative errors of loss and gradient: ACCURACY, or twice brute force if larger.
 
     `brute_force` are the errors of the reference run in dtype itself: where rounding the
     distances already costs more than ACCURACY, nobody can do better.
     """
     loss, gradient = ACCURACY[dtype]
-    return max(loss, factor * brute_force[0]), max(gradient, factor * brute_force[1])
+    return max(loss, 2 * brute_force[0]), max(gradient, 2 * brute_force[1])
+
+
+def root_mean_square(draws: list[tuple[float, float]]) -> tuple[float, float]:
+    """(loss, gradient) errors of several draws, pooled."""
+    loss, gradient = (
+        math.sqrt(sum(e * e for e in errors) / len(errors)) for errors in zip(*draws, strict=True)
+    )
+    return loss, gradient
 
 
 def rounding_tolerance(dtype: torch.dtype, length: int) -> float:

@@ -24,6 +24,7 @@ from pcoherence.testing import (
     make_case,
     reference_value_and_grad,
     relative_error,
+    root_mean_square,
     tolerances,
 )
 
@@ -79,13 +80,6 @@ def in_double(options: dict[str, Any]) -> dict[str, Any]:
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in options.items()
     }
-
-
-def root_mean_square(draws: list[Errors]) -> Errors:
-    loss, gradient = (
-        math.sqrt(sum(e * e for e in es) / len(es)) for es in zip(*draws, strict=True)
-    )
-    return loss, gradient
 
 
 def some_anchors(n: int, count: int) -> Tensor:

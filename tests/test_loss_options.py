@@ -11,7 +11,13 @@ from torch import Tensor
 
 from pcoherence import perception_coherence_loss, soft_rank
 from pcoherence.spec import METHODS, METRICS, OBJECTIVES, REDUCTIONS, SCALES
-from pcoherence.testing import CASES, make_case, relative_error, tolerances
+from pcoherence.testing import (
+    CASES,
+    make_case,
+    relative_error,
+    root_mean_square,
+    tolerances,
+)
 
 DTYPES = (torch.float64, torch.float32)
 
@@ -46,10 +52,8 @@ def check(backend: str, leaves: list[Tensor], constants: dict[str, Any], **optio
         **reference,
     )
     dtype = leaves[0].dtype
-    brute_force = errors(evaluate(leaves, constants, **reference), truth)
+    allowed = tolerances(dtype, errors(evaluate(leaves, constants, **reference), truth))
     for method in METHODS:
-        # Brute force is one draw of a rounding error: leave room where nobody chose the method.
-        allowed = tolerances(dtype, brute_force, factor=2.0 if method == "auto" else 4.0)
         found = evaluate(leaves, constants, **options, backend=backend, method=method)
         assert found[0].dtype == dtype
         for error, limit in zip(errors(found, truth), allowed, strict=True):
@@ -57,16 +61,20 @@ def check(backend: str, leaves: list[Tensor], constants: dict[str, Any], **optio
 
 
 def problem(
-    n: int, dtype: torch.dtype, rectangular: bool, weighted: bool
+    n: int, dtype: torch.dtype, rectangular: bool, weighted: bool, seed: int = 0
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Leaves and constants: n candidates, and fewer anchors when rectangular."""
     m = max(1, n // 2) if rectangular else n
-    leaves = [make_case("gaussian", m, 5, dtype=dtype, seed=n)]
-    constants: dict[str, Any] = {"teacher": make_case("gaussian", m, 4, dtype=dtype, seed=n + 1)}
-    generator = torch.Generator().manual_seed(n)
+    leaves = [make_case("gaussian", m, 5, dtype=dtype, seed=seed + n)]
+    constants: dict[str, Any] = {
+        "teacher": make_case("gaussian", m, 4, dtype=dtype, seed=seed + n + 1)
+    }
+    generator = torch.Generator().manual_seed(seed + n)
     if rectangular:
-        leaves.append(make_case("gaussian", n, 5, dtype=dtype, seed=n + 2))
-        constants["teacher_candidates"] = make_case("gaussian", n, 4, dtype=dtype, seed=n + 3)
+        leaves.append(make_case("gaussian", n, 5, dtype=dtype, seed=seed + n + 2))
+        constants["teacher_candidates"] = make_case(
+            "gaussian", n, 4, dtype=dtype, seed=seed + n + 3
+        )
         index = torch.randperm(n, generator=generator)[:m]
         constants["self_index"] = torch.where(index % 3 == 0, -1, index)
     if weighted:
@@ -122,8 +130,27 @@ def test_sizes(cpu_backend: str, objective: str, n: int, dtype: torch.dtype) -> 
 def test_temperatures(
     cpu_backend: str, objective: str, temperature: float, dtype: torch.dtype
 ) -> None:
-    leaves, constants = problem(65, dtype, rectangular=False, weighted=True)
-    check(cpu_backend, leaves, constants, objective=objective, temperature=temperature)
+    """Errors pooled over draws: at 1e-4 a few near ties make all of the error of a draw."""
+    options = {"objective": objective, "temperature": temperature}
+    draws: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(8):
+        leaves, constants = problem(65, dtype, rectangular=False, weighted=True, seed=100 * seed)
+        truth = evaluate(
+            [leaf.double() for leaf in leaves],
+            {name: in_double(value) for name, value in constants.items()},
+            **options,
+            backend="reference",
+        )
+        plain = evaluate(leaves, constants, **options, backend="reference")
+        draws.setdefault("reference", []).append(errors(plain, truth))
+        for method in METHODS:
+            found = evaluate(leaves, constants, **options, backend=cpu_backend, method=method)
+            draws.setdefault(method, []).append(errors(found, truth))
+    pooled = {name: root_mean_square(each) for name, each in draws.items()}
+    allowed = tolerances(dtype, pooled.pop("reference"))
+    for method, found_errors in pooled.items():
+        for error, limit in zip(found_errors, allowed, strict=True):
+            assert error <= limit, f"{method}: {error:.2e} > {limit:.2e}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

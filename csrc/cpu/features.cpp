@@ -16,7 +16,13 @@ constexpr std::int64_t kGrain = 1 << 15;
 
 double power_of_two_below(double x) { return std::ldexp(1.0, std::ilogb(x)); }
 
-double inverse_length(double length) { return length == 0 ? 0 : 1 / length; }  // a zero vector stays zero
+// |x|, by which a vector is divided to give its direction; a zero vector, which has none, stays zero.
+template <class T>
+double length_of(const T* x, const std::vector<double>& zero) {
+  const auto width = static_cast<std::int64_t>(zero.size());
+  const double length = std::sqrt(kernels().of<T>().squared_distance_to(x, zero.data(), width));
+  return length == 0 ? std::numeric_limits<double>::infinity() : length;
+}
 
 // What the squared distance of equal points to their mean can be: the mean may miss them by its rounding.
 double rounding(const std::vector<double>& centre) {
@@ -26,7 +32,7 @@ double rounding(const std::vector<double>& centre) {
   return square * (4 * epsilon) * (4 * epsilon);
 }
 
-// Rows of a matrix, evenly spaced, as directions (times `factor`) or as they are.
+// Rows of a matrix, evenly spaced, as directions or as they are.
 template <class T>
 class Sample {
  public:
@@ -35,8 +41,7 @@ class Sample {
     const std::vector<double> zero(width, 0.0);
     for (std::int64_t i = 0; i < count_; ++i) {
       const T* from = x + i * rows / count_ * width;
-      const double length = std::sqrt(kernel().squared_distance_to(from, zero.data(), width));
-      kernel().shift(row(i), from, directions ? inverse_length(length) : 1.0, zero.data(), 1.0, width);
+      kernel().shift(row(i), from, directions ? length_of(from, zero) : 1.0, zero.data(), 1.0, width);
     }
   }
 
@@ -87,16 +92,16 @@ Features<T>::Features(const FeatureInput<T>& input, Runtime<T>& runtime) : input
     return;
   }
   choose_centre();
-  const auto side = [&](const T* from, T*& to, std::vector<double>& norms, T*& lengths, std::int64_t rows) {
+  const auto side = [&](const T* from, T*& to, std::vector<double>& norms, std::vector<double>& lengths,
+                        std::int64_t rows) {
     to = runtime.allocate(rows * input.width);
     norms.assign(padded(rows), 0.0);
-    if (input.metric == Metric::cosine) lengths = runtime.allocate(rows);
+    if (input.metric == Metric::cosine) lengths.resize(rows);
     prepare(from, to, norms, lengths, rows, runtime);
   };
   side(input.anchors, anchors_, anchor_norms_, anchor_lengths_, input.m);
   if (same()) {
     candidates_ = anchors_;
-    candidate_lengths_ = anchor_lengths_;
   } else {
     side(input.candidates, candidates_, candidate_norms_, candidate_lengths_, input.n);
   }
@@ -133,40 +138,48 @@ void Features<T>::choose_centre() {
 }
 
 template <class T>
-void Features<T>::prepare(const T* from, T* to, std::vector<double>& norms, T* lengths, std::int64_t rows,
-                          Runtime<T>& runtime) const {
-  const auto& kernel = kernels().of<T>();
+void Features<T>::prepare(const T* from, T* to, std::vector<double>& norms, std::vector<double>& lengths,
+                          std::int64_t rows, Runtime<T>& runtime) const {
   const std::vector<double> zero(input_.width, 0.0);
   runtime.parallel_for(rows, 1 + kGrain / (input_.width + 1), [&](std::int64_t begin, std::int64_t end, int) {
     for (std::int64_t i = begin; i < end; ++i) {
       const T* x = from + i * input_.width;
-      double factor = 1;
-      if (lengths != nullptr) {
-        const double length = std::sqrt(kernel.squared_distance_to(x, zero.data(), input_.width));
-        lengths[i] = static_cast<T>(length);
-        factor = inverse_length(length);
-      }
-      norms[i] = kernel.shift(to + i * input_.width, x, factor, centre_.data(), scale_, input_.width);
+      if (!lengths.empty()) lengths[i] = length_of(x, zero);
+      norms[i] =
+          kernels().of<T>().shift(to + i * input_.width, x, length(lengths, i), centre_.data(), scale_, input_.width);
     }
   });
 }
 
-// Matrix products may round differently for different columns, so equal candidates are found by value.
+// Matrix products may round differently for different columns, so equal candidates are found by value: by the value
+// given, since the prepared ones may have lost a difference far smaller than the centre.
 template <class T>
 void Features<T>::find_duplicates(Runtime<T>& runtime) {
-  const auto row = [&](std::int32_t i) { return candidates_ + std::int64_t(i) * input_.width; };
+  const std::int64_t width = input_.width;
+  const std::vector<double> zero(width, 0.0);
+  const auto copy = [&](std::int32_t i, std::vector<T>& to) {
+    const Point<T> point = candidate(i);
+    kernels().of<T>().shift(to.data(), point.x, point.length, zero.data(), 1.0, width);
+  };
   std::vector<std::pair<std::uint64_t, std::int32_t>> order(input_.n);
-  runtime.parallel_for(input_.n, 1 + kGrain / (input_.width + 1), [&](std::int64_t begin, std::int64_t end, int) {
+  runtime.parallel_for(input_.n, 1 + kGrain / (width + 1), [&](std::int64_t begin, std::int64_t end, int) {
+    std::vector<T> row(width);
     for (std::int64_t i = begin; i < end; ++i) {
       const auto index = static_cast<std::int32_t>(i);
-      order[i] = {kernels().of<T>().hash(row(index), input_.width), index};
+      copy(index, row);
+      order[i] = {kernels().of<T>().hash(row.data(), width), index};
     }
   });
   std::sort(order.begin(), order.end());
+  std::vector<T> original(width), row(width);
   for (std::size_t first = 0, i = 1; i < order.size(); ++i) {
-    if (order[i].first != order[first].first)
+    if (order[i].first != order[first].first) {
       first = i;
-    else if (std::memcmp(row(order[i].second), row(order[first].second), input_.width * sizeof(T)) == 0)
+      continue;
+    }
+    copy(order[first].second, original);
+    copy(order[i].second, row);
+    if (std::memcmp(row.data(), original.data(), width * sizeof(T)) == 0)
       duplicates_.emplace_back(order[i].second, order[first].second);
   }
 }
@@ -180,34 +193,40 @@ void Features<T>::products(T* block, std::int64_t begin, std::int64_t rows, Runt
 
 template <class T>
 void Features<T>::distances(T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>& close) const {
-  const T* x = anchors_ + anchor * input_.width;
   if (!from_products(input_.metric)) {
-    kernels().of<T>().cityblock_distances(row, x, candidates_, input_.n, input_.width);
+    kernels().of<T>().cityblock_distances(row, anchors_ + anchor * input_.width, candidates_, input_.n, input_.width);
     return;
   }
-  const bool root = input_.metric == Metric::euclidean && !order_only;
-  const T factor = input_.metric == Metric::cosine ? T(0.5) : T(1);
-  const auto& norms = same() ? anchor_norms_ : candidate_norms_;
-  kernels().of<T>().finish_distances({row, input_.n, anchor_norms_[anchor], norms.data(), same() ? anchor : -1, root,
-                                      factor, x, candidates_, input_.width},
-                                     close);
+  DistanceRow<T> task{};
+  task.row = row;
+  task.n = input_.n;
+  task.anchor_norm = anchor_norms_[anchor];
+  task.candidate_norms = same() ? anchor_norms_.data() : candidate_norms_.data();
+  task.identical = same() ? anchor : -1;
+  task.root = input_.metric == Metric::euclidean && !order_only;
+  task.factor = input_.metric == Metric::cosine ? T(0.5) : T(1);
+  task.anchor = this->anchor(anchor);
+  task.candidates = given_candidates();
+  task.candidate_lengths = lengths_of_candidates().empty() ? nullptr : lengths_of_candidates().data();
+  task.unit = scale_ * scale_;
+  task.width = input_.width;
+  kernels().of<T>().finish_distances(task, close);
   for (const auto& [candidate, original] : duplicates_) row[candidate] = row[original];
 }
 
 template <class T>
-void Features<T>::pull(T* gradient, const T* prepared, const T* lengths, std::int64_t rows) const {
+void Features<T>::pull(T* gradient, const T* given, const std::vector<double>& lengths, std::int64_t rows) const {
   const std::int64_t width = input_.width;
   for (std::int64_t i = 0; i < rows; ++i) {
     T* g = gradient + i * width;
-    const T* x = prepared + i * width;
-    double along = 0, by = scale_;
-    if (lengths != nullptr) {  // cosine: through x / |x|, the prepared row being (x / |x| - centre) * scale
-      by = lengths[i] == 0 ? 0 : scale_ / double(lengths[i]);
-      for (std::int64_t f = 0; f < width; ++f) along += double(g[f]) * (double(x[f]) / scale_ + centre_[f]);
-    }
+    const T* x = given + i * width;
+    const double size = length(lengths, i);
+    double along = 0;  // cosine: through x / |x|, which does not change along x
+    if (!lengths.empty())
+      for (std::int64_t f = 0; f < width; ++f) along += double(g[f]) * (double(x[f]) / size);
     for (std::int64_t f = 0; f < width; ++f) {
-      const double radial = lengths != nullptr ? along * (double(x[f]) / scale_ + centre_[f]) : 0;
-      g[f] = static_cast<T>((double(g[f]) - radial) * by);
+      const double radial = lengths.empty() ? 0.0 : along * (double(x[f]) / size);
+      g[f] = static_cast<T>((double(g[f]) - radial) * (scale_ / size));
     }
   }
 }

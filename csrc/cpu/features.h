@@ -40,27 +40,40 @@ class Features {
   // `order_only`: anything with the order of the distances will do. `close`: see RowKernels::finish_distances.
   void distances(T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>& close) const;
 
+  // Differences of the points as given, in the units of the prepared features: for pairs too close for those.
+  Point<T> anchor(std::int64_t i) const { return {input_.anchors + i * input_.width, length(anchor_lengths_, i)}; }
+  Point<T> candidate(std::int64_t j) const {
+    return {given_candidates() + j * input_.width, length(lengths_of_candidates(), j)};
+  }
+  double scale() const { return scale_; }
+
   // How a gradient w.r.t. distances becomes V of DESIGN section 3: see AnchorRow::chain.
   double chain() const { return input_.metric == Metric::sqeuclidean ? 2.0 : 1.0; }
   bool chain_root() const { return input_.metric == Metric::euclidean; }
 
   // gradient [rows, width] w.r.t. prepared features -> w.r.t. the input features, in place.
-  void pull_anchors(T* gradient) const { pull(gradient, anchors_, anchor_lengths_, input_.m); }
-  void pull_candidates(T* gradient) const { pull(gradient, candidates_, candidate_lengths_, input_.n); }
+  void pull_anchors(T* gradient) const { pull(gradient, input_.anchors, anchor_lengths_, input_.m); }
+  void pull_candidates(T* gradient) const { pull(gradient, given_candidates(), lengths_of_candidates(), input_.n); }
 
  private:
   void choose_centre();
-  void prepare(const T* from, T* to, std::vector<double>& norms, T* lengths, std::int64_t rows,
+  void prepare(const T* from, T* to, std::vector<double>& norms, std::vector<double>& lengths, std::int64_t rows,
                Runtime<T>& runtime) const;
   void find_duplicates(Runtime<T>& runtime);
-  void pull(T* gradient, const T* prepared, const T* lengths, std::int64_t rows) const;
+  void pull(T* gradient, const T* given, const std::vector<double>& lengths, std::int64_t rows) const;
+
+  const T* given_candidates() const { return same() ? input_.anchors : input_.candidates; }
+  const std::vector<double>& lengths_of_candidates() const { return same() ? anchor_lengths_ : candidate_lengths_; }
+  static double length(const std::vector<double>& lengths, std::int64_t i) {
+    return lengths.empty() ? 1.0 : lengths[i];
+  }
 
   FeatureInput<T> input_;
-  T *anchors_ = nullptr, *candidates_ = nullptr;                // [m, width], [n, width]
-  std::vector<double> anchor_norms_, candidate_norms_;          // [padded(m)], [padded(n)]: squared; empty if same()
-  T *anchor_lengths_ = nullptr, *candidate_lengths_ = nullptr;  // cosine: |x| of the input
-  std::vector<double> centre_;                                  // [width]
-  double scale_ = 1;                                            // power of two that features were multiplied by
+  T *anchors_ = nullptr, *candidates_ = nullptr;            // [m, width], [n, width]
+  std::vector<double> anchor_norms_, candidate_norms_;      // [padded(m)], [padded(n)]: squared; empty if same()
+  std::vector<double> anchor_lengths_, candidate_lengths_;  // cosine: |x| as given, infinite for 0; else empty
+  std::vector<double> centre_;                              // [width]
+  double scale_ = 1;                                        // power of two that features were multiplied by
   double unit_ = 1;
   std::vector<std::pair<std::int32_t, std::int32_t>> duplicates_;  // (candidate, an earlier identical one)
 };

@@ -36,7 +36,7 @@ class Pairs {
       for (int k = 0; k < n_; k += lanes) {
         const V t = s_[j] - load_at(s_, k), z = decay(t);
         V log1p{};
-        for (int m = kSeriesDegree - 1; m >= 0; --m) log1p = (log1p + T(series().softplus[m])) * z;
+        for (int m = kSeriesDegree<T> - 1; m >= 0; --m) log1p = (log1p + T(series<T>().softplus[m])) * z;
         sum.add(load_at(w_, k) * (vmax(t, V{}) + log1p));
       }
       result += double(w_[j]) * sum.total();

@@ -147,13 +147,15 @@ class FeatureGradient {
     constexpr std::int64_t slice = 16;
     team.run(runtime_, (width_ + slice - 1) / slice, 1, [&](std::int64_t s, Workspace&) {
       const std::int64_t end = std::min(width_, (s + 1) * slice);
-      for (const Pair& p : pairs)
+      for (const Pair& p : pairs) {
+        const Point<T> a = features_.anchor(p.anchor), c = features_.candidate(p.candidate);
         for (std::int64_t f = s * slice; f < end; ++f) {
-          const T pull =
-              p.value * (features_.anchors()[p.anchor * width_ + f] - features_.candidates()[p.candidate * width_ + f]);
+          const double difference = double(a.x[f]) / a.length - double(c.x[f]) / c.length;
+          const T pull = static_cast<T>(double(p.value) * difference * features_.scale());
           if (anchors_ != nullptr) anchors_[p.anchor * width_ + f] += pull;
           if (candidates_ != nullptr) candidates_[p.candidate * width_ + f] += pull;
         }
+      }
     });
   }
 

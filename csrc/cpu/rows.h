@@ -23,6 +23,13 @@ struct CandidateWeights {
   bool uniform;      // all weights > 0 are equal
 };
 
+// A point as it was given: x / length is what its distances are about (length 1, or |x| for cosine).
+template <class T>
+struct Point {
+  const T* x;  // [width]
+  double length;
+};
+
 // Squared or plain distances of one anchor from the products of features, in place.
 template <class T>
 struct DistanceRow {
@@ -33,9 +40,16 @@ struct DistanceRow {
   std::int64_t identical;         // candidate that is this very anchor, or -1
   bool root;                      // distances; otherwise their squares times `factor`
   T factor;
-  const T* anchor;      // [width] features, for pairs that are too near for products
-  const T* candidates;  // [n, width]
+  // For pairs that are too near for products: the points as given, and what takes their distances to a and c's units.
+  Point<T> anchor;
+  const T* candidates;              // [n, width]
+  const double* candidate_lengths;  // [n], or null: 1
+  double unit;
   std::int64_t width;
+
+  Point<T> candidate(std::int64_t k) const {
+    return {candidates + k * width, candidate_lengths ? candidate_lengths[k] : 1.0};
+  }
 };
 
 template <class T>
@@ -80,8 +94,8 @@ struct RowKernels {
   // Preparing features, one row of `width` at a time.
   void (*add_to)(double* sum, const T* x, std::int64_t width);
   double (*squared_distance_to)(const T* x, const double* centre, std::int64_t width);
-  // out = (x * factor - centre) * scale; returns |out|^2. In place or not.
-  double (*shift)(T* out, const T* x, double factor, const double* centre, double scale, std::int64_t width);
+  // out = (x / length - centre) * scale; returns |out|^2. In place or not.
+  double (*shift)(T* out, const T* x, double length, const double* centre, double scale, std::int64_t width);
   std::uint64_t (*hash)(const T* x, std::int64_t width);
   // Appends to `close` the candidates whose gradient products would cancel (see Nearness in distances.h).
   void (*finish_distances)(const DistanceRow<T>&, std::vector<std::int32_t>& close);

@@ -30,7 +30,7 @@ class Scan {
   }
 
   void ranks(T* out) {
-    const Coefficients c = coefficients(series().sigmoid, false);
+    const Coefficients c = coefficients(series<T>().sigmoid, false);
     double* total = ws_.up.need<double>(n_);
     sweep(w_, c, c, -1.0, total);
     double count = 0;
@@ -43,7 +43,7 @@ class Scan {
 
   // Every pair once, from its upper end: softplus(t) + softplus(-t) = t + 2 log(1 + exp(-t)); k = j counts once.
   double softplus_total() {
-    const Coefficients c = coefficients(series().softplus, false);
+    const Coefficients c = coefficients(series<T>().softplus, false);
     const Coefficients none{};
     double* logs = ws_.up.need<double>(n_);
     sweep(w_, c, none, 1.0, logs);
@@ -59,7 +59,7 @@ class Scan {
   }
 
   void pullback(const T* r, T* out) {
-    const Coefficients c = coefficients(series().sigmoid, true);
+    const Coefficients c = coefficients(series<T>().sigmoid, true);
     double* a = ws_.up.need<double>(n_);
     double* b = ws_.down.need<double>(n_);
     sweep(w_, c, c, 1.0, a);
@@ -71,27 +71,33 @@ class Scan {
   }
 
  private:
-  static_assert(kSeriesDegree == 16, "a power series is held in two vectors of eight");
+  static constexpr int parts = kSeriesDegree<T> / 8;
+  static_assert(kSeriesDegree<T> % 8 == 0, "a power series is held in vectors of eight");
+
+  // One value for each power z^1, z^2, ...
   struct Coefficients {
-    dvec low{}, high{};
+    dvec part[parts] = {};
   };
 
   // slope(t) = -sum_m m c_m z^m: the exact derivative of the sum that gives the ranks.
   static Coefficients coefficients(const double* series, bool derivative) {
     Coefficients c;
-    for (int m = 0; m < 8; ++m) {
-      c.low[m] = series[m] * (derivative ? -(m + 1) : 1);
-      c.high[m] = series[m + 8] * (derivative ? -(m + 9) : 1);
-    }
+    for (int m = 0; m < kSeriesDegree<T>; ++m) c.part[m / 8][m % 8] = series[m] * (derivative ? -(m + 1) : 1);
     return c;
   }
 
-  // z^1 ... z^8 and z^9 ... z^16
   static Coefficients powers(double z) {
     const double z2 = z * z, z4 = z2 * z2;
-    const dvec a =
-        dvec{z, z2, z, z2, z, z2, z, z2} * dvec{1, 1, z2, z2, 1, 1, z2, z2} * dvec{1, 1, 1, 1, z4, z4, z4, z4};
-    return {a, a * (z4 * z4)};
+    Coefficients c;
+    c.part[0] = dvec{z, z2, z, z2, z, z2, z, z2} * dvec{1, 1, z2, z2, 1, 1, z2, z2} * dvec{1, 1, 1, 1, z4, z4, z4, z4};
+    for (int i = 1; i < parts; ++i) c.part[i] = c.part[i - 1] * (z4 * z4);
+    return c;
+  }
+
+  static double dot(const Coefficients& a, const Coefficients& b) {
+    dvec sum{};
+    for (int i = 0; i < parts; ++i) sum += a.part[i] * b.part[i];
+    return sum_lanes(sum);
   }
 
   // out[i] = sum_m up_c_m up_m(i) + sign * sum_m down_c_m down_m(i), in sorted order
@@ -100,17 +106,15 @@ class Scan {
     for (int i = 0; i < n_; ++i) {
       const Coefficients e = powers(steps_[i]);
       const double weight = v[items_[i].index];
-      acc.low = e.low * acc.low + weight;
-      acc.high = e.high * acc.high + weight;
-      out[i] = sum_lanes(acc.low * up_c.low + acc.high * up_c.high);
+      for (int p = 0; p < parts; ++p) acc.part[p] = e.part[p] * acc.part[p] + weight;
+      out[i] = dot(acc, up_c);
     }
     acc = {};
     for (int i = n_ - 2; i >= 0; --i) {
       const Coefficients e = powers(steps_[i + 1]);
       const double weight = v[items_[i + 1].index];
-      acc.low = e.low * (acc.low + weight);
-      acc.high = e.high * (acc.high + weight);
-      out[i] += sign * sum_lanes(acc.low * down_c.low + acc.high * down_c.high);
+      for (int p = 0; p < parts; ++p) acc.part[p] = e.part[p] * (acc.part[p] + weight);
+      out[i] += sign * dot(acc, down_c);
     }
   }
 

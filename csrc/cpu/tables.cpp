@@ -8,7 +8,7 @@ namespace {
 
 // [n (q), n (i)]: T_q at Chebyshev node i, cos(pi q (i + 1/2) / n). Kept, since thousands of fits use it.
 const std::vector<long double>& node_cosines(int n) {
-  static std::array<std::vector<long double>, kSeriesDegree + 1> known;
+  static std::array<std::vector<long double>, kSeriesDegree<double> + 1> known;
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   auto& cosine = known.at(n);
@@ -103,18 +103,20 @@ GridTable<T> build(Kernel kernel) {
   return table;
 }
 
-Series build_series() {
-  Series s{};
+template <class T>
+Series<T> build_series() {
+  constexpr int degree = kSeriesDegree<T>;
+  Series<T> s{};
   // 1 / (1 + z) = 1 - z/2 - z (1 - z) / 2 * p(z) with p(z) = 1 / (1 + z) again: fitting p keeps both ends exact.
-  const auto p = unit_interval_fit([](long double z) { return 1 / (1 + z); }, kSeriesDegree - 1);
-  std::vector<long double> c(kSeriesDegree + 1, 0.0L);
+  const auto p = unit_interval_fit([](long double z) { return 1 / (1 + z); }, degree - 1);
+  std::vector<long double> c(degree + 1, 0.0L);
   c[1] = -0.5L;
-  for (int i = 0; i < kSeriesDegree - 1; ++i) {
+  for (int i = 0; i < degree - 1; ++i) {
     c[i + 1] -= p[i] / 2;
     c[i + 2] += p[i] / 2;
   }
-  const auto l = unit_interval_fit([](long double z) { return z == 0 ? 1.0L : std::log1p(z) / z; }, kSeriesDegree);
-  for (int m = 0; m < kSeriesDegree; ++m) {
+  const auto l = unit_interval_fit([](long double z) { return z == 0 ? 1.0L : std::log1p(z) / z; }, degree);
+  for (int m = 0; m < degree; ++m) {
     s.sigmoid[m] = static_cast<double>(c[m + 1]);
     s.softplus[m] = static_cast<double>(l[m]);
   }
@@ -143,9 +145,12 @@ const GridTable<T>& grid_table(Kernel kernel) {
 template const GridTable<float>& grid_table<float>(Kernel);
 template const GridTable<double>& grid_table<double>(Kernel);
 
-const Series& series() {
-  static const Series s = build_series();
+template <class T>
+const Series<T>& series() {
+  static const Series<T> s = build_series<T>();
   return s;
 }
+template const Series<float>& series<float>();
+template const Series<double>& series<double>();
 
 }  // namespace pcoherence

@@ -26,11 +26,13 @@ template <class T>
 const GridTable<T>& grid_table(Kernel kernel);
 
 // On z in [0, 1]: 1 / (1 + z) = 1 + sum_m sigmoid[m - 1] z^m, exact at both ends;
-//                 log(1 + z) = sum_m softplus[m - 1] z^m, m = 1, ..., kSeriesDegree.
+//                 log(1 + z) = sum_m softplus[m - 1] z^m, m = 1, ..., kSeriesDegree<T>.
+template <class T>
 struct Series {
-  double sigmoid[kSeriesDegree];
-  double softplus[kSeriesDegree];
+  double sigmoid[kSeriesDegree<T>];
+  double softplus[kSeriesDegree<T>];
 };
-const Series& series();
+template <class T>
+const Series<T>& series();
 
 }  // namespace pcoherence
