@@ -1,9 +1,13 @@
-"""The custom operators: schema, fake and autograd declared once; one kernel per device elsewhere.
+"""The custom operators: schema, fake and autograd declared once; the kernels are elsewhere.
 
-The CPU kernels come with `pcoherence._C`. Conventions shared by all operators: tensors are
-contiguous and of one dtype, float32 or float64 (indices int64); candidates of None are the
-anchors themselves; weights of None are ones; self_index None, or an entry of -1, excludes nobody;
-teacher_temperature 0 ranks the teacher hard. Only the student side gets gradients, once.
+A set of operators lives in a namespace of torch.ops. `native` is implemented by the extensions,
+for CPU tensors by `pcoherence._C`; a backend written in Python makes a set of its own, since one
+operator has one implementation for each kind of device.
+
+Conventions shared by all operators: tensors are contiguous and of one dtype, float32 or float64
+(indices int64); candidates of None are the anchors themselves; weights of None are ones;
+self_index None, or an entry of -1, excludes nobody; teacher_temperature 0 ranks the teacher hard.
+Only the student side gets gradients, once.
 
 coherence_sum           total = sum_i coefficients_i L_i, 0-d, with d total / d student [m, ds] and
                         d total / d student_candidates [n, ds] from the same pass; a gradient whose
@@ -21,10 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-NAMESPACE = "pcoherence"
-
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 
 SCHEMAS = (
     "coherence_sum(Tensor student, Tensor? student_candidates, Tensor teacher, "
@@ -48,19 +48,6 @@ SCHEMAS = (
     "soft_rank_backward(Tensor values, Tensor? weights, Tensor grad, float temperature, "
     "str method) -> Tensor",
 )
-
-for _schema in SCHEMAS:
-    _LIBRARY.define(  # type: ignore[no-untyped-call]
-        _schema, tags=(torch.Tag.pt2_compliant_tag,)
-    )
-
-_OPS = torch.ops.pcoherence
-coherence_sum = _OPS.coherence_sum.default
-coherence_rows = _OPS.coherence_rows.default
-coherence_sum_from_distances = _OPS.coherence_sum_from_distances.default
-coherence_rows_from_distances = _OPS.coherence_rows_from_distances.default
-soft_rank = _OPS.soft_rank.default
-soft_rank_backward = _OPS.soft_rank_backward.default
 
 DOUBLE_BACKWARD = (
     "pcoherence: double backward is not supported by the fast backends, which compute the "
@@ -133,16 +120,6 @@ def _coherence_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
     ctx.options = inputs[7:]
 
 
-def _coherence_rows_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * 14
-    needed = ctx.needs_input_grad[:2]
-    if grad is not None and any(needed):
-        points, weights = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        _, *found = coherence_sum(*points, grad.contiguous(), *weights, *ctx.options, *needed)
-        gradients[:2] = [g if need else None for g, need in zip(found, needed, strict=True)]
-    return tuple(gradients)
-
-
 # --- coherence_sum_from_distances --------------------------------------------------------------
 
 
@@ -192,16 +169,6 @@ def _rows_from_distances_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor
     ctx.options = inputs[4:]
 
 
-def _rows_from_distances_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradient = None
-    if grad is not None and ctx.needs_input_grad[0]:
-        student, teacher, *weights = ctx.saved_tensors
-        _, gradient = coherence_sum_from_distances(
-            student, teacher, grad.contiguous(), *weights, *ctx.options, True
-        )
-    return gradient, *(None,) * 8
-
-
 # --- soft_rank ---------------------------------------------------------------------------------
 
 
@@ -213,13 +180,6 @@ def _soft_rank_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:2])
     ctx.options = inputs[2:]
-
-
-def _soft_rank_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradient = None
-    if grad is not None and ctx.needs_input_grad[0]:
-        gradient = soft_rank_backward(*ctx.saved_tensors, grad.contiguous(), *ctx.options)
-    return gradient, None, None, None
 
 
 def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -249,28 +209,89 @@ def _upstream(grad_total: Tensor, saved: Tensor, present: bool) -> Tensor:
     return grad_total * saved
 
 
-def _register() -> None:
-    for name, fake, setup, backward in (
-        ("coherence_sum", _coherence_sum_fake, _coherence_sum_setup, _coherence_sum_backward),
-        ("coherence_rows", _coherence_rows_fake, _coherence_rows_setup, _coherence_rows_backward),
-        (
-            "coherence_sum_from_distances",
-            _sum_from_distances_fake,
-            _sum_from_distances_setup,
-            _sum_from_distances_backward,
-        ),
-        (
-            "coherence_rows_from_distances",
-            _coherence_rows_fake,
-            _rows_from_distances_setup,
-            _rows_from_distances_backward,
-        ),
-        ("soft_rank", _soft_rank_fake, _soft_rank_setup, _soft_rank_backward),
-        ("soft_rank_backward", _soft_rank_fake, _no_setup, _soft_rank_double_backward),
-    ):
-        qualified = f"{NAMESPACE}::{name}"
-        torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-        torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_LIBRARY)
+class Operators:
+    """One set of the operators: torch.ops.<namespace>.coherence_sum.default and so on.
+
+    Args:
+        namespace: where the set is registered; each can be registered once.
+
+    Attributes:
+        library: of torch, to which a backend adds its implementations.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        self.library = torch.library.Library(namespace, "DEF")  # type: ignore[no-untyped-call]
+        for schema in SCHEMAS:
+            self.library.define(  # type: ignore[no-untyped-call]
+                schema, tags=(torch.Tag.pt2_compliant_tag,)
+            )
+        packets = getattr(torch.ops, namespace)
+        self.coherence_sum = packets.coherence_sum.default
+        self.coherence_rows = packets.coherence_rows.default
+        self.coherence_sum_from_distances = packets.coherence_sum_from_distances.default
+        self.coherence_rows_from_distances = packets.coherence_rows_from_distances.default
+        self.soft_rank = packets.soft_rank.default
+        self.soft_rank_backward = packets.soft_rank_backward.default
+        for operator, fake, setup, backward in (
+            (
+                self.coherence_sum,
+                _coherence_sum_fake,
+                _coherence_sum_setup,
+                _coherence_sum_backward,
+            ),
+            (
+                self.coherence_rows,
+                _coherence_rows_fake,
+                _coherence_rows_setup,
+                self._coherence_rows_backward,
+            ),
+            (
+                self.coherence_sum_from_distances,
+                _sum_from_distances_fake,
+                _sum_from_distances_setup,
+                _sum_from_distances_backward,
+            ),
+            (
+                self.coherence_rows_from_distances,
+                _coherence_rows_fake,
+                _rows_from_distances_setup,
+                self._rows_from_distances_backward,
+            ),
+            (self.soft_rank, _soft_rank_fake, _soft_rank_setup, self._soft_rank_backward),
+            (self.soft_rank_backward, _soft_rank_fake, _no_setup, _soft_rank_double_backward),
+        ):
+            torch.library.register_fake(operator, fake, lib=self.library)
+            torch.library.register_autograd(
+                operator, backward, setup_context=setup, lib=self.library
+            )
+
+    def _coherence_rows_backward(self, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None] = [None] * 14
+        needed = ctx.needs_input_grad[:2]
+        if grad is not None and any(needed):
+            points, weights = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+            _, *found = self.coherence_sum(
+                *points, grad.contiguous(), *weights, *ctx.options, *needed
+            )
+            gradients[:2] = [g if need else None for g, need in zip(found, needed, strict=True)]
+        return tuple(gradients)
+
+    def _rows_from_distances_backward(
+        self, ctx: Any, grad: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        gradient = None
+        if grad is not None and ctx.needs_input_grad[0]:
+            student, teacher, *weights = ctx.saved_tensors
+            _, gradient = self.coherence_sum_from_distances(
+                student, teacher, grad.contiguous(), *weights, *ctx.options, True
+            )
+        return gradient, *(None,) * 8
+
+    def _soft_rank_backward(self, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradient = None
+        if grad is not None and ctx.needs_input_grad[0]:
+            gradient = self.soft_rank_backward(*ctx.saved_tensors, grad.contiguous(), *ctx.options)
+        return gradient, None, None, None
 
 
-_register()
+native = Operators("pcoherence")

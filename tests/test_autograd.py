@@ -86,20 +86,20 @@ def operator_calls(requires_grad: bool, weighted: bool) -> dict[str, tuple[Any, 
     names = ("euclidean", "cosine", "anchor", "mse", "auto")
     return {
         "sum": (
-            ops.coherence_sum,
+            ops.native.coherence_sum,
             (*points, coefficients, a, w, index, *temperatures, *names, True, weighted),
         ),
-        "rows": (ops.coherence_rows, (*points, a, w, index, *temperatures, *names)),
+        "rows": (ops.native.coherence_rows, (*points, a, w, index, *temperatures, *names)),
         "sum_from_distances": (
-            ops.coherence_sum_from_distances,
+            ops.native.coherence_sum_from_distances,
             (d, d_teacher, coefficients, w, index, *temperatures, *names[2:], True),
         ),
         "rows_from_distances": (
-            ops.coherence_rows_from_distances,
+            ops.native.coherence_rows_from_distances,
             (d, d_teacher, w, index, *temperatures, *names[2:]),
         ),
-        "soft_rank": (ops.soft_rank, (d, w, 0.3, "auto")),
-        "soft_rank_backward": (ops.soft_rank_backward, (d, w, d_teacher, 0.3, "auto")),
+        "soft_rank": (ops.native.soft_rank, (d, w, 0.3, "auto")),
+        "soft_rank_backward": (ops.native.soft_rank_backward, (d, w, d_teacher, 0.3, "auto")),
     }
 
 

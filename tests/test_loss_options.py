@@ -196,7 +196,7 @@ def test_callable_metric_by_blocks(
     scale: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pcoherence.backends.cpu.BLOCK_ELEMENTS", 300)  # several blocks
+    monkeypatch.setattr("pcoherence.backends.operators.BLOCK_ELEMENTS", 300)  # several blocks
     leaves, constants = problem(17, torch.float64, rectangular, weighted=True)
     for teacher_temperature in (None, 0.3):
         check(

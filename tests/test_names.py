@@ -28,7 +28,7 @@ def rows(student: Tensor, teacher: Tensor, objective: str, backend: str) -> Tens
     """Losses [m] of given distances [m, n] that nothing scales; temperature 1."""
     if backend == "cpu":
         options = (1.0, 0.0, "none", objective, "pairs")
-        return ops.coherence_rows_from_distances(student, teacher, None, None, *options)
+        return ops.native.coherence_rows_from_distances(student, teacher, None, None, *options)
     return objectives.FUNCTIONS[objective](student, teacher, torch.ones_like(student), 1.0, None)
 
 

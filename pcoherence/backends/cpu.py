@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from .. import distances, objectives, ops, reference, soft_ranks
-from ..inputs import LossInputs, candidates
-from ..spec import LossSpec, Metric
-
-BLOCK_ELEMENTS = 2**22
-"""Numbers a block of anchors may hold while a callable metric is evaluated: 16 MiB in float32."""
+from .. import ops
+from .operators import OperatorBackend
 
 
-def _load() -> tuple[str | None, dict[str, list[str]]]:
+def _load() -> tuple[str | None, Mapping[str, list[str]]]:
     """Load the kernels: why they cannot be, or None; and the option names they know."""
     try:
         extension = importlib.import_module("pcoherence._C")
@@ -28,8 +23,8 @@ def _load() -> tuple[str | None, dict[str, list[str]]]:
 _LOAD_ERROR, _NAMES = _load()
 
 
-class CpuBackend:
-    """Adapter of the CPU kernels behind `pcoherence.ops`."""
+class CpuBackend(OperatorBackend):
+    """The kernels of csrc/cpu."""
 
     name = "cpu"
 
@@ -37,185 +32,15 @@ class CpuBackend:
         """Whether the extension was imported."""
         return _LOAD_ERROR
 
-    def supports(self, spec: LossSpec, inputs: LossInputs) -> str | None:
-        """The names that the extension knows, on CPU tensors."""
-        return _objection(inputs.student) or _unknown_name(
-            metric=spec.metric,
-            metric_of_teacher=spec.resolved_teacher_metric,
-            scale=spec.scale,
-            objective=spec.objective,
-            method=spec.method,
-        )
+    def operators(self) -> ops.Operators:
+        """The native set, which the extension implements for CPU tensors."""
+        return ops.native
 
-    def supports_soft_rank(self, values: Tensor, method: str) -> str | None:
-        """The methods that the extension knows, on CPU tensors."""
-        return _objection(values) or _unknown_name(method=method)
+    def known(self) -> Mapping[str, list[str]]:
+        """The names in csrc/spec.h."""
+        return _NAMES
 
-    def loss(self, spec: LossSpec, inputs: LossInputs) -> Tensor:
-        """Loss and gradient in one pass; memory grows as m + n."""
-        if inputs.student.shape[0] == 0:
-            return reference.evaluate(spec, inputs)  # nothing to compute; kernels see m > 0
-        if isinstance(spec.metric, str) and isinstance(spec.resolved_teacher_metric, str):
-            return _loss_from_features(spec, inputs, spec.metric, spec.resolved_teacher_metric)
-        return _loss_by_blocks(spec, inputs)
-
-    def soft_rank(
-        self, values: Tensor, weights: Tensor | None, temperature: float, method: str
-    ) -> Tensor:
-        """Ranks of all leading dimensions in one call, row by row."""
-        if values.numel() == 0:
-            return soft_ranks.ranks(values, weights, temperature)
-        n = values.shape[-1]
-        if weights is not None:
-            one_row = weights.numel() == n and weights.ndim > 0 and weights.shape[-1] == n
-            weights = weights if one_row else weights.expand(values.shape)
-            weights = weights.reshape(n) if one_row else weights.reshape(-1, n)
-            weights = weights.contiguous()
-        rows = values.reshape(-1, n).contiguous()
-        ranks: Tensor = ops.soft_rank(rows, weights, temperature, method)
-        return ranks.reshape(values.shape)
-
-
-def _objection(tensor: Tensor) -> str | None:
-    return None if tensor.device.type == "cpu" else f"it needs CPU tensors, not {tensor.device}"
-
-
-def _unknown_name(**options: object) -> str | None:
-    """The first option whose name has not been ported to C++ yet; callables pass."""
-    for option, name in options.items():
-        if isinstance(name, str) and name not in _NAMES[option.split("_")[0]]:
-            return f"{option.split('_')[0]} {name!r} is not part of the C++ extension yet"
-    return None
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _needs_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-
-
-def _hard_as_zero(teacher_temperature: float | None) -> float:
-    return 0.0 if teacher_temperature is None else teacher_temperature
-
-
-def _loss_from_features(
-    spec: LossSpec, inputs: LossInputs, metric: str, teacher_metric: str
-) -> Tensor:
-    """Named metrics: features in, loss and gradient out of one pass."""
-    student, student_candidates, teacher, teacher_candidates, anchor_weights, *others = (
-        _contiguous(tensor) for tensor in inputs
-    )
-    points = student, student_candidates, teacher, teacher_candidates
-    options = (
-        spec.temperature,
-        _hard_as_zero(spec.teacher_temperature),
-        metric,
-        teacher_metric,
-        spec.scale,
-        spec.objective,
-        spec.method,
-    )
-    if spec.reduction == "none":
-        losses = ops.coherence_rows(*points, anchor_weights, *others, *options)
-        return objectives.reduced(losses, anchor_weights, "none")
-    coefficients = objectives.coefficients(anchor_weights, inputs.student, spec.reduction)
-    flags = _needs_grad(student), _needs_grad(student_candidates)
-    total: Tensor = ops.coherence_sum(
-        *points, coefficients, anchor_weights, *others, *options, *flags
-    )[0]
-    return total
-
-
-def _loss_by_blocks(spec: LossSpec, inputs: LossInputs) -> Tensor:
-    """A callable metric: distances a block of anchors at a time, recomputed in backward.
-
-    Memory stays at one block of distances, and gradients reach the callable's parameters.
-    """
-    m = inputs.student.shape[0]
-    rows = _block_rows(spec, inputs)
-    blocks = [(start, min(start + rows, m)) for start in range(0, m, rows)]
-    student_mean, teacher_mean = _batch_means(spec, inputs, blocks)
-    coefficients = objectives.coefficients(
-        inputs.anchor_weights, inputs.student, "sum" if spec.reduction == "none" else spec.reduction
-    ).contiguous()
-
-    def block_loss(start: int, stop: int) -> Tensor:
-        student = _student_distances(spec, inputs, start, stop)
-        teacher = _teacher_distances(spec, inputs, start, stop)
-        if student_mean is not None:
-            student = distances.safe_ratio(student, student_mean)
-        if teacher_mean is not None:
-            teacher = distances.safe_ratio(teacher, teacher_mean)
-        student, teacher = student.contiguous(), teacher.contiguous()
-        index = None if inputs.self_index is None else inputs.self_index[start:stop].contiguous()
-        weights = _contiguous(inputs.candidate_weights), index
-        options = (
-            spec.temperature,
-            _hard_as_zero(spec.teacher_temperature),
-            "none" if spec.scale == "batch" else spec.scale,
-            spec.objective,
-            spec.method,
-        )
-        part = coefficients[start:stop]
-        if spec.reduction == "none":
-            rows: Tensor = ops.coherence_rows_from_distances(student, teacher, *weights, *options)
-            return part * rows
-        total: Tensor = ops.coherence_sum_from_distances(
-            student, teacher, part.contiguous(), *weights, *options, _needs_grad(student)
-        )[0]
-        return total
-
-    parts = [checkpoint(block_loss, *block, use_reentrant=False) for block in blocks]
-    return torch.cat(parts) if spec.reduction == "none" else torch.stack(parts).sum()
-
-
-def _block_rows(spec: LossSpec, inputs: LossInputs) -> int:
-    """How many anchors a block takes; a named metric holds a difference per feature."""
-    n = candidates(inputs.student, inputs.student_candidates).shape[0]
-    widths = [1]
-    if isinstance(spec.metric, str):
-        widths.append(inputs.student.shape[1])
-    if isinstance(spec.resolved_teacher_metric, str):
-        widths.append(inputs.teacher.shape[1])
-    return max(1, BLOCK_ELEMENTS // (n * max(widths)))
-
-
-def _student_distances(spec: LossSpec, inputs: LossInputs, start: int, stop: int) -> Tensor:
-    others = candidates(inputs.student, inputs.student_candidates)
-    return distances.pairwise(inputs.student[start:stop], others, spec.metric)
-
-
-def _teacher_distances(spec: LossSpec, inputs: LossInputs, start: int, stop: int) -> Tensor:
-    others = candidates(inputs.teacher, inputs.teacher_candidates)
-    metric: Metric = spec.resolved_teacher_metric
-    with torch.no_grad():
-        return distances.pairwise(inputs.teacher[start:stop], others, metric, "teacher_metric")
-
-
-def _batch_means(
-    spec: LossSpec, inputs: LossInputs, blocks: list[tuple[int, int]]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The mean distances of student and of a soft teacher for scale "batch", otherwise None."""
-    if spec.scale != "batch":
-        return None, None
-
-    def sums(start: int, stop: int) -> Tensor:
-        """Weighted sums of the block: student's distances, teacher's distances, weights."""
-        student = _student_distances(spec, inputs, start, stop)
-        index = None if inputs.self_index is None else inputs.self_index[start:stop]
-        weights = distances.pair_weights(student, inputs.candidate_weights, index)
-        if inputs.anchor_weights is not None:
-            weights = inputs.anchor_weights[start:stop, None] * weights
-        teacher = weights
-        if spec.teacher_temperature is not None:
-            teacher = weights * _teacher_distances(spec, inputs, start, stop)
-        return torch.stack([(weights * student).sum(), teacher.sum(), weights.sum()])
-
-    parts = [checkpoint(sums, *block, use_reentrant=False) for block in blocks]
-    student_sum, teacher_sum, weight = torch.stack(parts).sum(0).unbind()
-    student_mean = distances.safe_ratio(student_sum, weight)
-    if spec.teacher_temperature is None:
-        return student_mean, None
-    return student_mean, distances.safe_ratio(teacher_sum, weight).detach()
+    def refuses(self, tensor: Tensor) -> str | None:
+        """All but CPU tensors."""
+        on_cpu = tensor.device.type == "cpu"
+        return None if on_cpu else f"it needs CPU tensors, not {tensor.device}"
