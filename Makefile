@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # The CPU build of this version is enough everywhere; another torch >= 2.11 works too.
 TORCH ?= torch==2.13.0
 
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/*)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
+SOURCES := setup.py pyproject.toml $(CXX_FILES)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format figures clean
@@ -37,12 +38,12 @@ lint: $(VENV)/installed  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/cpu/*
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/installed  ## rewrite the files as the linters want them
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/cpu/*
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 figures: $(VENV)/installed  ## the measured numbers of the README: accuracy, speed, memory (about 10 minutes)
 	$(BIN)/python -m benchmarks.figures --readme

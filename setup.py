@@ -16,7 +16,7 @@ def extension_modules():
     import pybind11
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    sources = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+    sources = ["csrc/tables.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
     flags = [
         "-std=c++20",
         "-O3",
@@ -26,6 +26,7 @@ def extension_modules():
         "-fno-math-errno",
         "-fno-trapping-math",
         "-Wall",
+        "-Werror=switch",  # a new metric, objective or method must be treated everywhere
         "-Wno-psabi",  # vectors wider than the baseline's registers are only passed within one file
         "-Wno-unknown-pragmas",
     ]

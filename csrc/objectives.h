@@ -3,12 +3,7 @@
 // comparison selects by `?:`), for host and device. The same names as pcoherence/objectives.py.
 #pragma once
 
-#if defined(__CUDACC__)
-#define PCOH_INLINE __host__ __device__ __forceinline__
-#else
-// Must be inlined: a caller may be compiled for another instruction set than this header.
-#define PCOH_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace pcoherence {
 
@@ -19,6 +14,10 @@ inline constexpr float kHuberDelta = 0.125f;
 // hard ranks differ, for every n in reach.
 template <class T>
 inline constexpr T kResolution = sizeof(T) == 4 ? T(0x1p-22) : T(0x1p-36);
+
+// Where all ranks of a row are equal, rounding leaves a standard deviation of about epsilon: below this many epsilons
+// there is no direction to correlate with, and spearman is 1.
+inline constexpr double kSpearmanFloor = 8.0;
 
 struct Mse {
   template <class V>

@@ -8,24 +8,26 @@
 
 #include <cmath>
 
+#include "inline.h"
+
 namespace pcoherence {
 
 enum class Kernel { sigmoid, slope, softplus };
 
 template <class T>
-inline T sigmoid(T t) {
+PCOH_INLINE T sigmoid(T t) {
   const T z = std::exp(-std::abs(t));
   return (t >= 0 ? T(1) : z) / (1 + z);
 }
 
 template <class T>
-inline T slope(T t) {
+PCOH_INLINE T slope(T t) {
   const T z = std::exp(-std::abs(t));
   return z / ((1 + z) * (1 + z));
 }
 
 template <class T>
-inline T softplus(T t) {
+PCOH_INLINE T softplus(T t) {
   return (t > 0 ? t : T(0)) + std::log1p(std::exp(-std::abs(t)));
 }
 

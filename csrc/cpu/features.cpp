@@ -86,7 +86,7 @@ class Sample {
 
 template <class T>
 Features<T>::Features(const FeatureInput<T>& input, Runtime<T>& runtime) : input_(input) {
-  if (!from_products(input.metric)) {
+  if (!traits().products) {
     anchors_ = const_cast<T*>(input.anchors);
     candidates_ = same() ? anchors_ : const_cast<T*>(input.candidates);
     return;
@@ -96,7 +96,7 @@ Features<T>::Features(const FeatureInput<T>& input, Runtime<T>& runtime) : input
                         std::int64_t rows) {
     to = runtime.allocate(rows * input.width);
     norms.assign(padded(rows), 0.0);
-    if (input.metric == Metric::cosine) lengths.resize(rows);
+    if (traits().directions) lengths.resize(rows);
     prepare(from, to, norms, lengths, rows, runtime);
   };
   side(input.anchors, anchors_, anchor_norms_, anchor_lengths_, input.m);
@@ -106,7 +106,7 @@ Features<T>::Features(const FeatureInput<T>& input, Runtime<T>& runtime) : input
     side(input.candidates, candidates_, candidate_norms_, candidate_lengths_, input.n);
   }
   find_duplicates(runtime);
-  unit_ = input.metric == Metric::euclidean ? 1 / scale_ : 1 / (scale_ * scale_);
+  unit_ = traits().root ? 1 / scale_ : 1 / (scale_ * scale_);
 }
 
 // The centre is the mean of the half of the candidates that lies nearest to the overall mean, so that a far outlier
@@ -115,7 +115,7 @@ Features<T>::Features(const FeatureInput<T>& input, Runtime<T>& runtime) : input
 template <class T>
 void Features<T>::choose_centre() {
   const T* x = same() ? input_.anchors : input_.candidates;
-  const bool directions = input_.metric == Metric::cosine;
+  const bool directions = traits().directions;
   double spread = 0;
   // Only where the sample is a single point must everybody be asked; if they all are, it is the centre.
   for (const std::int64_t size : {kSample, input_.n}) {
@@ -186,14 +186,14 @@ void Features<T>::find_duplicates(Runtime<T>& runtime) {
 
 template <class T>
 void Features<T>::products(T* block, std::int64_t begin, std::int64_t rows, Runtime<T>& runtime) const {
-  if (from_products(input_.metric))
+  if (traits().products)
     runtime.multiply_nt(block, padded(input_.n), anchors_ + begin * input_.width, candidates_, rows, input_.n,
                         input_.width);
 }
 
 template <class T>
 void Features<T>::distances(T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>& close) const {
-  if (!from_products(input_.metric)) {
+  if (!traits().products) {
     kernels().of<T>().cityblock_distances(row, anchors_ + anchor * input_.width, candidates_, input_.n, input_.width);
     return;
   }
@@ -203,8 +203,8 @@ void Features<T>::distances(T* row, std::int64_t anchor, bool order_only, std::v
   task.anchor_norm = anchor_norms_[anchor];
   task.candidate_norms = same() ? anchor_norms_.data() : candidate_norms_.data();
   task.identical = same() ? anchor : -1;
-  task.root = input_.metric == Metric::euclidean && !order_only;
-  task.factor = input_.metric == Metric::cosine ? T(0.5) : T(1);
+  task.root = traits().root && !order_only;
+  task.factor = static_cast<T>(traits().factor);
   task.anchor = this->anchor(anchor);
   task.candidates = given_candidates();
   task.candidate_lengths = lengths_of_candidates().empty() ? nullptr : lengths_of_candidates().data();

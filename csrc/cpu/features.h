@@ -30,6 +30,7 @@ class Features {
   const T* anchors() const { return anchors_; }
   const T* candidates() const { return candidates_; }
   const FeatureInput<T>& input() const { return input_; }
+  MetricTraits traits() const { return pcoherence::traits(input_.metric); }
   bool same() const { return input_.candidates == nullptr; }
 
   // A distance in the given metric = unit() * the distance that distances() gives.
@@ -48,8 +49,8 @@ class Features {
   double scale() const { return scale_; }
 
   // How a gradient w.r.t. distances becomes V of DESIGN section 3: see AnchorRow::chain.
-  double chain() const { return input_.metric == Metric::sqeuclidean ? 2.0 : 1.0; }
-  bool chain_root() const { return input_.metric == Metric::euclidean; }
+  double chain() const { return traits().chain; }
+  bool chain_root() const { return traits().root; }
 
   // gradient [rows, width] w.r.t. prepared features -> w.r.t. the input features, in place.
   void pull_anchors(T* gradient) const { pull(gradient, input_.anchors, anchor_lengths_, input_.m); }

@@ -6,7 +6,7 @@
 // coefficients are a small matrix product away. x^0 = 1: counts are exact.
 #pragma once
 
-#include "tables.h"
+#include "../tables.h"
 
 namespace pcoherence::PCOH_ISA {
 

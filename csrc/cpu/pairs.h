@@ -1,7 +1,7 @@
 // Kernel sums by direct evaluation of every pair: n^2 a row. For small n, and as a second witness in tests.
 #pragma once
 
-#include "tables.h"
+#include "../tables.h"
 
 namespace pcoherence::PCOH_ISA {
 

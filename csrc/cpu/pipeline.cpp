@@ -83,7 +83,7 @@ class FeatureGradient {
   // block [rows, padded(n)]: V; row_sums [rows]; close: pairs kept out of the products, by row.
   void add(T* block, const double* row_sums, std::int64_t begin, std::int64_t rows,
            const std::vector<std::vector<std::int32_t>>& close, Team& team) {
-    if (!from_products(features_.input().metric)) {
+    if (!features_.traits().products) {
       add_signs(block, begin, rows, team);
       return;
     }
@@ -108,10 +108,10 @@ class FeatureGradient {
     }
   }
 
-  // After the last block; factor multiplies the whole gradient.
+  // After the last block.
   void finish() {
     if (candidates_ == nullptr) return;
-    if (from_products(features_.input().metric)) {
+    if (features_.traits().products) {
       const T* c = features_.candidates();
       for (std::int64_t j = 0; j < n_; ++j) {
         const T sum = static_cast<T>(column_sums_[j]);

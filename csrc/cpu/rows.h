@@ -76,7 +76,7 @@ template <class T>
 struct SoftRankRow {
   const T* values;    // [n]
   const T* weights;   // [n] or null
-  const T* upstream;  // [n] or null: then `out` is the gradient, otherwise the ranks
+  const T* upstream;  // [n], then `out` is its pullback; null: `out` is the ranks
   T* out;             // [n]
   std::int64_t n;
   double temperature;

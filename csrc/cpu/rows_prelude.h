@@ -10,5 +10,5 @@
 
 #include "../distances.h"
 #include "../objectives.h"
+#include "../tables.h"
 #include "rows.h"
-#include "tables.h"

@@ -1,12 +1,13 @@
 // Kernel sums by recurrences along the sorted row (DESIGN section 2). Positions are in units of the temperature.
 //
 // With z = exp(-(s_j - s_k)), k below j: sigmoid(s_j - s_k) = 1 + sum_m c_m z^m, and every power decays from one
-// sorted position to the next:  up_m(j) = w_j + e^m up_m(j - 1),  down_m(j) = e'^m (w_{j+1} + down_m(j + 1)),
-// e = exp(-(s_j - s_{j-1})), e' = exp(-(s_{j+1} - s_j)). All in float64, for any element type.
+// sorted position to the next:  up_m(j) = e^m (w_{j-1} + up_m(j - 1)),  down_m(j) = e'^m (w_{j+1} + down_m(j + 1)),
+// e = exp(-(s_j - s_{j-1})), e' = exp(-(s_{j+1} - s_j)). All in float64, for any element type. j itself is left out: in
+// the pullback it cancels, and must not leave a rounding error behind where all other slopes are 0.
 #pragma once
 
+#include "../tables.h"
 #include "sort.h"
-#include "tables.h"
 
 namespace pcoherence::PCOH_ISA {
 
@@ -36,8 +37,9 @@ class Scan {
     double count = 0;
     for (int i = 0; i < n_; ++i) {
       const auto j = items_[i].index;
-      count += double(w_[j]);
-      out[j] = static_cast<T>(count + total[i]);
+      const double w = w_[j];
+      out[j] = static_cast<T>(count + 0.5 * w + total[i]);
+      count += w;
     }
   }
 
@@ -51,7 +53,7 @@ class Scan {
     for (int i = 0; i < n_; ++i) {
       const auto j = items_[i].index;
       const double w = w_[j], s = s_[j];
-      total += w * (s * count - first + 2 * logs[i] - w * std::log(2.0));
+      total += w * (s * count - first + 2 * logs[i] + w * std::log(2.0));
       count += w;
       first += w * s;
     }
@@ -103,10 +105,11 @@ class Scan {
   // out[i] = sum_m up_c_m up_m(i) + sign * sum_m down_c_m down_m(i), in sorted order
   void sweep(const T* v, const Coefficients& up_c, const Coefficients& down_c, double sign, double* out) {
     Coefficients acc{};
-    for (int i = 0; i < n_; ++i) {
+    out[0] = 0;
+    for (int i = 1; i < n_; ++i) {
       const Coefficients e = powers(steps_[i]);
-      const double weight = v[items_[i].index];
-      for (int p = 0; p < parts; ++p) acc.part[p] = e.part[p] * acc.part[p] + weight;
+      const double weight = v[items_[i - 1].index];
+      for (int p = 0; p < parts; ++p) acc.part[p] = e.part[p] * (acc.part[p] + weight);
       out[i] = dot(acc, up_c);
     }
     acc = {};

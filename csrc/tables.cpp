@@ -1,6 +1,7 @@
 #include "tables.h"
 
 #include <array>
+#include <cstdlib>
 #include <mutex>
 
 namespace pcoherence {
@@ -74,7 +75,7 @@ long double evaluate(Kernel kernel, long double t) {
     case Kernel::softplus:
       return softplus(t);
   }
-  return 0;
+  std::abort();  // not a value of the enumeration
 }
 
 template <class T>
@@ -136,11 +137,12 @@ const GridTable<T>& grid_table(Kernel kernel) {
       static const GridTable<T> table = build<T>(Kernel::slope);
       return table;
     }
-    default: {
+    case Kernel::softplus: {
       static const GridTable<T> table = build<T>(Kernel::softplus);
       return table;
     }
   }
+  std::abort();  // not a value of the enumeration
 }
 template const GridTable<float>& grid_table<float>(Kernel);
 template const GridTable<double>& grid_table<double>(Kernel);

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../soft_ranks.h"
+#include "soft_ranks.h"
 
 namespace pcoherence {
 
