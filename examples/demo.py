@@ -33,10 +33,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pcoherence.testing import ACCURACY
+
 OUTPUT = Path(__file__).resolve().parent.parent / "demo-output"
 BAR_WIDTH = 80
-# What the float32 loss and gradient may be off by, relative to the float64 reference.
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 5e-6, 2e-5
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = ACCURACY[torch.float32]
 CHECK_BATCH = 256
 
 

@@ -12,6 +12,9 @@ def build_info() -> dict[str, str]:
 def names() -> dict[str, list[str]]:
     """The option names that the C++ side knows, by option."""
 
+def constants() -> dict[str, float]:
+    """The constants that `pcoherence.objectives` states too."""
+
 def isas() -> list[str]:
     """Instruction sets this processor supports, best first."""
 

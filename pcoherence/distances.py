@@ -95,6 +95,18 @@ def safe_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / torch.where(denominator == 0, 1.0, denominator)
 
 
+def weighted_sums(
+    distances: Tensor, weights: Tensor, anchor_weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """sum_ik a_i w_ik d_ik and sum_ik a_i w_ik, 0-d: over all anchors, or a part of them.
+
+    Args: distances and weights [m, n]; anchor_weights [m] or None for ones.
+    """
+    if anchor_weights is not None:
+        weights = anchor_weights[:, None] * weights
+    return (weights * distances).sum(), weights.sum()
+
+
 def mean_distance(
     distances: Tensor, weights: Tensor, anchor_weights: Tensor | None, scale: str
 ) -> Tensor:
@@ -107,9 +119,7 @@ def mean_distance(
     """
     if scale == "anchor":
         return safe_ratio((weights * distances).sum(1, keepdim=True), weights.sum(1, keepdim=True))
-    if anchor_weights is not None:
-        weights = anchor_weights[:, None] * weights
-    return safe_ratio((weights * distances).sum(), weights.sum())
+    return safe_ratio(*weighted_sums(distances, weights, anchor_weights))
 
 
 def scaled(distances: Tensor, weights: Tensor, anchor_weights: Tensor | None, scale: str) -> Tensor:

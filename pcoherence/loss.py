@@ -37,9 +37,18 @@ def perception_coherence_loss(
         F^S_ij = 1/W_i sum_k w_k sigmoid((d^S_ij - d^S_ik) / temperature)
         F^T_ij = the same with teacher_temperature, or the step function with ties counted 1/2
 
-    and the loss of an anchor is, by `objective`: "mse", "l1", "huber": the weighted mean of a
-    function of F^S - F^T; "cross_entropy": that of all comparisons of two candidates, minus the
-    teacher's entropy; "spearman": 1 - the weighted correlation of F^S and F^T.
+    and the loss of an anchor is, by `objective`, with r_j = F^S_ij - F^T_ij,
+
+        "mse", "l1"      1/W_i sum_j w_j r_j^2, and of |r_j|: gradient 0 where ranks agree to
+                         2^-22 (float64: 2^-36)
+        "huber"          1/W_i sum_j w_j h(r_j); h = r^2 / 2 up to |r| = 1/8, then (|r| - 1/16) / 8
+        "cross_entropy"  1/W_i^2 sum_jk w_j w_k [softplus(z_jk) - P_jk z_jk - H(P_jk)], where
+                         z_jk = (d^S_ij - d^S_ik) / temperature, P_jk is what the teacher says of
+                         d^T_ik < d^T_ij (1, 1/2, 0 or soft), and H its entropy
+        "spearman"       1 - weighted correlation of F^S_i. and F^T_i., 1 where either is constant
+
+    Source: perception coherence, arXiv 2505.06595. Which norm, tie rule and scale are the defaults
+    is this library's choice.
 
     Args:
         student: [m, ds], float16, bfloat16, float32 or float64; the only side with gradients.
@@ -56,8 +65,9 @@ def perception_coherence_loss(
             (a [m, d], b [n, d]) -> [m, n]. Its parameters get gradients too.
         teacher_metric: likewise, without gradients; None: the same as `metric`.
         scale: distances are divided by their weighted mean over each anchor's candidates
-            ("anchor"), over all anchors ("batch"), or by nothing ("none"); never by a mean of 0.
-        objective: "mse", "l1", "huber", "cross_entropy" or "spearman".
+            ("anchor"), over all anchors by anchor_weights ("batch"), or by nothing ("none"); never
+            by a mean of 0.
+        objective: "mse", "l1", "huber", "cross_entropy" or "spearman", as above.
         include_self: rank the anchor itself among its candidates.
         reduction: "mean": sum_i a_i L_i / sum_i a_i; "sum"; "none": a_i L_i. An anchor whose
             candidates all weigh 0 has L_i = 0 and still counts in the mean.
@@ -70,8 +80,9 @@ def perception_coherence_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: the backend asked for is not available, and why; or a fast backend's
-            gradient is differentiated again.
+        RuntimeError: the backend asked for is not available, and why; method="grid" would need
+            more than 65,536 bins (of 1.5 temperatures) for an anchor's range of distances; or a
+            fast backend's gradient is differentiated again.
     """
     spec = LossSpec(
         temperature=temperature,

@@ -97,7 +97,7 @@ def _coherence_sum_backward(
     ctx: Any, grad_total: Tensor | None, *grad_of_gradients: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     _refuse_double_backward(*grad_of_gradients)
-    gradients: list[Tensor | None] = [None] * 17
+    gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if grad_total is not None:
         for position, saved, present in zip(
             (0, 1), ctx.saved_tensors, ctx.has_gradient, strict=True
@@ -157,7 +157,7 @@ def _sum_from_distances_backward(
     gradient = None
     if grad_total is not None and ctx.needs_input_grad[0]:
         gradient = _upstream(grad_total, ctx.saved_tensors[0], ctx.has_gradient)
-    return gradient, *(None,) * 10
+    return gradient, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
 # --- coherence_rows_from_distances -------------------------------------------------------------
@@ -188,7 +188,7 @@ def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _soft_rank_double_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     _refuse_double_backward(grad)
-    return (None,) * 5
+    return (None,) * len(ctx.needs_input_grad)
 
 
 # --- shared ------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ class Operators:
             )
 
     def _coherence_rows_backward(self, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None] * 14
+        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         needed = ctx.needs_input_grad[:2]
         if grad is not None and any(needed):
             points, weights = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
@@ -285,13 +285,13 @@ class Operators:
             _, gradient = self.coherence_sum_from_distances(
                 student, teacher, grad.contiguous(), *weights, *ctx.options, True
             )
-        return gradient, *(None,) * 8
+        return gradient, *(None,) * (len(ctx.needs_input_grad) - 1)
 
     def _soft_rank_backward(self, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient = None
         if grad is not None and ctx.needs_input_grad[0]:
             gradient = self.soft_rank_backward(*ctx.saved_tensors, grad.contiguous(), *ctx.options)
-        return gradient, None, None, None
+        return gradient, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
 native = Operators("pcoherence")

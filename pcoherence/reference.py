@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import distances, objectives, soft_ranks
 from .inputs import LossInputs, candidates, prepare_inputs, prepare_values
-from .spec import LossSpec, Metric, check_temperature
+from .spec import BACKENDS, METHODS, LossSpec, Metric, check_name, check_temperature
 
 __all__ = ["perception_coherence_loss", "soft_rank"]
 
@@ -95,7 +95,9 @@ def soft_rank(
     method: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
-    """As `pcoherence.soft_rank`; `method` and `backend` are not used."""
+    """As `pcoherence.soft_rank`; `method` and `backend` are checked, not used."""
     check_temperature("temperature", temperature)
+    check_name("method", method, METHODS)
+    check_name("backend", backend, BACKENDS)
     values, weights = prepare_values(values, weights)
     return soft_ranks.ranks(values, weights, temperature)

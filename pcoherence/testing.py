@@ -53,12 +53,13 @@ def make_case(
 
 
 def reference_value_and_grad(
-    student: Tensor, teacher: Tensor, **arguments: Any
+    student: Tensor, teacher: Tensor, *, dtype: torch.dtype = torch.float64, **arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The reference's loss and its gradients, in float64, one anchor at a time.
+    """The reference's loss and its gradients, computed in `dtype`, one anchor at a time.
 
-    Memory is one anchor's n^2 comparisons; anchors of weight 0 are skipped. Arguments are those
-    of `perception_coherence_loss`, seen as rounded by the caller; reduction is "mean" or "sum".
+    In float64 that is the truth; in the inputs' own dtype, what brute force makes of it. Memory is
+    one anchor's n^2 comparisons; anchors of weight 0 are skipped. Arguments are those of
+    `perception_coherence_loss`, seen as rounded by the caller; reduction is "mean" or "sum".
 
     Returns:
         loss, 0-d; d loss / d student [m, ds]; d loss / d student_candidates [n, ds] or None.
@@ -66,10 +67,10 @@ def reference_value_and_grad(
     tensors, options = _split(arguments)
     spec = LossSpec(**options)
     inputs = prepare_inputs(
-        _double(student.detach()),
-        _double(teacher),
+        _in(dtype, student.detach()),
+        _in(dtype, teacher),
         include_self=spec.include_self,
-        **{name: _double(tensor) for name, tensor in tensors.items()},
+        **{name: _in(dtype, tensor) for name, tensor in tensors.items()},
     )
     inputs.student.requires_grad_()
     if inputs.student_candidates is not None:
@@ -125,9 +126,9 @@ def _split(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return tensors, {name: value for name, value in arguments.items() if name not in names}
 
 
-def _double(value: Any) -> Any:
+def _in(dtype: torch.dtype, value: Any) -> Any:
     floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.double() if floating else value
+    return value.to(dtype) if floating else value
 
 
 def _grad(tensor: Tensor) -> Tensor:
@@ -196,20 +197,21 @@ def _batch_mean(
     upstream: Tensor | None = None,
 ) -> Tensor:
     """The batch's mean distance, 0-d and detached; with `upstream`, also its backward pass."""
-    sums, weights = [], []
+
+    def sums(i: int) -> tuple[Tensor, Tensor]:
+        row = distances.pairwise(points[i : i + 1], others, metric)
+        index = None if inputs.self_index is None else inputs.self_index[i : i + 1]
+        weights = distances.pair_weights(row, inputs.candidate_weights, index)
+        own = None if inputs.anchor_weights is None else inputs.anchor_weights[i : i + 1]
+        return distances.weighted_sums(row, weights, own)
+
+    total, weight = points.new_zeros(()), points.new_zeros(())
     for i in anchors:
         with torch.no_grad():
-            row = distances.pairwise(points[i : i + 1], others, metric)
-            index = None if inputs.self_index is None else inputs.self_index[i : i + 1]
-            weight = distances.pair_weights(row, inputs.candidate_weights, index)
-            if inputs.anchor_weights is not None:
-                weight = inputs.anchor_weights[i] * weight
-        sums.append((weight * row).sum())
-        weights.append(weight)
-    total = sum((weight.sum() for weight in weights), points.new_zeros(()))
+            distance, added = sums(i)
+        total, weight = total + distance, weight + added
     if upstream is not None:
-        for i, weight in zip(anchors, weights, strict=True):
-            row = distances.pairwise(points[i : i + 1], others, metric)
-            part = upstream * distances.safe_ratio((weight * row).sum(), total)
+        for i in anchors:
+            part = upstream * distances.safe_ratio(sums(i)[0], weight)
             part.backward()  # type: ignore[no-untyped-call]
-    return distances.safe_ratio(sum(sums, points.new_zeros(())), total)
+    return distances.safe_ratio(total, weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -53,7 +54,7 @@ def test_cpu_backend_refuses_other_devices(cpu_backend: str) -> None:
 @pytest.fixture
 def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.cpu, "_LOAD_ERROR", "it is missing")
-    monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.setattr(backends, "_warned", set())
 
 
 @pytest.mark.usefixtures("no_extension")
@@ -64,6 +65,16 @@ def test_auto_without_extension_warns_once_and_uses_the_reference() -> None:
         warnings.simplefilter("error")
         assert pcoherence.perception_coherence_loss(X, X) == first
         pcoherence.soft_rank(X)
+
+
+def test_auto_gives_each_reason_once(no_extension: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(RuntimeWarning, match="it is missing"):
+        pcoherence.soft_rank(X)
+    monkeypatch.setattr(backends.cpu, "_LOAD_ERROR", None)
+    monkeypatch.setattr(backends.cpu.CpuBackend, "refuses", lambda self, tensor: "it is busy")
+    with pytest.warns(RuntimeWarning, match="it is busy") as caught:
+        pcoherence.soft_rank(X)
+    assert "build the extension" not in str(caught[0].message)  # which is not what is wrong
 
 
 @pytest.mark.usefixtures("no_extension")
@@ -79,16 +90,43 @@ def test_auto_prefers_the_extension(cpu_backend: str) -> None:
     assert chosen.name == cpu_backend
 
 
-def test_import_is_light() -> None:
-    code = (
-        "import sys, pcoherence; "
-        "print([m for m in ('triton', 'matplotlib', 'scipy', 'ot') if m in sys.modules])"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
-
-
 def test_report_names_every_backend() -> None:
     rows = dict(report())
     assert {f"backend {name}" for name in backends.REGISTRY} <= set(rows)
     assert rows["pcoherence"] == pcoherence.__version__
+
+
+def test_too_many_bins_are_an_error_that_says_what_to_do(cpu_backend: str) -> None:
+    spread = torch.tensor([[0.0], [1.0], [2.0], [5.0]])
+    for call in (
+        lambda: pcoherence.perception_coherence_loss(
+            spread, spread, method="grid", temperature=1e-7, backend=cpu_backend
+        ),
+        lambda: pcoherence.soft_rank(spread.T, 1e-7, method="grid", backend=cpu_backend),
+    ):
+        with pytest.raises(RuntimeError, match=r"^method: 'grid' .* more than 65536 bins .*scan"):
+            call()
+
+
+def test_an_unknown_instruction_set_is_reported_not_used() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pcoherence"],
+        env=os.environ | {"PCOHERENCE_ISA": "v9"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "PCOHERENCE_ISA: expected one of" in done.stdout
+
+
+def test_a_metric_that_is_not_ported_goes_by_blocks(
+    cpu_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs what a callable costs, not what the reference does, and takes any method."""
+    known = dict(backends.cpu.CpuBackend().known())
+    monkeypatch.setattr(backends.cpu, "_NAMES", known | {"metric": ["euclidean"]})
+    found = pcoherence.perception_coherence_loss(
+        X, X.roll(1, 0), metric="cityblock", method="scan", backend=cpu_backend
+    )
+    expected = pcoherence.reference.perception_coherence_loss(X, X.roll(1, 0), metric="cityblock")
+    torch.testing.assert_close(found, expected)

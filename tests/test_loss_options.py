@@ -244,7 +244,7 @@ def test_soft_rank(
         "column": torch.rand(*shape[:-1], 1),
     }[weights]
     upstream = torch.randn(shape, dtype=dtype)
-    for temperature, method in itertools.product([1e-3, 0.3, 10.0], METHODS):
+    for temperature, method in itertools.product([0.02, 0.3, 10.0], METHODS):
         found = []
         for backend, used in (("reference", "auto"), (cpu_backend, method)):
             leaf = values.clone().requires_grad_()

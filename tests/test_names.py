@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import inspect
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pcoherence import objectives, ops, perception_coherence_loss, spec
+from pcoherence import (
+    PerceptionCoherenceLoss,
+    objectives,
+    ops,
+    perception_coherence_loss,
+    reference,
+    soft_rank,
+    spec,
+)
+from pcoherence.inputs import LossInputs
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
 def test_option_names() -> None:
-    assert importlib.import_module("pcoherence._C").names() == {
-        "metric": list(spec.METRICS),
-        "scale": list(spec.SCALES),
-        "objective": list(spec.OBJECTIVES),
-        "method": list(spec.METHODS),
-    }
+    """C++ knows the same names in the same order; metrics may still have to be ported."""
+    known = importlib.import_module("pcoherence._C").names()
+    assert known["metric"] == list(spec.METRICS)[: len(known["metric"])]
+    assert known["scale"] == list(spec.SCALES)
+    assert known["objective"] == list(spec.OBJECTIVES)
+    assert known["method"] == list(spec.METHODS)
+
+
+def test_every_signature_has_the_options_and_defaults_of_the_spec() -> None:
+    """Four places spell the options out for their readers; they may not drift apart."""
+    expected = {field.name: field.default for field in dataclasses.fields(spec.LossSpec)}
+    tensors = {"student", "teacher", *LossInputs._fields}
+    for function in (
+        perception_coherence_loss,
+        reference.perception_coherence_loss,
+        PerceptionCoherenceLoss.__init__,
+    ):
+        parameters = inspect.signature(function).parameters.values()
+        found = {p.name: p.default for p in parameters if p.name not in tensors | {"self"}}
+        assert found == expected
+    ranks = [inspect.signature(f).parameters.values() for f in (soft_rank, reference.soft_rank)]
+    assert [(p.name, p.default) for p in ranks[0]] == [(p.name, p.default) for p in ranks[1]]
 
 
 def rows(student: Tensor, teacher: Tensor, objective: str, backend: str) -> Tensor:
@@ -55,9 +81,7 @@ def test_spearman_floor(epsilons: float) -> None:
     assert math.isclose(ours, expected, abs_tol=0.1), f"{ours} here, {expected} in the reference"
 
 
-@pytest.mark.parametrize("argument", ["metric", "scale", "objective", "method"])
-def test_operators_know_every_name(argument: str) -> None:
-    points = torch.randn(2, 5, 3, generator=torch.manual_seed(1))
-    known: dict[str, Any] = importlib.import_module("pcoherence._C").names()
-    for name in known[argument]:
-        assert perception_coherence_loss(*points, **{argument: name}, backend="cpu").isfinite()
+def test_resolution() -> None:
+    extension = importlib.import_module("pcoherence._C")
+    for dtype, resolution in objectives.RESOLUTION.items():
+        assert extension.constants()[f"resolution {str(dtype)[6:]}"] == resolution

@@ -128,8 +128,9 @@ def test_loss_is_finite_and_within_bounds(
         student, points(n, seed)[1], objective=objective, backend=backend
     )
     assert gradient.isfinite().all()
-    upper = {"mse": 1.0, "l1": 1.0, "huber": 0.1, "spearman": 2.0}.get(objective, float("inf"))
-    assert -1e-9 <= loss.item() <= upper
+    unbounded = float("inf")  # the logits of cross_entropy are
+    bounds = {"mse": 1, "l1": 1, "huber": 0.125, "spearman": 2, "cross_entropy": unbounded}
+    assert -1e-9 <= loss.item() <= bounds[objective]
 
 
 @quick

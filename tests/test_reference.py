@@ -93,19 +93,17 @@ def naive_loss(
         target = 1 / (1 + np.exp(-(t[:, None] - t[None, :]) / teacher_tau)) if teacher_tau else step
         ours, theirs = (1 / (1 + np.exp(-z))).mean(1), target.mean(1)
         r = ours - theirs
-        if objective == "mse":
-            losses.append((r**2).mean())
-        elif objective == "l1":
-            losses.append(np.abs(r).mean())
-        elif objective == "huber":
-            losses.append(np.where(abs(r) <= delta, r**2 / 2, delta * (abs(r) - delta / 2)).mean())
-        elif objective == "spearman":
-            losses.append(1 - np.corrcoef(ours, theirs)[0, 1])
-        else:
-            p = np.clip(target, 1e-300, 1)
-            q = np.clip(1 - target, 1e-300, 1)
-            entropy = -(target * np.log(p) + (1 - target) * np.log(q))
-            losses.append((np.log1p(np.exp(z)) - target * z - entropy).mean())
+        p = np.clip(target, 1e-300, 1)
+        q = np.clip(1 - target, 1e-300, 1)
+        entropy = -(target * np.log(p) + (1 - target) * np.log(q))
+        by_name = {
+            "mse": (r**2).mean(),
+            "l1": np.abs(r).mean(),
+            "huber": np.where(abs(r) <= delta, r**2 / 2, delta * (abs(r) - delta / 2)).mean(),
+            "spearman": 1 - np.corrcoef(ours, theirs)[0, 1],
+            "cross_entropy": (np.log1p(np.exp(z)) - target * z - entropy).mean(),
+        }
+        losses.append(by_name[objective])
     return float(np.mean(losses))
 
 

@@ -9,6 +9,7 @@
 #include <map>
 #include <string>
 
+#include "../objectives.h"
 #include "../spec.h"
 #include "rows.h"
 
@@ -108,6 +109,7 @@ void bind_rows(py::module_& m, const std::string& suffix) {
 PYBIND11_MODULE(_C, m) {
   using namespace pcoherence;
   m.doc() = "C++ backend of pcoherence";
+  kernels();  // an unknown PCOHERENCE_ISA is an error of the import, which says why there is no backend
   m.def("build_info", &build_info, "Compiler, torch version and instruction sets of this build.");
   m.def(
       "names",
@@ -118,6 +120,15 @@ PYBIND11_MODULE(_C, m) {
                                                                {"method", list(kMethodNames)}};
       },
       "The option names that the C++ side knows.");
+  m.def(
+      "constants",
+      [] {
+        return std::map<std::string, double>{{"huber delta", kHuberDelta},
+                                             {"resolution float32", kResolution<float>},
+                                             {"resolution float64", kResolution<double>},
+                                             {"spearman floor", kSpearmanFloor}};
+      },
+      "The constants that pcoherence/objectives.py states too.");
   m.def(
       "isas",
       [] {

@@ -7,8 +7,6 @@
 
 namespace pcoherence {
 
-bool poison_workspace = false;
-
 namespace isa_default {
 extern const Kernels table;
 }

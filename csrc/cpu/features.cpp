@@ -11,7 +11,7 @@ namespace {
 // The centre and the spread are estimated from at most this many candidates, evenly spaced: enough to find the
 // middle of a cloud, and a fraction of the cost of one product.
 constexpr std::int64_t kSample = 512;
-// Features that pay for a thread.
+// Features that pay for a thread: a few microseconds of work.
 constexpr std::int64_t kGrain = 1 << 15;
 
 double power_of_two_below(double x) { return std::ldexp(1.0, std::ilogb(x)); }
@@ -192,7 +192,8 @@ void Features<T>::products(T* block, std::int64_t begin, std::int64_t rows, Runt
 }
 
 template <class T>
-void Features<T>::distances(T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>& close) const {
+void Features<T>::distances(T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>* close) const {
+  if (close != nullptr) close->clear();
   if (!traits().products) {
     kernels().of<T>().cityblock_distances(row, anchors_ + anchor * input_.width, candidates_, input_.n, input_.width);
     return;

@@ -39,7 +39,7 @@ class Features {
   // block [rows, padded(n)]: first the products of all rows, then, row by row and in parallel, the distances.
   void products(T* block, std::int64_t begin, std::int64_t rows, Runtime<T>& runtime) const;
   // `order_only`: anything with the order of the distances will do. `close`: see RowKernels::finish_distances.
-  void distances(T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>& close) const;
+  void distances(T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>* close) const;
 
   // Differences of the points as given, in the units of the prepared features: for pairs too close for those.
   Point<T> anchor(std::int64_t i) const { return {input_.anchors + i * input_.width, length(anchor_lengths_, i)}; }
@@ -70,8 +70,8 @@ class Features {
   }
 
   FeatureInput<T> input_;
-  T *anchors_ = nullptr, *candidates_ = nullptr;            // [m, width], [n, width]
-  std::vector<double> anchor_norms_, candidate_norms_;      // [padded(m)], [padded(n)]: squared; empty if same()
+  T *anchors_ = nullptr, *candidates_ = nullptr;        // [m, width], [n, width]
+  std::vector<double> anchor_norms_, candidate_norms_;  // [padded(m)], [padded(n)]: squared; the latter empty if same()
   std::vector<double> anchor_lengths_, candidate_lengths_;  // cosine: |x| as given, infinite for 0; else empty
   std::vector<double> centre_;                              // [width]
   double scale_ = 1;                                        // power of two that features were multiplied by

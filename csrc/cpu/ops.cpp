@@ -7,6 +7,8 @@
 
 #include <limits>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -20,6 +22,15 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// As torch's own checks, without the place in this file: users read the message.
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
 
@@ -81,16 +92,24 @@ class TorchRuntime : public Runtime<T> {
 // ---------------------------------------------------------------- host checks
 
 void check_matrix(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2, name, ": expected a matrix, got ", t.dim(), " dimensions");
-  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  check(t.dim() == 2, name, ": expected a matrix, got ", t.dim(), " dimensions");
+  check(t.is_contiguous(), name, ": expected a contiguous tensor");
+  check(t.is_cpu(), name, ": expected a CPU tensor");
 }
 
 void check_vector(const OptionalTensor& t, const char* name, std::int64_t size, ScalarType type) {
   if (!t) return;
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size, name, ": expected one value for each of ", size);
-  STD_TORCH_CHECK(t->is_contiguous() && t->is_cpu() && t->scalar_type() == type, name,
-                  ": expected a contiguous CPU tensor of the features' dtype (self_index: int64)");
+  check(t->dim() == 1 && t->size(0) == size, name, ": expected one value for each of ", size);
+  check(t->is_contiguous() && t->is_cpu() && t->scalar_type() == type, name,
+        ": expected a contiguous CPU tensor of the features' dtype (self_index: int64)");
+}
+
+// Rows are indexed by int, padding included.
+constexpr std::int64_t kMaxCandidates = std::int64_t(1) << 30;
+
+void check_candidate_count(std::int64_t m, std::int64_t n, const char* name) {
+  check(m == 0 || n >= 2, name, ": expected at least 2 candidates, got ", n);
+  check(n < kMaxCandidates, name, ": expected fewer than 2^30 candidates, got ", n);
 }
 
 template <class T>
@@ -98,29 +117,29 @@ void check_weights(const OptionalTensor& t, const char* name) {
   if (!t) return;
   const T* w = static_cast<const T*>(t->const_data_ptr());
   for (std::int64_t i = 0; i < t->numel(); ++i)
-    STD_TORCH_CHECK(w[i] >= 0 && w[i] <= std::numeric_limits<T>::max(), name, ": expected finite weights >= 0, got ",
-                    double(w[i]), " at position ", i);
+    check(w[i] >= 0 && w[i] <= std::numeric_limits<T>::max(), name, ": expected finite weights >= 0, got ",
+          double(w[i]), " at position ", i);
 }
 
 void check_self_index(const OptionalTensor& t, std::int64_t n) {
   if (!t) return;
   const auto* index = static_cast<const std::int64_t*>(t->const_data_ptr());
   for (std::int64_t i = 0; i < t->numel(); ++i)
-    STD_TORCH_CHECK(index[i] >= -1 && index[i] < n, "self_index: expected -1 or a candidate below ", n, ", got ",
-                    index[i], " at position ", i);
+    check(index[i] >= -1 && index[i] < n, "self_index: expected -1 or a candidate below ", n, ", got ", index[i],
+          " at position ", i);
 }
 
 template <std::size_t N>
 int parse(const std::array<std::string_view, N>& names, const std::string& name, const char* argument) {
   const int found = find_name(names, name);
-  STD_TORCH_CHECK(found >= 0, argument, ": unknown name '", name, "'");
+  check(found >= 0, argument, ": unknown name '", name, "'");
   return found;
 }
 
 LossSpec parse_spec(double temperature, double teacher_temperature, const std::string& scale,
                     const std::string& objective, const std::string& method) {
-  STD_TORCH_CHECK(temperature > 0, "temperature: expected a number > 0, got ", temperature);
-  STD_TORCH_CHECK(teacher_temperature >= 0, "teacher_temperature: expected a number >= 0, got ", teacher_temperature);
+  check(temperature > 0, "temperature: expected a number > 0, got ", temperature);
+  check(teacher_temperature >= 0, "teacher_temperature: expected a number >= 0, got ", teacher_temperature);
   LossSpec spec;
   spec.scale = static_cast<Scale>(parse(kScaleNames, scale, "scale"));
   spec.objective = static_cast<Objective>(parse(kObjectiveNames, objective, "objective"));
@@ -131,9 +150,9 @@ LossSpec parse_spec(double temperature, double teacher_temperature, const std::s
 }
 
 void check_status(Status status) {
-  STD_TORCH_CHECK(status != Status::too_many_bins, "method: 'grid' would need more than ", kMaxBins,
-                  " bins for a row, one for every ", kBinWidth,
-                  " temperatures of its range; use method='scan' or 'auto', or a higher temperature");
+  check(status != Status::too_many_bins, "method: 'grid' would need more than ", kMaxBins,
+        " bins for a row, one for every ", kBinWidth,
+        " temperatures of its range; use method='scan' or 'auto', or a higher temperature");
 }
 
 template <class T>
@@ -151,7 +170,7 @@ T* mutable_data(const Tensor& t) {
 
 template <class F>
 auto dispatch(ScalarType type, const char* name, F&& f) {
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, ": expected float32 or float64");
+  check(type == ScalarType::Float || type == ScalarType::Double, name, ": expected float32 or float64");
   return type == ScalarType::Float ? f(float{}) : f(double{});
 }
 
@@ -171,14 +190,13 @@ struct Inputs {
   void check_shapes() const {
     check_side(student, student_candidates, "student", "student_candidates");
     check_side(teacher, teacher_candidates, "teacher", "teacher_candidates");
-    STD_TORCH_CHECK(teacher.size(0) == m(), "teacher: expected ", m(), " rows, got ", teacher.size(0));
-    STD_TORCH_CHECK(student_candidates.has_value() == teacher_candidates.has_value(),
-                    "teacher_candidates: expected together with student_candidates, or neither");
+    check(teacher.size(0) == m(), "teacher: expected ", m(), " rows, got ", teacher.size(0));
+    check(student_candidates.has_value() == teacher_candidates.has_value(),
+          "teacher_candidates: expected together with student_candidates, or neither");
     if (teacher_candidates)
-      STD_TORCH_CHECK(teacher_candidates->size(0) == n(), "teacher_candidates: expected ", n(), " rows, got ",
-                      teacher_candidates->size(0));
-    STD_TORCH_CHECK(m() == 0 || n() >= 2, "student: expected at least 2 candidates, got ", n());
-    STD_TORCH_CHECK(n() < (std::int64_t(1) << 30), "student: expected fewer than 2^30 candidates, got ", n());
+      check(teacher_candidates->size(0) == n(), "teacher_candidates: expected ", n(), " rows, got ",
+            teacher_candidates->size(0));
+    check_candidate_count(m(), n(), "student");
     check_vector(anchor_weights, "anchor_weights", m(), type());
     check_vector(candidate_weights, "candidate_weights", n(), type());
     check_vector(self_index, "self_index", m(), ScalarType::Long);
@@ -188,12 +206,12 @@ struct Inputs {
   void check_side(const Tensor& anchors, const OptionalTensor& candidates, const char* name,
                   const char* candidates_name) const {
     check_matrix(anchors, name);
-    STD_TORCH_CHECK(anchors.scalar_type() == type(), name, ": expected the dtype of student");
+    check(anchors.scalar_type() == type(), name, ": expected the dtype of student");
     if (!candidates) return;
     check_matrix(*candidates, candidates_name);
-    STD_TORCH_CHECK(candidates->scalar_type() == type(), candidates_name, ": expected the dtype of student");
-    STD_TORCH_CHECK(candidates->size(1) == anchors.size(1), candidates_name, ": expected width ", anchors.size(1),
-                    ", got ", candidates->size(1));
+    check(candidates->scalar_type() == type(), candidates_name, ": expected the dtype of student");
+    check(candidates->size(1) == anchors.size(1), candidates_name, ": expected width ", anchors.size(1), ", got ",
+          candidates->size(1));
   }
 
   template <class T>
@@ -289,20 +307,23 @@ struct DistanceInputs {
   std::int64_t m() const { return student.size(0); }
   std::int64_t n() const { return student.size(1); }
 
+  void check_shapes(const LossSpec& spec, const OptionalTensor& coefficients) const {
+    check_matrix(student, "student_distances");
+    check_matrix(teacher, "teacher_distances");
+    check(teacher.size(0) == m() && teacher.size(1) == n() && teacher.scalar_type() == type(),
+          "teacher_distances: expected the shape and dtype of student_distances");
+    check_candidate_count(m(), n(), "student_distances");
+    check(spec.scale != Scale::batch, "scale: expected 'anchor' or 'none' for distances, got 'batch'");
+    check_vector(coefficients, "coefficients", m(), type());
+    check_vector(candidate_weights, "candidate_weights", n(), type());
+    check_vector(self_index, "self_index", m(), ScalarType::Long);
+    check_self_index(self_index, n());
+  }
+
   // losses, gradient: null where not wanted. Returns the total.
   template <class T>
   double run(const LossSpec& spec, const OptionalTensor& coefficients, T* losses, T* gradient) const {
-    check_matrix(student, "student_distances");
-    check_matrix(teacher, "teacher_distances");
-    STD_TORCH_CHECK(teacher.size(0) == m() && teacher.size(1) == n() && teacher.scalar_type() == type(),
-                    "teacher_distances: expected the shape and dtype of student_distances");
-    STD_TORCH_CHECK(m() == 0 || n() >= 2, "student_distances: expected at least 2 candidates, got ", n());
-    STD_TORCH_CHECK(spec.scale != Scale::batch, "scale: expected 'anchor' or 'none' for distances, got 'batch'");
-    check_vector(coefficients, "coefficients", m(), type());
-    check_vector(candidate_weights, "candidate_weights", n(), type());
     check_weights<T>(candidate_weights, "candidate_weights");
-    check_vector(self_index, "self_index", m(), ScalarType::Long);
-    check_self_index(self_index, n());
     const Weights<T> weights{data<T>(coefficients), nullptr, data<T>(candidate_weights),
                              data<std::int64_t>(self_index)};
     double total = 0;
@@ -321,6 +342,7 @@ std::tuple<Tensor, Tensor> coherence_sum_from_distances(Tensor student_distances
                                                         std::string objective, std::string method, bool grad) {
   const DistanceInputs inputs{student_distances, teacher_distances, candidate_weights, self_index};
   const LossSpec spec = parse_spec(temperature, teacher_temperature, scale, objective, method);
+  inputs.check_shapes(spec, coefficients);
   const Tensor gradient = gradient_like(grad, student_distances);
   const double total = dispatch(inputs.type(), "student_distances", [&](auto zero) {
     using T = decltype(zero);
@@ -335,6 +357,7 @@ Tensor coherence_rows_from_distances(Tensor student_distances, Tensor teacher_di
                                      std::string method) {
   const DistanceInputs inputs{student_distances, teacher_distances, candidate_weights, self_index};
   const LossSpec spec = parse_spec(temperature, teacher_temperature, scale, objective, method);
+  inputs.check_shapes(spec, std::nullopt);
   const Tensor losses = new_tensor({inputs.m()}, inputs.type());
   dispatch(inputs.type(), "student_distances", [&](auto zero) {
     using T = decltype(zero);
@@ -350,19 +373,18 @@ Tensor run_soft_rank(const Tensor& values, const OptionalTensor& weights, const 
                      double temperature, const std::string& method) {
   check_matrix(values, "values");
   const std::int64_t rows = values.size(0), n = values.size(1);
-  STD_TORCH_CHECK(n < (std::int64_t(1) << 30), "values: expected fewer than 2^30 values in a row, got ", n);
-  STD_TORCH_CHECK(temperature > 0, "temperature: expected a number > 0, got ", temperature);
+  check(n < kMaxCandidates, "values: expected fewer than 2^30 values in a row, got ", n);
+  check(temperature > 0, "temperature: expected a number > 0, got ", temperature);
   const bool per_row = weights && weights->dim() == 2;
   if (weights) {
-    STD_TORCH_CHECK(weights->is_contiguous() && weights->is_cpu() && weights->scalar_type() == values.scalar_type(),
-                    "weights: expected a contiguous CPU tensor of the dtype of values");
-    STD_TORCH_CHECK(weights->numel() == (per_row ? rows * n : n), "weights: expected [", n, "] or [", rows, ", ", n,
-                    "]");
+    check(weights->is_contiguous() && weights->is_cpu() && weights->scalar_type() == values.scalar_type(),
+          "weights: expected a contiguous CPU tensor of the dtype of values");
+    check(weights->numel() == (per_row ? rows * n : n), "weights: expected [", n, "] or [", rows, ", ", n, "]");
   }
   if (upstream)
-    STD_TORCH_CHECK(
-        upstream->is_contiguous() && upstream->numel() == rows * n && upstream->scalar_type() == values.scalar_type(),
-        "grad: expected a contiguous tensor like values");
+    check(upstream->is_contiguous() && upstream->is_cpu() && upstream->numel() == rows * n &&
+              upstream->scalar_type() == values.scalar_type(),
+          "grad: expected a contiguous CPU tensor like values");
   const auto parsed = static_cast<Method>(parse(kMethodNames, method, "method"));
   const Tensor out = new_tensor({rows, n}, values.scalar_type());
   if (rows * n == 0) return out;

@@ -9,7 +9,8 @@
 namespace pcoherence {
 namespace {
 
-// A block of anchors' distances, one each for student and teacher, is bounded in bytes...
+// A block of anchors' distances, one each for student and teacher, is bounded in bytes: beyond the caches anyway
+// (blocks that fit them lose more by reading the candidates again), it bounds the memory...
 constexpr std::int64_t kBlockBytes = 16 << 20;
 // ... and in rows: every block reads all candidates again, so that 128 rows were a third slower than 512 (measured),
 // and 64 rows is where the products themselves slow down.
@@ -144,7 +145,7 @@ class FeatureGradient {
       }
     if (pairs.empty()) return;
     // Threads share out the features, not the pairs: every sum keeps its order.
-    constexpr std::int64_t slice = 16;
+    constexpr std::int64_t slice = 16;  // 64 bytes of float32: no two threads write to one cache line
     team.run(runtime_, (width_ + slice - 1) / slice, 1, [&](std::int64_t s, Workspace&) {
       const std::int64_t end = std::min(width_, (s + 1) * slice);
       for (const Pair& p : pairs) {
@@ -195,8 +196,7 @@ class FeatureGradient {
   std::vector<double> column_sums_;
 };
 
-// The mean distance over all anchors (scale "batch"), and, if wanted, its gradient.
-template <class T>
+// The mean distance over all anchors (scale "batch").
 struct BatchMean {
   double mean = 0;    // in prepared units
   double weight = 0;  // sum_i a_i W_i
@@ -234,7 +234,7 @@ class Coherence {
                                 runtime_);
     FeatureGradient<T> mean_gradient(student_, want_mean(results.gradient_anchors),
                                      want_mean(results.gradient_candidates), runtime_);
-    BatchMean<T> student_mean, teacher_mean;
+    BatchMean student_mean, teacher_mean;
     if (spec_.scale == Scale::batch) {
       student_mean = batch_mean(student_, student_block_, want ? &mean_gradient : nullptr);
       if (spec_.soft_teacher()) teacher_mean = batch_mean(teacher_, teacher_block_, nullptr);
@@ -248,9 +248,8 @@ class Coherence {
       teacher_.products(teacher_block_, begin, count, runtime_);
       team_.run(runtime_, count, 1 + kGrain / n_, [&](std::int64_t i, Workspace& ws) {
         rows[i] = anchor_row(begin + i, i, want, student_mean.mean, teacher_mean.mean);
-        distances(student_, rows[i].student, begin + i, close_[i], false);
-        std::vector<std::int32_t> unused;
-        teacher_.distances(rows[i].teacher, begin + i, !spec_.soft_teacher(), unused);
+        student_.distances(rows[i].student, begin + i, false, &close_[i]);
+        teacher_.distances(rows[i].teacher, begin + i, !spec_.soft_teacher(), nullptr);
         kernels().of<T>().anchor(spec_, candidates_, rows[i], ws);
       });
       for (std::int64_t i = 0; i < count; ++i) {
@@ -292,14 +291,8 @@ class Coherence {
     return a;
   }
 
-  static void distances(const Features<T>& features, T* row, std::int64_t anchor, std::vector<std::int32_t>& close,
-                        bool order_only) {
-    close.clear();
-    features.distances(row, anchor, order_only, close);
-  }
-
-  BatchMean<T> batch_mean(const Features<T>& features, T* block, FeatureGradient<T>* gradient) {
-    BatchMean<T> result;
+  BatchMean batch_mean(const Features<T>& features, T* block, FeatureGradient<T>* gradient) {
+    BatchMean result;
     std::vector<RowSum> row_sums(rows_);
     double distance = 0;
     for (std::int64_t begin = 0; begin < m_; begin += rows_) {
@@ -307,7 +300,7 @@ class Coherence {
       features.products(block, begin, count, runtime_);
       team_.run(runtime_, count, 1 + kGrain / n_, [&](std::int64_t i, Workspace&) {
         T* row = block + i * padded(n_);
-        distances(features, row, begin + i, close_[i], false);
+        features.distances(row, begin + i, false, gradient != nullptr ? &close_[i] : nullptr);
         row_sums[i] = kernels().of<T>().sum(row, candidates_, self(begin + i));
         if (gradient != nullptr) sums_[i] = weights_to_gradient(features, row, begin + i);
       });
@@ -370,22 +363,12 @@ Status coherence_from_distances(const LossSpec& spec, const T* student, const T*
   const auto candidates = candidate_weights(weights.candidates, n, runtime);
   Team team(runtime.threads());
   const std::int64_t ld = padded(n);
-  T* scratch = runtime.allocate(2 * ld * runtime.threads());
-  std::vector<T*> free_rows;
-  for (int t = 0; t < runtime.threads(); ++t) free_rows.push_back(scratch + 2 * ld * t);
-  std::mutex mutex;
   std::vector<double> row_losses(m);
   std::vector<Status> status(m, Status::ok);
   team.run(runtime, m, 1 + kGrain / n, [&](std::int64_t i, Workspace& ws) {
-    T* rows;
-    {
-      const std::lock_guard<std::mutex> lock(mutex);
-      rows = free_rows.back();
-      free_rows.pop_back();
-    }
     AnchorRow<T> a{};
-    a.student = rows;
-    a.teacher = rows + ld;
+    a.student = ws.student.need<T>(ld);
+    a.teacher = ws.teacher.need<T>(ld);
     std::copy(student + i * n, student + (i + 1) * n, a.student);
     std::copy(teacher + i * n, teacher + (i + 1) * n, a.teacher);
     std::fill(a.student + n, a.student + ld, T(0));
@@ -398,8 +381,6 @@ Status coherence_from_distances(const LossSpec& spec, const T* student, const T*
     row_losses[i] = a.loss;
     status[i] = a.status;
     if (gradient != nullptr) std::copy(a.student, a.student + n, gradient + i * n);
-    const std::lock_guard<std::mutex> lock(mutex);
-    free_rows.push_back(rows);
   });
   total = 0;
   for (std::int64_t i = 0; i < m; ++i) {

@@ -118,13 +118,6 @@ inline auto max_lane(V v) {
   for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) m = v[i] > m ? v[i] : m;
   return m;
 }
-template <class V>
-inline bool any_lane(V mask) {
-  auto m = mask[0];
-  for (unsigned i = 1; i < sizeof(V) / sizeof(mask[0]); ++i) m |= mask[i];
-  return m != 0;
-}
-
 // exp(x) for x <= 0, to about one unit in the last place: x = k log 2 + r, |r| <= log(2) / 2, Taylor series in r
 // (order set by the type: the first term left out is below epsilon / 2), scaled by 2^k through the exponent bits.
 template <class T>

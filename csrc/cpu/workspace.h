@@ -2,10 +2,9 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
-#include <new>
+
+#include "../inline.h"
 
 namespace pcoherence {
 
@@ -19,34 +18,27 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { std::free(data_); }
 
-  // At least `count` elements, 64-byte aligned, contents undefined.
+  // At least `count` elements, 64-byte aligned, contents undefined. Inlined into each instruction set's kernels; what
+  // it calls is compiled once.
   template <class T>
-  T* need(std::size_t count) {
-    const std::size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-    if (bytes > bytes_) grow(bytes);
-    if (poison_workspace) std::memset(data_, 0xff, bytes);
-    return static_cast<T*>(data_);
+  PCOH_INLINE T* need(std::size_t count) {
+    return static_cast<T*>(need_bytes((count * sizeof(T) + 63) / 64 * 64));
   }
 
  private:
-  void grow(std::size_t bytes) {
-    std::free(data_);
-    bytes_ = 0;
-    data_ = std::aligned_alloc(64, bytes);
-    if (data_ == nullptr) throw std::bad_alloc();
-    bytes_ = bytes;
-  }
+  void* need_bytes(std::size_t bytes);
 
   void* data_ = nullptr;
   std::size_t bytes_ = 0;
 };
 
 struct Workspace {
+  Buffer student, teacher;                                             // [n], distances that may not be overwritten
   Buffer weights, positions, ranks, teacher_ranks, residuals, pulled;  // [n], one anchor's row
-  Buffer bins, locals, moments, replicas, fields;                      // grid
+  Buffer bins, locals, moments, replicas, fields, carry;               // grid
   Buffer items, items_swap, histogram;                                 // radix sort
   Buffer bucket, arrival, counts, sorted, sorted_ranks;                // hard ranks
-  Buffer steps, up, down, carry;                                       // scan
+  Buffer steps, up, down;                                              // scan
 };
 
 }  // namespace pcoherence

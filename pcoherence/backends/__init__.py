@@ -27,7 +27,8 @@ FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
 
 BUILD_HINT = "build the extension with `pip install .` in a checkout; see `python -m pcoherence`"
 
-_warned = False
+_warned: set[str] = set()
+"""Reasons that have been given."""
 
 
 def available_backends() -> dict[str, str | None]:
@@ -52,10 +53,11 @@ def select(name: str, device: torch.device, objection: Callable[[Backend], str |
     reasons = []
     for candidate in FASTEST.get(device.type, ()):
         backend = REGISTRY[candidate]
-        reason = backend.available() or objection(backend)
+        missing = backend.available()
+        reason = missing or objection(backend)
         if reason is None:
             return backend
-        reasons.append(f"{candidate}: {reason}")
+        reasons.append(f"{candidate}: {reason}" + (f"; {BUILD_HINT}" if missing else ""))
     reference = REGISTRY["reference"]
     refused = objection(reference)
     if refused is not None:
@@ -77,12 +79,11 @@ def _named(name: str, objection: Callable[[Backend], str | None]) -> Backend:
 
 
 def _warn_once(reason: str) -> None:
-    global _warned
-    if _warned or torch.compiler.is_compiling():
+    if reason in _warned or torch.compiler.is_compiling():
         return
-    _warned = True
+    _warned.add(reason)
     warnings.warn(
-        f"pcoherence: using the slow reference, memory n^3 ({reason}); {BUILD_HINT}. "
+        f"pcoherence: using the slow reference, memory n^3 ({reason}). "
         'backend="reference" asks for it without this warning.',
         RuntimeWarning,
         stacklevel=4,

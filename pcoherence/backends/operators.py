@@ -43,11 +43,9 @@ class OperatorBackend:
         raise NotImplementedError
 
     def supports(self, spec: LossSpec, inputs: LossInputs) -> str | None:
-        """Names that the kernels know, on tensors that they can take."""
+        """Names that the kernels know, on tensors that they can take; any metric will do."""
         return (
             self.refuses(inputs.student)
-            or self._unknown("metric", spec.metric)
-            or self._unknown("metric", spec.resolved_teacher_metric)
             or self._unknown("scale", spec.scale)
             or self._unknown("objective", spec.objective)
             or self._unknown("method", spec.method)
@@ -57,20 +55,20 @@ class OperatorBackend:
         """Methods that the kernels know, on tensors that they can take."""
         return self.refuses(values) or self._unknown("method", method)
 
-    def _unknown(self, option: str, name: object) -> str | None:
-        """A name that has not been ported yet; a callable is no name."""
-        if isinstance(name, str) and name not in self.known()[option]:
-            return f"{option} {name!r} is not part of its kernels yet"
-        return None
+    def _unknown(self, option: str, name: str) -> str | None:
+        """A name that has not been ported yet."""
+        if name in self.known()[option]:
+            return None
+        return f"{option} {name!r} is not part of its kernels yet"
 
     def loss(self, spec: LossSpec, inputs: LossInputs) -> Tensor:
         """Loss and gradient in one pass; memory grows as m + n."""
         if inputs.student.shape[0] == 0:
             return reference.evaluate(spec, inputs)  # nothing to compute; kernels see m > 0
-        if isinstance(spec.metric, str) and isinstance(spec.resolved_teacher_metric, str):
-            return _loss_from_features(
-                self.operators(), spec, inputs, spec.metric, spec.resolved_teacher_metric
-            )
+        metrics = spec.metric, spec.resolved_teacher_metric
+        ported = self.known()["metric"]
+        if all(isinstance(metric, str) and metric in ported for metric in metrics):
+            return _loss_from_features(self.operators(), spec, inputs, *metrics)
         return _loss_by_blocks(self.operators(), spec, inputs)
 
     def soft_rank(
@@ -103,9 +101,9 @@ def _hard_as_zero(teacher_temperature: float | None) -> float:
 
 
 def _loss_from_features(
-    ops: Operators, spec: LossSpec, inputs: LossInputs, metric: str, teacher_metric: str
+    ops: Operators, spec: LossSpec, inputs: LossInputs, metric: Metric, teacher_metric: Metric
 ) -> Tensor:
-    """Named metrics: features in, loss and gradient out of one pass."""
+    """Ported metrics, by name: features in, loss and gradient out of one pass."""
     student, student_candidates, teacher, teacher_candidates, anchor_weights, *others = (
         _contiguous(tensor) for tensor in inputs
     )
@@ -131,7 +129,7 @@ def _loss_from_features(
 
 
 def _loss_by_blocks(ops: Operators, spec: LossSpec, inputs: LossInputs) -> Tensor:
-    """A callable metric: distances a block of anchors at a time, recomputed in backward.
+    """Any other metric: distances a block of anchors at a time, recomputed in backward.
 
     Memory stays at one block of distances, and gradients reach the callable's parameters.
     """
@@ -208,12 +206,13 @@ def _batch_means(
         student = _student_distances(spec, inputs, start, stop)
         index = None if inputs.self_index is None else inputs.self_index[start:stop]
         weights = distances.pair_weights(student, inputs.candidate_weights, index)
-        if inputs.anchor_weights is not None:
-            weights = inputs.anchor_weights[start:stop, None] * weights
-        teacher = weights
+        own = None if inputs.anchor_weights is None else inputs.anchor_weights[start:stop]
+        student_sum, weight = distances.weighted_sums(student, weights, own)
+        teacher_sum = weight
         if spec.teacher_temperature is not None:
-            teacher = weights * _teacher_distances(spec, inputs, start, stop)
-        return torch.stack([(weights * student).sum(), teacher.sum(), weights.sum()])
+            teacher = _teacher_distances(spec, inputs, start, stop)
+            teacher_sum, _ = distances.weighted_sums(teacher, weights, own)
+        return torch.stack([student_sum, teacher_sum, weight])
 
     parts = [checkpoint(sums, *block, use_reentrant=False) for block in blocks]
     student_sum, teacher_sum, weight = torch.stack(parts).sum(0).unbind()
