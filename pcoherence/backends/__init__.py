@@ -10,6 +10,7 @@ import torch
 from .base import Backend, Missing
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 # To add a backend: write its adapter, put it here, and in FASTEST for the devices it serves.
 REGISTRY: dict[str, Backend] = {
@@ -17,12 +18,12 @@ REGISTRY: dict[str, Backend] = {
     for backend in (
         ReferenceBackend(),
         CpuBackend(),
-        Missing("triton", "not part of this version of pcoherence"),
+        TritonBackend(),
         Missing("cuda", "not part of this version of pcoherence"),
     )
 }
 
-FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
+FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 """By device type, what "auto" tries in turn before the reference."""
 
 BUILD_HINT = "build the extension with `pip install .` in a checkout; see `python -m pcoherence`"

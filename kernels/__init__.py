@@ -1,0 +1,1 @@
+"""Triton kernels, imported as `pcoherence.kernels` and only by the backend that uses them."""

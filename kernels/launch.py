@@ -1,0 +1,426 @@
+"""Launches of the kernels: the row kernels of pcoherence/backends/device.py, and soft ranks.
+
+Grids and buffers only: tensors were checked before, and are what the kernels' docstrings say.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import cdiv
+
+from ..backends.device import (
+    NEARNESS,
+    RowOptions,
+    RowResults,
+    RowWeights,
+    Side,
+    Traits,
+    Units,
+    block_rows,
+    inverse_temperature,
+)
+from ..objectives import HUBER_DELTA, RESOLUTION, SPEARMAN_FLOOR
+from . import distances, objectives, soft_ranks
+from .tables import SERIES_DEGREE, hard_series, series
+from .tuning import PAIRS_MOST, tiles
+
+STATISTICS = 6
+"""Columns that soft_ranks.row_stats writes."""
+
+
+def resolve_method(method: str, n: int) -> str:
+    """ "pairs" or "scan" for n candidates: of the sizes alone, so that nothing is read back."""
+    if method != "auto":
+        return method
+    return "pairs" if n <= PAIRS_MOST else "scan"
+
+
+class NearTiles(NamedTuple):
+    """The tiles of a block in which gradients leave the products."""
+
+    flags: Tensor  # int32 [b / edge, n / edge]
+
+
+class _Rows(NamedTuple):
+    """A block of rows and their weights, as soft_ranks.py takes them."""
+
+    values: Tensor  # T [rows, n]
+    weights: Tensor  # T [n], or [rows, n]
+    own: Tensor  # int64 [rows]
+
+    @property
+    def weighting(self) -> tuple[Tensor, int, Tensor]:
+        """Weights, their stride, and who is left out."""
+        stride = self.weights.shape[-1] if self.weights.ndim == 2 else 0
+        return self.weights, stride, self.own
+
+
+class _Sums:
+    """Ranks and pullbacks of a block of rows by one method."""
+
+    def __init__(
+        self, rows: _Rows, stats: Tensor, method: str, hard: bool, spare: Tensor | None
+    ) -> None:
+        values = rows.values
+        self._rows, self._stats, self._hard = rows, stats, hard
+        self._tiles = tiles(values.dtype, values.is_cuda)
+        self._by_pairs = method == "pairs"
+        self._shape = values.shape
+        make = hard_series if hard else series
+        self._series = make(values.dtype, values.device)
+        self._degree = 1 if hard else SERIES_DEGREE[values.dtype]
+        if not self._by_pairs:
+            self._partial = torch.empty_like(values) if spare is None else spare
+            self._sorted = values.sort(dim=1, stable=True)
+
+    @property
+    def _pair_grid(self) -> tuple[int, int]:
+        count, n = self._shape
+        return cdiv(count, self._tiles.pair_rows), cdiv(n, self._tiles.pair_j)
+
+    @property
+    def total_columns(self) -> int:
+        """How many numbers of a row `ranks` writes into totals."""
+        return self._pair_grid[1] if self._by_pairs else 2
+
+    def ranks(
+        self,
+        out: Tensor,
+        normalise: bool,
+        total: str = "none",
+        totals: Tensor | None = None,
+        teacher: Tensor | None = None,
+    ) -> None:
+        """Ranks into out T [rows, n]; totals float64 [rows, total_columns]."""
+        values, t = self._rows.values, self._tiles
+        given = (
+            *self._rows.weighting,
+            self._stats,
+            values if teacher is None else teacher,
+            self._series,
+        )
+        totals = self._stats if totals is None else totals
+        options = {"HARD": self._hard, "TOTAL": total, "NORMALISE": normalise}
+        if self._by_pairs:
+            soft_ranks.pair_ranks[self._pair_grid](
+                values,
+                *given,
+                out,
+                totals,
+                *self._shape,
+                self._pair_grid[1],
+                **options,
+                DEGREE=self._degree,
+                M=self._series.shape[1],
+                BR=t.pair_rows,
+                BJ=t.pair_j,
+                BK=t.pair_k,
+                num_warps=t.pair_warps,
+            )
+            return
+        for down in (False, True):
+            soft_ranks.scan_ranks[cdiv(self._shape[0], t.scan_rows),](
+                *self._sorted,
+                *given,
+                self._partial,
+                out,
+                totals,
+                *self._shape,
+                DOWN=down,
+                **options,
+                M=self._series.shape[1],
+                BR=t.scan_rows,
+                C=t.scan_chunk,
+                num_warps=t.scan_warps,
+            )
+
+    def pullback(self, upstream: Tensor, out: Tensor, normalise: bool) -> None:
+        """Pullback of upstream T [rows, n] into out T [rows, n]."""
+        given, t = (*self._rows.weighting, self._stats, upstream), self._tiles
+        if self._by_pairs:
+            soft_ranks.pair_pullback[self._pair_grid](
+                self._rows.values,
+                *given,
+                out,
+                *self._shape,
+                NORMALISE=normalise,
+                BR=t.pair_rows,
+                BJ=t.pair_j,
+                BK=t.pair_k,
+                num_warps=t.pair_warps,
+            )
+            return
+        for down in (False, True):
+            soft_ranks.scan_pullback[cdiv(self._shape[0], t.scan_rows),](
+                *self._sorted,
+                *given,
+                self._series,
+                self._partial,
+                out,
+                *self._shape,
+                DOWN=down,
+                NORMALISE=normalise,
+                M=self._series.shape[1],
+                BR=t.scan_rows,
+                C=t.scan_chunk,
+                num_warps=t.scan_warps,
+            )
+
+
+def _row_stats(rows: _Rows, scale: str, units: Units) -> Tensor:
+    """Statistics float64 [6, rows]."""
+    values = rows.values
+    count, n = values.shape
+    t = tiles(values.dtype, values.is_cuda)
+    stats = values.new_empty(STATISTICS, count, dtype=torch.float64)
+    soft_ranks.row_stats[cdiv(count, t.row_rows),](
+        values,
+        *rows.weighting,
+        units.inverse_temperature,
+        units.inverse_temperature if units.mean is None else units.mean,
+        stats,
+        count,
+        n,
+        SCALE=scale,
+        BR=t.row_rows,
+        BN=t.row_columns,
+        num_warps=t.row_warps,
+    )
+    return stats
+
+
+class TritonRowKernels:
+    """pcoherence.backends.device.RowKernels."""
+
+    def difference_distances(
+        self, out: Tensor, anchors: Tensor, candidates: Tensor, traits: Traits, order_only: bool
+    ) -> None:
+        """See RowKernels. Grid: one program for 32 x 32 pairs."""
+        b, n = out.shape
+        t = tiles(out.dtype, out.is_cuda)
+        distances.difference_distances[cdiv(b, t.near) * cdiv(n, t.near),](
+            out,
+            anchors,
+            candidates,
+            b,
+            n,
+            anchors.shape[1],
+            ROOT=traits.root and not order_only,
+            FACTOR=traits.factor,
+            BI=t.near,
+            BJ=t.near,
+            BF=t.distance_features,
+            num_warps=t.distance_warps,
+        )
+
+    def product_distances(
+        self,
+        out: Tensor,
+        products: Tensor,
+        anchors: Side,
+        candidates: Side,
+        begin: int,
+        same: bool,
+        first: Tensor,
+        traits: Traits,
+        order_only: bool,
+    ) -> NearTiles:
+        """See RowKernels. Reads and writes the block once: 2 x 32 MiB, 20 us."""
+        b, n = out.shape
+        t = tiles(out.dtype, out.is_cuda)
+        grid = cdiv(b, t.near), cdiv(n, t.near)
+        flags = torch.empty(grid, dtype=torch.int32, device=out.device)
+        nearness = NEARNESS[out.dtype]
+        distances.product_distances[grid[0] * grid[1],](
+            out,
+            products,
+            anchors.norms,
+            candidates.norms,
+            anchors.rows,
+            candidates.rows,
+            first,
+            flags,
+            begin,
+            b,
+            n,
+            anchors.rows.shape[1],
+            SAME=same,
+            ROOT=traits.root and not order_only,
+            FACTOR=traits.factor,
+            NEAR=nearness.distance,
+            NEAR_GRADIENT=nearness.gradient,
+            BI=t.near,
+            BJ=t.near,
+            BF=t.distance_features,
+            num_warps=t.distance_warps,
+        )
+        return NearTiles(flags)
+
+    def accumulate_differences(
+        self, out: Tensor, points: Tensor, others: Tensor, v: Tensor, near: Any, transposed: bool
+    ) -> None:
+        """See RowKernels. 2 b n d operations over all tiles, few where few are flagged."""
+        r, width = out.shape
+        if width == 0:
+            return
+        t = tiles(out.dtype, out.is_cuda)
+        flags = v if near is None else near.flags  # not read without FLAGGED
+        if transposed:
+            v, flags = v.t(), flags.t()
+        distances.accumulate_differences[cdiv(r, t.near), cdiv(width, t.gradient_features)](
+            out,
+            points,
+            others,
+            v,
+            *v.stride(),
+            flags,
+            *flags.stride(),
+            r,
+            others.shape[0],
+            width,
+            FLAGGED=near is not None,
+            BI=t.near,
+            BJ=t.near,
+            BF=t.gradient_features,
+            num_warps=t.distance_warps,
+        )
+
+    def clear_near(self, v: Tensor, near: Any) -> None:
+        """See RowKernels."""
+        t = tiles(v.dtype, v.is_cuda)
+        distances.clear_near[near.flags.numel(),](
+            v, near.flags, *v.shape, BI=t.near, BJ=t.near, num_warps=t.distance_warps
+        )
+
+    def row_sums(self, distances: Tensor, weights: RowWeights) -> tuple[Tensor, Tensor]:
+        """See RowKernels; the mean is in float64, so that nothing is lost by multiplying again."""
+        one = torch.ones((), dtype=torch.float64, device=distances.device)
+        rows = _Rows(distances, weights.candidates, weights.own)
+        stats = _row_stats(rows, "none", Units(one, None))
+        return stats[1] * stats[0], stats[0]
+
+    def anchors(
+        self,
+        options: RowOptions,
+        student: Tensor,
+        teacher: Tensor,
+        weights: RowWeights,
+        student_units: Units,
+        teacher_units: Units,
+        spare: Tensor | None,
+    ) -> RowResults:
+        """See RowKernels. Statistics, ranks of both, objective, pullback, gradient: 7 launches.
+
+        With the scan 4 more and two sorts.
+        """
+        count, n = student.shape
+        method = resolve_method(options.method, n)
+        t = tiles(student.dtype, student.is_cuda)
+        cross_entropy = options.objective == "cross_entropy"
+        ours = _Rows(student, weights.candidates, weights.own)
+        theirs = _Rows(teacher, weights.candidates, weights.own)
+        hard = not options.soft_teacher
+        teacher_stats = _row_stats(theirs, "none" if hard else options.scale, teacher_units)
+        student_stats = _row_stats(ours, options.scale, student_units)
+
+        teacher_ranks = torch.empty_like(teacher)
+        sums = _Sums(theirs, teacher_stats, method, hard, spare)
+        crosses = entropies = student_stats
+        if cross_entropy:
+            crosses, entropies = student_stats.new_empty(2, count, sums.total_columns)
+        total = "entropy" if cross_entropy else "none"
+        sums.ranks(teacher_ranks, True, total, entropies)
+        ranks = torch.empty_like(student)
+        sums = _Sums(ours, student_stats, method, False, spare)
+        total = "cross" if cross_entropy else "none"
+        sums.ranks(ranks, True, total, crosses, teacher_ranks)
+
+        losses = student_stats.new_empty(count)
+        grid = (cdiv(count, t.row_rows),)
+        objectives.objective[grid](
+            ranks,
+            teacher_ranks,
+            weights.candidates,
+            weights.own,
+            student_stats,
+            teacher_stats,
+            crosses,
+            entropies,
+            losses,
+            count,
+            n,
+            sums.total_columns,
+            OBJECTIVE=options.objective,
+            GRADIENT=options.gradient,
+            DELTA=HUBER_DELTA,
+            RESOLUTION=RESOLUTION[student.dtype],
+            FLOOR=(SPEARMAN_FLOOR * torch.finfo(student.dtype).eps) ** 2,
+            BR=t.row_rows,
+            BN=t.row_columns,
+            num_warps=t.row_warps,
+        )
+        mean_pull = torch.zeros_like(losses)
+        if options.gradient:
+            g = ranks
+            if not cross_entropy:
+                g = teacher_ranks  # not needed any more
+                sums.pullback(ranks, g, True)
+            mean = student_units.mean
+            objectives.store_gradient[grid](
+                student,
+                g,
+                weights.candidates,
+                weights.own,
+                weights.coefficients,
+                student_stats,
+                teacher_stats,
+                student_stats if mean is None else mean,
+                mean_pull,
+                count,
+                n,
+                SCALE=options.scale,
+                CHAIN=options.chain,
+                ROOT=options.root,
+                BR=t.row_rows,
+                BN=t.row_columns,
+                num_warps=t.row_warps,
+            )
+        return RowResults(losses, mean_pull)
+
+    def takes_differences(self, method: str, n: int) -> bool:
+        """The pairs do."""
+        return resolve_method(method, n) == "pairs"
+
+    def soft_rank(
+        self,
+        values: Tensor,
+        weights: Tensor | None,
+        upstream: Tensor | None,
+        temperature: float,
+        method: str,
+    ) -> Tensor:
+        """See RowKernels.
+
+        A block of rows at a time: memory beyond the result is a few blocks.
+        """
+        out = torch.empty_like(values)
+        count, n = values.shape
+        if weights is None:
+            weights = values.new_ones(n)
+        step = block_rows(count, n, values.element_size())
+        units = Units(inverse_temperature(temperature, None, values.device), None)
+        nobody = torch.full((step,), -1, dtype=torch.int64, device=values.device)
+        for begin in range(0, count, step):
+            part = slice(begin, min(begin + step, count))
+            size = part.stop - part.start
+            rows = _Rows(values[part], weights if weights.ndim == 1 else weights[part], nobody[:size])
+            stats = _row_stats(rows, "none", units)
+            sums = _Sums(rows, stats, resolve_method(method, n), False, None)
+            if upstream is None:
+                sums.ranks(out[part], False)
+            else:
+                sums.pullback(upstream[part], out[part], False)
+        return out

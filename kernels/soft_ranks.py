@@ -1,0 +1,436 @@
+"""Stage 2: statistics of a row of distances, its soft or hard ranks, and their pullback.
+
+For one anchor's row with weights w_k (0 for the anchor itself) and positions s_k = d_k / (mean tau):
+
+    R_j = sum_k w_k sigmoid(s_j - s_k)              F_j = R_j / W, W = sum_k w_k
+    g_l = sum_j (u_l w_j - w_l u_j) slope(s_l - s_j)      pullback of u = d loss / d F (times W)
+
+`pair_*` evaluate every pair, a tile of [BJ, BK] at a time. `scan_*` walk the sorted row in chunks of
+C: pairs within a chunk are evaluated, and all of a chunk's predecessors are carried as the powers
+A_m = sum_k w_k z_k^m with z_k = exp(-(ref - s_k)) in (0, 1], ref the last position before the chunk,
+since sigmoid(s_j - s_k) = 1 + sum_m c_m exp(-m (s_j - ref)) z_k^m (DESIGN section 2). One launch walks
+up, one down. Hard ranks are the limit tau -> 0 of the same sums: z is 1 on a tie and 0 otherwise.
+
+A program takes BR rows. Matrices [rows, n] of T (float32 or float64) are contiguous; weights are
+[n] with weight_stride 0 or [rows, n] with weight_stride n; own int64 [rows].
+"""
+
+import triton
+import triton.language as tl
+
+# Columns of the statistics, float64 [6, rows].
+WEIGHT = tl.constexpr(0)  # W
+MEAN = tl.constexpr(1)  # sum_k w_k d_k / W; 0 where W = 0
+LOW = tl.constexpr(2)  # smallest distance of weight > 0
+FACTOR = tl.constexpr(3)  # positions per distance, 1 / (mean tau)
+EXTENT = tl.constexpr(4)  # largest position of weight > 0
+STATE = tl.constexpr(5)  # 1; 0 where W = 0; otherwise NaN where the distances are not finite
+
+# Above this range the positions saturate, as in csrc/cpu/rows.inc: neighbours that float32 can
+# tell apart are already hundreds of temperatures away from each other.
+MAX_RANGE = tl.constexpr(1e30)
+
+LOG_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_stat(stats, COLUMN: tl.constexpr, r, rows):
+    """A column of the statistics, float64 [BR]."""
+    return tl.load(stats + COLUMN * rows + r, mask=r < rows, other=0.0)
+
+
+@triton.jit
+def load_weights(weights, weight_stride, own, r, k, rows, n):
+    """w_rk, 0 for the anchor itself and beyond the matrix; r [BR], k [BR or 1, BK] -> [BR, BK]."""
+    valid = (r < rows)[:, None] & (k < n)
+    w = tl.load(weights + r[:, None] * weight_stride + k, mask=valid, other=0.0)
+    itself = tl.load(own + r, mask=r < rows, other=-1)
+    return tl.where(k == itself[:, None], 0.0, w)
+
+
+@triton.jit
+def row_stats(
+    values,  # T [rows, n]
+    weights,
+    weight_stride,
+    own,
+    inverse_temperature,  # float64 []
+    batch_mean,  # float64 [], read with SCALE "batch"
+    stats,  # float64 [6, rows]
+    rows,
+    n,
+    SCALE: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Fill the statistics, all sums in float64."""
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = r < rows
+    weight = tl.zeros([BR], tl.float64)
+    total = tl.zeros([BR], tl.float64)
+    low = tl.full([BR], float("inf"), tl.float64)
+    high = tl.full([BR], float("-inf"), tl.float64)
+    for k0 in range(0, n, BN):
+        k = (k0 + tl.arange(0, BN))[None, :]
+        v = tl.load(values + r[:, None] * n + k, mask=live[:, None] & (k < n), other=0.0)
+        v = v.to(tl.float64)
+        w = load_weights(weights, weight_stride, own, r, k, rows, n).to(tl.float64)
+        weight += tl.sum(w, 1)
+        total += tl.sum(w * v, 1)
+        low = tl.minimum(low, tl.min(tl.where(w > 0, v, float("inf")), 1))
+        high = tl.maximum(high, tl.max(tl.where(w > 0, v, float("-inf")), 1))
+    some = weight > 0
+    mean = tl.where(some, total / tl.where(some, weight, 1.0), 0.0)
+    factor = tl.load(inverse_temperature) + tl.zeros([BR], tl.float64)
+    if SCALE == "anchor":
+        factor = factor / tl.where(mean > 0, mean, 1.0)
+    if SCALE == "batch":
+        shared = tl.load(batch_mean)
+        factor = factor / tl.where(shared > 0, shared, 1.0)
+    spread = high - low
+    factor = tl.where(factor * spread <= MAX_RANGE, factor, MAX_RANGE / spread)
+    finite = (tl.abs(total) < float("inf")) & (tl.abs(spread) < float("inf"))
+    state = tl.where(some, tl.where(finite, 1.0, float("nan")), 0.0)
+    tl.store(stats + WEIGHT * rows + r, weight, mask=live)
+    tl.store(stats + MEAN * rows + r, mean, mask=live)
+    tl.store(stats + LOW * rows + r, low, mask=live)
+    tl.store(stats + FACTOR * rows + r, factor, mask=live)
+    tl.store(stats + EXTENT * rows + r, factor * spread, mask=live)
+    tl.store(stats + STATE * rows + r, state, mask=live)
+
+
+@triton.jit
+def positions(v, stats, r, rows):
+    """Distances T [BR, BK] -> positions; only candidates of weight 0 can lie outside the range."""
+    low = load_stat(stats, LOW, r, rows).to(v.dtype)[:, None]
+    factor = load_stat(stats, FACTOR, r, rows).to(v.dtype)[:, None]
+    extent = load_stat(stats, EXTENT, r, rows).to(v.dtype)[:, None]
+    return tl.minimum(tl.maximum((v - low) * factor, 0.0), extent)
+
+
+@triton.jit
+def log1p_series(z, softplus, DEGREE: tl.constexpr):
+    """log(1 + z) for z in [0, 1], to relative precision; softplus T [DEGREE] in memory."""
+    result = tl.zeros_like(z)
+    for i in tl.static_range(DEGREE):
+        result = (result + tl.load(softplus + DEGREE - 1 - i)) * z
+    return result
+
+
+@triton.jit
+def compare(a, b, HARD: tl.constexpr):
+    """P(a, b): sigmoid(a - b), or the step with 1/2 on a tie; and z = exp(-|a - b|), or [a = b]."""
+    if HARD:
+        z = tl.where(a == b, 1.0, 0.0).to(a.dtype)
+        p = tl.where(a > b, 1.0, 0.5 * z)
+    else:
+        z = tl.exp(-tl.abs(a - b))
+        p = tl.where(a < b, z, 1.0) / (1.0 + z)
+    return p, z
+
+
+@triton.jit
+def slope(a, b):
+    """sigmoid'(a - b)."""
+    z = tl.exp(-tl.abs(a - b))
+    return z / ((1.0 + z) * (1.0 + z))
+
+
+@triton.jit
+def decay(a, b, m, HARD: tl.constexpr):
+    """exp(-m |a - b|), or [a = b]."""
+    if HARD:
+        return tl.where((a == b) & (m > 0), 1.0, 0.0).to(a.dtype)
+    else:
+        return tl.exp(-m * tl.abs(a - b))
+
+
+@triton.jit
+def finished_ranks(total, stats, r, rows, NORMALISE: tl.constexpr):
+    """R float64 [BR, BK] -> F = R / W; otherwise soft_rank's 1/2 + R, NaN for what is not finite."""
+    if NORMALISE:
+        return total / load_stat(stats, WEIGHT, r, rows)[:, None]
+    else:
+        state = load_stat(stats, STATE, r, rows)[:, None]
+        return 0.5 + tl.where(state == 1.0, total, state)
+
+
+@triton.jit
+def finished_pullback(g, stats, r, rows, NORMALISE: tl.constexpr):
+    """The pullback of u T [BR, BK] over W; otherwise soft_rank's, with respect to its values."""
+    if NORMALISE:
+        return g / load_stat(stats, WEIGHT, r, rows).to(g.dtype)[:, None]
+    else:
+        state = load_stat(stats, STATE, r, rows).to(g.dtype)[:, None]
+        factor = load_stat(stats, FACTOR, r, rows).to(g.dtype)[:, None]
+        return tl.where(state == 1.0, g * factor, state)
+
+
+# ---------------------------------------------------------------- pairs
+
+
+@triton.jit
+def pair_ranks(
+    values,  # T [rows, n] distances
+    weights,
+    weight_stride,
+    own,
+    stats,
+    teacher,  # T [rows, n] F^T, read with TOTAL "cross"
+    series,  # T [2, M], see tables.py
+    out,  # T [rows, n]
+    totals,  # float64 [rows, tiles]: one number for each program
+    rows,
+    n,
+    tiles,
+    HARD: tl.constexpr,
+    TOTAL: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    DEGREE: tl.constexpr,
+    M: tl.constexpr,
+    BR: tl.constexpr,
+    BJ: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Ranks of BJ candidates; grid [rows / BR, tiles = n / BJ].
+
+    TOTAL "cross": sum_j w_j [ sum_k w_k softplus(s_j - s_k) - s_j W (2 F^T_j - 1) ], the cross
+    entropy of the teacher's comparisons times W^2; "entropy": the same of the ranks themselves.
+    With H_j the hard rank, sum_jk w_j w_k max(s_j - s_k, 0) = sum_j w_j s_j (2 H_j - W), so that
+    what cancels is subtracted as ranks, not as products with s.
+    """
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = (r < rows)[:, None]
+    j = (tl.program_id(1) * BJ + tl.arange(0, BJ))[None, :]
+    v = tl.load(values + r[:, None] * n + j, mask=live & (j < n), other=0.0)
+    s_j = v if HARD else positions(v, stats, r, rows)
+    rank = tl.zeros([BR, BJ], v.dtype)
+    logs = tl.zeros([BR, BJ], v.dtype)
+    higher = tl.zeros([BR, BJ], v.dtype)
+    for k0 in range(0, n, BK):
+        k = (k0 + tl.arange(0, BK))[None, :]
+        v = tl.load(values + r[:, None] * n + k, mask=live & (k < n), other=0.0)
+        s_k = v if HARD else positions(v, stats, r, rows)
+        w = load_weights(weights, weight_stride, own, r, k, rows, n)[:, None, :]
+        a = s_j[:, :, None]
+        b = s_k[:, None, :]
+        p, z = compare(a, b, HARD)
+        rank += tl.sum(w * p, 2)
+        if TOTAL != "none":
+            if HARD:
+                logs += tl.sum(w * z, 2)
+            else:
+                logs += tl.sum(w * log1p_series(z, series + M, DEGREE), 2)
+                step = tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0))
+                higher += tl.sum(w * step, 2)
+    ranks = finished_ranks(rank.to(tl.float64), stats, r, rows, NORMALISE)
+    tl.store(out + r[:, None] * n + j, ranks.to(v.dtype), mask=live & (j < n))
+    if TOTAL != "none":
+        w_j = load_weights(weights, weight_stride, own, r, j, rows, n).to(tl.float64)
+        if HARD:
+            each = LOG_2 * logs.to(tl.float64)
+        else:
+            expected = rank.to(tl.float64)
+            if TOTAL == "cross":
+                f = tl.load(teacher + r[:, None] * n + j, mask=live & (j < n), other=0.0)
+                expected = f.to(tl.float64) * load_stat(stats, WEIGHT, r, rows)[:, None]
+            difference = higher.to(tl.float64) - expected
+            each = logs.to(tl.float64) + 2.0 * s_j.to(tl.float64) * difference
+        total = tl.sum(w_j * each, 1)
+        tl.store(totals + r * tiles + tl.program_id(1), total, mask=r < rows)
+
+
+@triton.jit
+def pair_pullback(
+    values,  # T [rows, n] distances
+    weights,
+    weight_stride,
+    own,
+    stats,
+    upstream,  # T [rows, n] u
+    out,  # T [rows, n] g
+    rows,
+    n,
+    NORMALISE: tl.constexpr,
+    BR: tl.constexpr,
+    BJ: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """g of BJ candidates; grid [rows / BR, n / BJ]."""
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = (r < rows)[:, None]
+    j = (tl.program_id(1) * BJ + tl.arange(0, BJ))[None, :]
+    v = tl.load(values + r[:, None] * n + j, mask=live & (j < n), other=0.0)
+    s_j = positions(v, stats, r, rows)[:, :, None]
+    u_j = tl.load(upstream + r[:, None] * n + j, mask=live & (j < n), other=0.0)[:, :, None]
+    w_j = load_weights(weights, weight_stride, own, r, j, rows, n)[:, :, None]
+    g = tl.zeros([BR, BJ], v.dtype)
+    for k0 in range(0, n, BK):
+        k = (k0 + tl.arange(0, BK))[None, :]
+        v = tl.load(values + r[:, None] * n + k, mask=live & (k < n), other=0.0)
+        s_k = positions(v, stats, r, rows)[:, None, :]
+        u_k = tl.load(upstream + r[:, None] * n + k, mask=live & (k < n), other=0.0)[:, None, :]
+        w_k = load_weights(weights, weight_stride, own, r, k, rows, n)[:, None, :]
+        g += tl.sum((u_j * w_k - w_j * u_k) * slope(s_j, s_k), 2)
+    g = finished_pullback(g, stats, r, rows, NORMALISE)
+    tl.store(out + r[:, None] * n + j, g, mask=live & (j < n))
+
+
+# ---------------------------------------------------------------- scan
+
+
+@triton.jit
+def scan_ranks(
+    values,  # T [rows, n] distances, sorted
+    index,  # int64 [rows, n]: where they were
+    weights,
+    weight_stride,
+    own,
+    stats,
+    teacher,  # T [rows, n] F^T, not sorted; read with TOTAL "cross"
+    series,  # T [2, M], see tables.py
+    partial,  # T [rows, n], sorted: from the walk up to the walk down
+    out,  # T [rows, n], not sorted; written by the walk down
+    totals,  # float64 [rows, 2]: of the walk up, of the walk down
+    rows,
+    n,
+    DOWN: tl.constexpr,
+    HARD: tl.constexpr,
+    TOTAL: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    M: tl.constexpr,
+    BR: tl.constexpr,
+    C: tl.constexpr,
+):
+    """One walk along the sorted rows; grid [rows / BR]. TOTAL as in pair_ranks.
+
+    Before a chunk: count = sum of the weights behind it (float64), power_m = sum_k w_k
+    decay(ref, s_k, m) over the same candidates. Of two candidates in different chunks, the upper
+    one accounts for both orders in the walk up: softplus(t) + softplus(-t) = t + 2 log(1 + e^-t).
+    """
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = (r < rows)[:, None]
+    lane = tl.arange(0, C)
+    m = 1 + tl.arange(0, M)
+    T = values.dtype.element_ty
+    sigmoid = tl.load(series + tl.arange(0, M))[None, :]
+    softplus = tl.load(series + M + tl.arange(0, M))[None, :]
+    exponent = m.to(T)[None, :]
+    power = tl.zeros([BR, M], T)
+    count = tl.zeros([BR], tl.float64)
+    ref = tl.zeros([BR], T)
+    total = tl.zeros([BR], tl.float64)
+    chunks = tl.cdiv(n, C)
+    for i in range(0, chunks):
+        c0 = (chunks - 1 - i) * C if DOWN else i * C
+        # Beyond the end the last candidate again, with weight 0: the chunk stays sorted.
+        inside = (c0 + lane < n)[None, :]
+        q = tl.minimum(c0 + lane, n - 1)[None, :]
+        v = tl.load(values + r[:, None] * n + q, mask=live, other=0.0)
+        k = tl.load(index + r[:, None] * n + q, mask=live, other=0)
+        w = load_weights(weights, weight_stride, own, r, k, rows, n)
+        w = tl.where(inside, w, 0.0)
+        s = v if HARD else positions(v, stats, r, rows)
+        z = decay(s[:, :, None], ref[:, None, None], exponent[:, None, :], HARD)
+        carried = tl.sum((sigmoid * power)[:, None, :] * z, 2)
+        if DOWN:
+            up = tl.load(partial + r[:, None] * n + q, mask=live & inside, other=0.0)
+            rank = up.to(tl.float64) - carried.to(tl.float64)
+            ranks = finished_ranks(rank, stats, r, rows, NORMALISE)
+            tl.store(out + r[:, None] * n + k, ranks.to(T), mask=live & inside)
+            if TOTAL == "entropy" and not HARD:
+                total -= tl.sum(2.0 * w.to(tl.float64) * s.to(tl.float64) * rank, 1)
+        else:
+            p, within = compare(s[:, :, None], s[:, None, :], HARD)
+            own_chunk = tl.sum(w[:, None, :] * p, 2)
+            rank = count[:, None] + (own_chunk + carried).to(tl.float64)
+            tl.store(partial + r[:, None] * n + q, rank.to(T), mask=live & inside)
+            if TOTAL != "none":
+                if HARD:
+                    logs = LOG_2 * tl.sum(w[:, None, :] * within, 2)
+                else:
+                    logs = tl.sum(w[:, None, :] * log1p_series(within, series + M, M), 2)
+                logs += 2.0 * tl.sum((softplus * power)[:, None, :] * z, 2)
+                each = logs.to(tl.float64)
+                if not HARD:
+                    before = tl.where(lane[None, :] < lane[:, None], 1.0, 0.0)[None, :, :]
+                    higher = count[:, None] + tl.sum(w[:, None, :] * before, 2).to(tl.float64)
+                    higher += 0.5 * w.to(tl.float64)
+                    if TOTAL == "cross":
+                        f = tl.load(teacher + r[:, None] * n + k, mask=live & inside, other=0.0)
+                        f = f.to(tl.float64)
+                        higher -= f * load_stat(stats, WEIGHT, r, rows)[:, None]
+                    each += 2.0 * s.to(tl.float64) * higher
+                total += tl.sum(w.to(tl.float64) * each, 1)
+        last = tl.min(s, 1) if DOWN else tl.max(s, 1)
+        power *= decay(last[:, None], ref[:, None], exponent, HARD)
+        z = decay(s[:, :, None], last[:, None, None], exponent[:, None, :], HARD)
+        power += tl.sum(w[:, :, None] * z, 1)
+        count += tl.sum(w.to(tl.float64), 1)
+        ref = last
+    if TOTAL != "none":
+        tl.store(totals + 2 * r + (1 if DOWN else 0), total, mask=r < rows)
+
+
+@triton.jit
+def scan_pullback(
+    values,  # T [rows, n] distances, sorted
+    index,  # int64 [rows, n]: where they were
+    weights,
+    weight_stride,
+    own,
+    stats,
+    upstream,  # T [rows, n] u, not sorted
+    series,  # T [2, M]
+    partial,  # T [rows, n], sorted: from the walk up to the walk down
+    out,  # T [rows, n] g, not sorted; written by the walk down
+    rows,
+    n,
+    DOWN: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    M: tl.constexpr,
+    BR: tl.constexpr,
+    C: tl.constexpr,
+):
+    """One walk along the sorted rows; grid [rows / BR].
+
+    slope(t) = -sum_m m c_m z^m, the exact derivative of what scan_ranks sums across chunks. A
+    candidate is left out of its own sum, where it would cancel but for rounding.
+    """
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = (r < rows)[:, None]
+    lane = tl.arange(0, C)
+    T = values.dtype.element_ty
+    exponent = (1 + tl.arange(0, M)).to(T)[None, :]
+    derivative = -exponent * tl.load(series + tl.arange(0, M))[None, :]
+    power_w = tl.zeros([BR, M], T)
+    power_u = tl.zeros([BR, M], T)
+    ref = tl.zeros([BR], T)
+    chunks = tl.cdiv(n, C)
+    for i in range(0, chunks):
+        c0 = (chunks - 1 - i) * C if DOWN else i * C
+        inside = (c0 + lane < n)[None, :]
+        q = tl.minimum(c0 + lane, n - 1)[None, :]
+        v = tl.load(values + r[:, None] * n + q, mask=live, other=0.0)
+        k = tl.load(index + r[:, None] * n + q, mask=live, other=0)
+        w = tl.where(inside, load_weights(weights, weight_stride, own, r, k, rows, n), 0.0)
+        u = tl.load(upstream + r[:, None] * n + k, mask=live & inside, other=0.0)
+        s = positions(v, stats, r, rows)
+        z = decay(s[:, :, None], ref[:, None, None], exponent[:, None, :], False)
+        from_w = tl.sum((derivative * power_w)[:, None, :] * z, 2)
+        from_u = tl.sum((derivative * power_u)[:, None, :] * z, 2)
+        g = u * from_w - w * from_u
+        if DOWN:
+            g += tl.load(partial + r[:, None] * n + q, mask=live & inside, other=0.0)
+            g = finished_pullback(g, stats, r, rows, NORMALISE)
+            tl.store(out + r[:, None] * n + k, g, mask=live & inside)
+        else:
+            pull = u[:, :, None] * w[:, None, :] - w[:, :, None] * u[:, None, :]
+            g += tl.sum(pull * slope(s[:, :, None], s[:, None, :]), 2)
+            tl.store(partial + r[:, None] * n + q, g, mask=live & inside)
+        last = tl.min(s, 1) if DOWN else tl.max(s, 1)
+        step = decay(last[:, None], ref[:, None], exponent, False)
+        z = decay(s[:, :, None], last[:, None, None], exponent[:, None, :], False)
+        power_w = power_w * step + tl.sum(w[:, :, None] * z, 1)
+        power_u = power_u * step + tl.sum(u[:, :, None] * z, 1)
+        ref = last

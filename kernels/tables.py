@@ -1,0 +1,59 @@
+"""Constants of the scan, as in csrc/tables.cpp: computed once in float64, no literals to trust.
+
+On z in [0, 1]: 1 / (1 + z) = 1 + sum_m sigmoid[m - 1] z^m, exact at both ends;
+                log(1 + z) = sum_m softplus[m - 1] z^m, m = 1, ..., degree.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy
+import torch
+from numpy.polynomial import chebyshev, polynomial
+from torch import Tensor
+
+SERIES_DEGREE = {torch.float32: 16, torch.float64: 24}
+"""kSeriesDegree of csrc/soft_ranks.h: the slope errs by 5.83^-degree times degree^2.
+
+12 would be enough for float32; tiles have a power of two of terms, so that 16 costs the same.
+"""
+
+
+def _fit(function: Callable[[numpy.ndarray], numpy.ndarray], terms: int) -> numpy.ndarray:
+    """Monomial coefficients on [0, 1] of the polynomial through f at `terms` Chebyshev nodes."""
+    in_x = chebyshev.cheb2poly(chebyshev.chebinterpolate(lambda x: function((x + 1) / 2), terms - 1))
+    in_z = numpy.zeros(1)
+    for coefficient in in_x[::-1]:  # Horner in x = 2 z - 1
+        in_z = polynomial.polyadd(polynomial.polymul(in_z, [-1.0, 2.0]), [coefficient])
+    return in_z[:terms]
+
+
+@functools.cache
+def coefficients(degree: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """`sigmoid` and `softplus`, both float64 [degree]."""
+    # 1 / (1 + z) = 1 - z/2 - z (1 - z) / 2 * p(z) with p(z) = 1 / (1 + z) again: fitting p keeps
+    # both ends exact.
+    p = _fit(lambda z: 1 / (1 + z), degree - 1)
+    sigmoid = polynomial.polyadd([0.0, -0.5], polynomial.polymul([0.0, -0.5, 0.5], p))[1:]
+    # The nodes lie inside (0, 1): no 0 / 0.
+    return sigmoid, _fit(lambda z: numpy.log1p(z) / z, degree)
+
+
+@functools.cache
+def series(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`sigmoid` and `softplus` [2, M] of dtype; M is the degree, with zeros to a power of two."""
+    degree = SERIES_DEGREE[dtype]
+    table = numpy.zeros((2, 1 << (degree - 1).bit_length()))
+    table[:, :degree] = coefficients(degree)
+    return torch.tensor(table, dtype=dtype, device=device)
+
+
+@functools.cache
+def hard_series(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The limit tau -> 0, where z is 1 on a tie and 0 otherwise: step = 1 - z/2; [2, 1].
+
+    The softplus of a tie is log 2, the entropy of a comparison that is 1/2.
+    """
+    return torch.tensor([[-0.5], [float(numpy.log(2.0))]], dtype=dtype, device=device)

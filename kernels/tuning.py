@@ -1,0 +1,118 @@
+"""Tile sizes and warps of every kernel, each with its reason, and the budget they must keep to.
+
+Counts are for an H100: 132 multiprocessors, 50 MB of L2, 3 TB/s, 16 exponentials a cycle and
+multiprocessor (about 3.6e12 a second), 64 warps and 65,536 registers a multiprocessor. They are
+estimates from counting; none has been measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+PAIRS_MOST = 512
+"""Up to this many candidates "auto" takes all pairs.
+
+A comparison costs two special-function operations (exponential, reciprocal), forward and again
+backward: 512 anchors x 512^2 pairs x 4 = 5e8, 0.15 ms, about what sorting two blocks of 512 x 512
+costs; at 1,024 it is 1.2 ms and the sorts win.
+"""
+
+REGISTERS = 255
+"""Per thread: what the hardware can address. More would spill, and spills are what tests refuse."""
+
+SHARED_BYTES = 48 << 10
+"""Per program: what every GPU gives without opting in, so that launches cannot fail."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of tiles, powers of two. Rows are anchors; see the kernels for the names.
+
+    row_*: statistics, objective, store_gradient: bound by memory, 4 KiB of float32 a step.
+    pair_*: a tile of comparisons, [rows, j, k].
+    scan_*: the chunk C = 32 makes 32 comparisons a candidate within chunks and 2 x 16 powers for
+        the carry in each direction, which balances the two; a program is one warp, as its steps
+        depend on one another and reductions within a warp need no barrier.
+    near: the edge of a distance tile, and the grain at which gradients leave the products.
+    distance_features, gradient_features: features a step; the tile is [near, near, features].
+    """
+
+    row_rows: int
+    row_columns: int
+    row_warps: int
+    pair_rows: int
+    pair_j: int
+    pair_k: int
+    pair_warps: int
+    scan_rows: int
+    scan_chunk: int
+    scan_warps: int
+    near: int
+    distance_features: int
+    gradient_features: int
+    distance_warps: int
+
+
+# One anchor a program: n programs for a batch of n. 4 warps hold a tile of 64 x 32 comparisons in
+# 16 registers a thread and temporary; 8 warps a tile of 32 x 32 x 8 differences in 32.
+_GPU = Tiles(
+    row_rows=1,
+    row_columns=1024,
+    row_warps=4,
+    pair_rows=1,
+    pair_j=64,
+    pair_k=32,
+    pair_warps=4,
+    scan_rows=1,
+    scan_chunk=32,
+    scan_warps=1,
+    near=32,
+    distance_features=8,
+    gradient_features=8,
+    distance_warps=8,
+)
+
+# float64 takes twice the registers: half the tile.
+_GPU_DOUBLE = Tiles(
+    row_rows=1,
+    row_columns=512,
+    row_warps=4,
+    pair_rows=1,
+    pair_j=32,
+    pair_k=32,
+    pair_warps=4,
+    scan_rows=1,
+    scan_chunk=16,
+    scan_warps=1,
+    near=32,
+    distance_features=4,
+    gradient_features=4,
+    distance_warps=8,
+)
+
+# The interpreter's cost is one for each operation of a program, hardly one for its elements.
+_INTERPRETER = Tiles(
+    row_rows=64,
+    row_columns=64,
+    row_warps=1,
+    pair_rows=128,
+    pair_j=32,
+    pair_k=32,
+    pair_warps=1,
+    scan_rows=128,
+    scan_chunk=32,
+    scan_warps=1,
+    near=32,
+    distance_features=16,
+    gradient_features=16,
+    distance_warps=1,
+)
+
+
+def tiles(dtype: torch.dtype, on_gpu: bool) -> Tiles:
+    """The sizes for kernels of dtype, compiled or in the interpreter."""
+    if not on_gpu:
+        return _INTERPRETER
+    return _GPU_DOUBLE if dtype == torch.float64 else _GPU

@@ -1,0 +1,777 @@
+"""The pipeline that GPU backends share: torch's runtime around a backend's row kernels.
+
+    features -> distances (a block of b anchors x n candidates) -> row kernels: loss, and the
+    gradient with respect to distances in place -> gradient with respect to features
+
+Everything runs on the tensors' device without a host synchronisation (no value is read back, no
+shape depends on data), so that a call can be captured in a CUDA graph. No sum depends on the order
+in which threads arrive: results repeat bit for bit. Memory is O(m d + n d + b n).
+
+The same steps as csrc/cpu/pipeline.cpp and csrc/cpu/features.cpp; the constants are those of
+csrc/distances.h.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 32 << 20
+"""Bytes of a block of distances: 2,048 anchors of 4,096 float32 candidates.
+
+That many rows keep 132 multiprocessors busy with a warp a row; a handful of such blocks is small
+beside the memory of a GPU, and rereading all candidates for each block costs little beside its
+products.
+"""
+
+MIN_ROWS = 64
+"""Below this many rows the products run at the speed of memory, whatever the block's size."""
+
+SAMPLE = 512
+"""The centre and spread of a cloud are estimated from at most this many candidates."""
+
+SLAB_ELEMENTS = 1 << 22
+"""Features that are held in float64 at a time while they are prepared: 32 MiB."""
+
+
+class Traits(NamedTuple):
+    """How a metric comes from |a - b|^2 of the points or of their directions.
+
+    The distance is factor |a - b|^2, or with `root` |a - b|. The gradient with respect to features
+    is sum_j V_ij (x_i - c_j) with V = chain * (gradient w.r.t. the distance), with root divided by
+    the distance (0 where that is 0).
+    """
+
+    directions: bool
+    root: bool
+    factor: float
+    chain: float
+
+
+TRAITS = {
+    "euclidean": Traits(directions=False, root=True, factor=1.0, chain=1.0),
+    "sqeuclidean": Traits(directions=False, root=False, factor=1.0, chain=2.0),
+    "cosine": Traits(directions=True, root=False, factor=0.5, chain=1.0),
+}
+"""The metrics that row kernels know; others come as blocks of distances."""
+
+
+class Nearness(NamedTuple):
+    """A pair with |a - b|^2 < distance (|a|^2 + |b|^2) is measured by differences of the points.
+
+    Below `gradient`, its gradient leaves the products, too. The product form loses 1 / ratio of
+    the digits of a distance and 1 / sqrt(ratio) of those of a gradient.
+    """
+
+    distance: float
+    gradient: float
+
+
+NEARNESS = {
+    torch.float32: Nearness(2.0**-4, 2.0**-12),
+    torch.float64: Nearness(2.0**-6, 2.0**-24),
+}
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """What the kernels of a row are asked for; names as in pcoherence/spec.py.
+
+    `chain` and `root` say what is stored for the gradient: see Traits.
+    """
+
+    objective: str
+    scale: str
+    method: str
+    soft_teacher: bool
+    chain: float
+    root: bool
+    gradient: bool
+
+
+class RowWeights(NamedTuple):
+    """Weights of a block of b anchors."""
+
+    candidates: Tensor  # [n] w_k
+    own: Tensor  # int64 [b]: the candidate that is the anchor itself and is left out, or -1
+    coefficients: Tensor  # [b] c_i, by which the gradient is multiplied
+
+
+class Units(NamedTuple):
+    """What a distance is divided by, on the device: float64, 0-d."""
+
+    inverse_temperature: Tensor  # 1 / tau in units of the (scaled) distance
+    mean: Tensor | None  # scale "batch": the mean distance
+
+
+class RowResults(NamedTuple):
+    """Of a block of b anchors, float64."""
+
+    losses: Tensor  # [b] L_i, without the coefficient
+    mean_pull: Tensor  # [b] scale "batch": d c_i L_i / d mean distance; otherwise 0
+
+
+class RowKernels(Protocol):
+    """The stages that a backend writes as kernels, each on a block of anchors.
+
+    T is float32 or float64, and all tensors of T are of the same; matrices are contiguous in their
+    last dimension unless said otherwise. `near` is whatever the backend wants to remember of the
+    pairs whose gradient leaves the products.
+    """
+
+    def difference_distances(
+        self, out: Tensor, anchors: Tensor, candidates: Tensor, traits: Traits, order_only: bool
+    ) -> None:
+        """out_ij = distance(a_i, c_j) by differences, exactly equal for equal candidates.
+
+        out T [b, n]; anchors T [b, d]; candidates T [n, d]. With `order_only` anything in the
+        same order will do, and must not turn different distances into equal ones.
+        """
+        ...
+
+    def product_distances(
+        self,
+        out: Tensor,
+        products: Tensor,
+        anchors: Side,
+        candidates: Side,
+        begin: int,
+        same: bool,
+        first: Tensor,
+        traits: Traits,
+        order_only: bool,
+    ) -> Any:
+        """out_ij = distance from products_ik = a_i . c_k, k = first_j; returns `near`.
+
+        |a_i - c_k|^2 = |a_i|^2 + |c_k|^2 - 2 products_ik in float64, at least 0 (NaN stays); by
+        differences of Side.rows where it is below Nearness.distance; 0 where k is the anchor
+        itself (`same` and k = first[begin + i]). out, products T [b, n]; anchors: the sides of
+        rows begin .. begin + b; first int64 [n]: the first candidate that is identical to j.
+        """
+        ...
+
+    def accumulate_differences(
+        self, out: Tensor, points: Tensor, others: Tensor, v: Tensor, near: Any, transposed: bool
+    ) -> None:
+        """Over the pairs of `near` (None: all), in a fixed order:
+
+        out_i += sum_j v_ij (points_i - others_j), or with `transposed` the candidates' side,
+        out_j += sum_i v_ij (points_j - others_i). v T [b, n]; out and points T [b, d] (with
+        `transposed` [n, d]), others T [n, d] ([b, d]).
+        """
+        ...
+
+    def clear_near(self, v: Tensor, near: Any) -> None:
+        """v_ij = 0 for the pairs of `near`; v T [b, n]."""
+        ...
+
+    def row_sums(self, distances: Tensor, weights: RowWeights) -> tuple[Tensor, Tensor]:
+        """sum_k w_ik d_ik and W_i = sum_k w_ik, both float64 [b]; distances T [b, n]."""
+        ...
+
+    def anchors(
+        self,
+        options: RowOptions,
+        student: Tensor,
+        teacher: Tensor,
+        weights: RowWeights,
+        student_units: Units,
+        teacher_units: Units,
+        spare: Tensor | None,
+    ) -> RowResults:
+        """Losses, and with options.gradient V = chain * c_i dL_i/dd_ij (/ d_ij) over `student`.
+
+        student T [b, n]: distances; teacher T [b, n]: distances, or for hard ranks anything in
+        the same order; not changed. spare T [b, n] or None: memory that may be overwritten.
+        W_i = 0: loss and V are 0. NaN or infinite distances: both are NaN.
+        """
+        ...
+
+    def takes_differences(self, method: str, n: int) -> bool:
+        """Whether `method` for n candidates measures by differences instead of products."""
+        ...
+
+    def soft_rank(
+        self,
+        values: Tensor,
+        weights: Tensor | None,
+        upstream: Tensor | None,
+        temperature: float,
+        method: str,
+    ) -> Tensor:
+        """1/2 + sum_k w_k sigmoid((v_j - v_k) / temperature), or its pullback of `upstream`.
+
+        values, upstream T [r, n]; weights T [n], [r, n] or None for ones -> T [r, n].
+        """
+        ...
+
+
+class Side(NamedTuple):
+    """Points made ready: those that enter the products, and those that are subtracted."""
+
+    prepared: Tensor  # T [r, d]: (x - centre) * scale, or of the directions
+    norms: Tensor  # float64 [r]: |prepared|^2
+    rows: Tensor  # T [r, d] in the same units and not centred, so that differences are exact
+
+    def part(self, begin: int, end: int) -> Side:
+        """Rows begin .. end."""
+        return Side(*(tensor[begin:end] for tensor in self))
+
+
+# ---------------------------------------------------------------- features
+
+
+def _power_of_two_below(x: Tensor) -> Tensor:
+    """The largest power of two <= x, for x > 0 (0-d): exact, as x = mantissa 2^e in [1/2, 1)."""
+    return x / torch.frexp(x).mantissa / 2
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """|x| [r, 1] in float64; infinite for a zero vector, which has no direction and stays zero."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
+    return torch.where(length == 0, torch.inf, length)
+
+
+def _slabs(rows: int, width: int) -> list[tuple[int, int]]:
+    step = max(1, SLAB_ELEMENTS // max(1, width))
+    return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+class Cloud:
+    """One network's points, anchors and candidates, made ready for distances.
+
+    Args:
+        anchors: T [m, d].
+        candidates: T [n, d], or None: the anchors themselves.
+        metric: a name in TRAITS.
+
+    Attributes:
+        unit: float64, 0-d: a distance in the given metric = unit * the distance measured here.
+    """
+
+    unit: Tensor
+    _scale: Tensor  # float64, 0-d: a power of two that points are multiplied by
+
+    def __init__(self, anchors: Tensor, candidates: Tensor | None, metric: str) -> None:
+        self.anchors = anchors
+        self.candidates = anchors if candidates is None else candidates
+        self.same = candidates is None
+        self.traits = TRAITS[metric]
+
+    def _wide(self, x: Tensor) -> Tensor:
+        """Points or directions in float64, [r, d]."""
+        return x.double() / _lengths(x) if self.traits.directions else x.double()
+
+    def _set_scale(self, scale: Tensor) -> None:
+        self._scale = scale
+        self.unit = 1 / scale if self.traits.root else 1 / scale.square()
+
+    def pull(self, gradient: Tensor, given: Tensor) -> Tensor:
+        """Gradient w.r.t. the points measured here -> w.r.t. the points given, both T [r, d].
+
+        Through x / |x| for directions, which does not change along x.
+        """
+        if not self.traits.directions:
+            return gradient * self._scale.to(gradient.dtype)
+        out = torch.empty_like(gradient)
+        for begin, end in _slabs(*gradient.shape):
+            x, g = given[begin:end], gradient[begin:end].double()
+            length = _lengths(x)
+            direction = x.double() / length
+            radial = (g * direction).sum(1, keepdim=True) * direction
+            out[begin:end] = ((g - radial) * (self._scale / length)).to(out.dtype)
+        return out
+
+
+class DifferenceCloud(Cloud):
+    """Distances and their gradient by differences: m n d work, no cancellation, exact ties.
+
+    For few points, where preparing products costs more than it saves.
+    """
+
+    def __init__(
+        self, anchors: Tensor, candidates: Tensor | None, metric: str, kernels: RowKernels
+    ) -> None:
+        super().__init__(anchors, candidates, metric)
+        self._kernels = kernels
+        origin = self.candidates[:1]
+        if self.traits.directions:
+            # Directions share a large mean where features do: it would cost digits of T.
+            first = self._wide(origin)
+            self._set_scale(torch.ones((), dtype=torch.float64, device=anchors.device))
+            self._rows = [(self._wide(x) - first).to(x.dtype) for x in self._distinct()]
+        else:
+            # Squares must neither over- nor underflow.
+            spread = (self.candidates - origin).abs().double()
+            spread = spread.amax() if spread.numel() else spread.sum()
+            usable = spread.isfinite() & (spread > 0)
+            self._set_scale(1 / _power_of_two_below(torch.where(usable, spread, 1.0)))
+            self._rows = [x * self._scale.to(x.dtype) for x in self._distinct()]
+
+    def _distinct(self) -> list[Tensor]:
+        return [self.anchors] if self.same else [self.anchors, self.candidates]
+
+    def distances(self, out: Tensor, products: Tensor, begin: int, order_only: bool) -> Any:
+        """Distances of anchors begin .. begin + len(out) into out [b, n]; nothing is near."""
+        anchors = self._rows[0][begin : begin + out.shape[0]]
+        self._kernels.difference_distances(
+            out, anchors, self._rows[-1], self.traits, order_only
+        )
+
+    def gradient(self, anchors: bool, candidates: bool) -> DifferenceGradient:
+        """An empty sum of gradients with respect to these points."""
+        return DifferenceGradient(self._kernels, *self._rows, anchors=anchors, candidates=candidates)
+
+
+class DifferenceGradient:
+    """sum_j V_ij (x_i - c_j) for the anchors, and the opposite for the candidates."""
+
+    def __init__(
+        self,
+        kernels: RowKernels,
+        anchor_rows: Tensor,
+        candidate_rows: Tensor | None = None,
+        *,
+        anchors: bool,
+        candidates: bool,
+    ) -> None:
+        self._kernels = kernels
+        self._x = anchor_rows
+        self._c = anchor_rows if candidate_rows is None else candidate_rows
+        same = candidate_rows is None
+        self.anchors = torch.zeros_like(self._x) if anchors else None
+        self.candidates = torch.zeros_like(self._c) if candidates and not same else None
+        self._to_candidates = self.anchors if same else self.candidates
+
+    def add(self, v: Tensor, begin: int, near: Any) -> None:
+        """A block of V [b, n], for the anchors from `begin`."""
+        end = begin + v.shape[0]
+        x = self._x[begin:end]
+        if self.anchors is not None:
+            out = self.anchors[begin:end]
+            self._kernels.accumulate_differences(out, x, self._c, v, None, False)
+        if self._to_candidates is not None:
+            out = self._to_candidates
+            self._kernels.accumulate_differences(out, self._c, x, v, None, True)
+
+    def finish(self) -> None:
+        """After the last block."""
+
+
+class ProductCloud(Cloud):
+    """Distances and their gradient by matrix products, but of near pairs by differences.
+
+    x -> (x / |x| for directions) minus a common centre, times a power of two. Neither changes the
+    order of distances; together they keep the products from cancelling and from overflowing.
+    """
+
+    def __init__(
+        self, anchors: Tensor, candidates: Tensor | None, metric: str, kernels: RowKernels
+    ) -> None:
+        super().__init__(anchors, candidates, metric)
+        self._kernels = kernels
+        centre, scale = self._centre_and_scale()
+        self._set_scale(scale)
+        self._centre = centre
+        self._anchor_side = self._prepare(self.anchors)
+        self._candidate_side = self._anchor_side if self.same else self._prepare(self.candidates)
+        self._first = first_identical(self._candidate_side.rows)
+
+    def _centre_and_scale(self) -> tuple[Tensor, Tensor]:
+        """The centre [d] and the scale, float64.
+
+        The centre is the mean of the half of the candidates that lies nearest to the overall
+        mean, so that a far outlier does not move it, rounded to a power of two near the spread of
+        one coordinate: then x - centre is exact for points on a lattice, and ties stay ties.
+        """
+        n, width = self.candidates.shape
+        count = min(n, SAMPLE)
+        chosen = torch.arange(count, device=self.candidates.device) * n // count
+        sample = self._wide(self.candidates[chosen])
+        first = sample[0]
+        far, half = _spread(sample, sample.mean(0))
+        used = (far <= half)[:, None]
+        # Not a product with the mask: NaN * 0 is NaN.
+        centre = torch.where(used, sample, 0.0).sum(0) / used.sum()
+        far, spread = _spread(sample, centre)
+        # What the squared distance of equal points to their mean can be: its own rounding.
+        rounding = (4 * torch.finfo(torch.float64).eps) ** 2 * centre.square().sum()
+        spread = torch.where(spread > rounding, spread, far.amax())
+        if count < n:
+            # The sample may be one point many times: then it is the centre, and all are asked.
+            everyone = self._farthest(first)
+        else:
+            everyone = torch.zeros_like(spread)
+        single = spread <= rounding
+        centre = torch.where(single, first, centre)
+        spread = torch.where(single, everyone, spread)
+        finite = spread.isfinite()
+        useful = finite & (spread > 0)
+        spread = torch.where(useful, spread, 1.0)
+        quantum = _power_of_two_below((spread / max(width, 1)).sqrt())
+        centre = torch.where(useful, (centre / quantum).round() * quantum, centre)
+        centre = torch.where(finite, centre, 0.0)
+        return centre, 1 / torch.where(useful, _power_of_two_below(spread.sqrt()), 1.0)
+
+    def _farthest(self, point: Tensor) -> Tensor:
+        """The largest squared distance of a candidate to point [d]."""
+        parts = [
+            (self._wide(self.candidates[begin:end]) - point).square().sum(1).amax()
+            for begin, end in _slabs(*self.candidates.shape)
+        ]
+        return torch.stack(parts).amax()
+
+    def _prepare(self, x: Tensor) -> Side:
+        side = Side(torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float64), x)
+        rows = side.prepared if self.traits.directions else x * self._scale.to(x.dtype) + 0.0
+        for begin, end in _slabs(*x.shape):
+            # + 0 turns -0 into 0, so that equal rows are equal bit by bit.
+            part = ((self._wide(x[begin:end]) - self._centre) * self._scale).to(x.dtype) + 0.0
+            side.prepared[begin:end] = part
+            side.norms[begin:end] = part.double().square().sum(1)
+        return side._replace(rows=rows)
+
+    def distances(self, out: Tensor, products: Tensor, begin: int, order_only: bool) -> Any:
+        """Distances of anchors begin .. begin + len(out) into out [b, n]; returns the near pairs.
+
+        products [b, n] is overwritten. The products follow torch's own switch for TF32.
+        """
+        anchors = self._anchor_side.part(begin, begin + out.shape[0])
+        torch.mm(anchors.prepared, self._candidate_side.prepared.t(), out=products)
+        return self._kernels.product_distances(
+            out,
+            products,
+            anchors,
+            self._candidate_side,
+            begin,
+            self.same,
+            self._first,
+            self.traits,
+            order_only,
+        )
+
+    def gradient(self, anchors: bool, candidates: bool) -> ProductGradient:
+        """An empty sum of gradients with respect to these points."""
+        sides = self._anchor_side, None if self.same else self._candidate_side
+        return ProductGradient(self._kernels, *sides, anchors=anchors, candidates=candidates)
+
+
+def _spread(sample: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances [r] of sample [r, d] to centre [d], NaN as infinity, and their median."""
+    far = (sample - centre).square().sum(1)
+    far = torch.where(far.isnan(), torch.inf, far)
+    return far, far.sort().values[far.shape[0] // 2]
+
+
+def first_identical(rows: Tensor) -> Tensor:
+    """For every row of rows T [n, d] (without -0) the first row that equals it, int64 [n].
+
+    Products may round differently for different columns, so equal candidates are found by value.
+    """
+    n, width = rows.shape
+    bits = rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int64)
+    # A sum of words times odd pseudo-random factors, modulo 2^64 (Knuth's and Steele's constants).
+    factors = torch.arange(1, width + 1, device=rows.device) * 6364136223846793005
+    factors = (factors ^ (factors >> 29)) * -7046029254386353131 | 1
+    parts = [
+        (bits[begin:end].long() * factors).sum(1) for begin, end in _slabs(n, width)
+    ]
+    hashes = torch.cat(parts)
+    hashes, order = hashes.sort(stable=True)
+    equal = hashes[1:] == hashes[:-1]
+    differ = torch.cat(
+        [
+            (bits[order[begin + 1 : end + 1]] != bits[order[begin:end]]).any(1)
+            for begin, end in _slabs(n - 1, width)
+        ]
+    )
+    place = torch.arange(n, device=rows.device)
+    start = torch.zeros_like(place)
+    start[1:] = torch.where(equal & ~differ, 0, place[1:])
+    original = order[start.cummax(0).values]
+    return torch.empty_like(order).scatter_(0, order, original)
+
+
+class ProductGradient:
+    """rowsum(V)_i x_i - (V C)_i for the anchors, and the transpose for the candidates."""
+
+    def __init__(
+        self,
+        kernels: RowKernels,
+        anchor_side: Side,
+        candidate_side: Side | None,
+        *,
+        anchors: bool,
+        candidates: bool,
+    ) -> None:
+        self._kernels = kernels
+        self._x = anchor_side
+        self._c = anchor_side if candidate_side is None else candidate_side
+        self._same = candidate_side is None
+        self.anchors = torch.zeros_like(self._x.prepared) if anchors else None
+        self.candidates = None
+        self._column_sums = None
+        if candidates or (anchors and self._same):
+            # Until finish() without the columns' sums times c_j.
+            self.candidates = torch.zeros_like(self._c.prepared)
+            self._column_sums = torch.zeros_like(self._c.norms)
+
+    def add(self, v: Tensor, begin: int, near: Any) -> None:
+        """A block of V [b, n], for the anchors from `begin`; near pairs become 0 in it."""
+        end = begin + v.shape[0]
+        x, c = self._x.part(begin, end), self._c
+        if self.anchors is not None:
+            out = self.anchors[begin:end]
+            self._kernels.accumulate_differences(out, x.rows, c.rows, v, near, False)
+        if self.candidates is not None:
+            out = self.candidates
+            self._kernels.accumulate_differences(out, c.rows, x.rows, v, near, True)
+        self._kernels.clear_near(v, near)
+        if self.anchors is not None:
+            sums = v.sum(1, keepdim=True, dtype=torch.float64).to(v.dtype)
+            out = self.anchors[begin:end]
+            out.addcmul_(sums, x.prepared).sub_(torch.mm(v, c.prepared))
+        if self.candidates is not None and self._column_sums is not None:
+            self.candidates.addmm_(v.t(), x.prepared, alpha=-1)
+            self._column_sums += v.sum(0, dtype=torch.float64)
+
+    def finish(self) -> None:
+        """After the last block."""
+        if self.candidates is None or self._column_sums is None:
+            return
+        sums = self._column_sums[:, None].to(self.candidates.dtype)
+        self.candidates.addcmul_(sums, self._c.prepared)
+        if self._same:
+            if self.anchors is not None:
+                self.anchors += self.candidates
+            self.candidates = None
+
+
+# ---------------------------------------------------------------- the loss
+
+
+class PointSet(NamedTuple):
+    """One network's features and metric."""
+
+    anchors: Tensor  # T [m, d]
+    candidates: Tensor | None  # T [n, d]; None: the anchors themselves
+    metric: str  # in TRAITS
+
+
+class CallWeights(NamedTuple):
+    """Weights of a whole call; None stands for ones, and for nobody."""
+
+    coefficients: Tensor | None  # T [m]: the total is sum_i coefficients_i L_i
+    anchors: Tensor | None  # T [m]
+    candidates: Tensor | None  # T [n]
+    own: Tensor | None  # int64 [m]
+
+
+class Options(NamedTuple):
+    """Options of a call; teacher_temperature 0 ranks the teacher hard."""
+
+    temperature: float
+    teacher_temperature: float
+    scale: str
+    objective: str
+    method: str
+    differences: bool  # distances by differences instead of products
+
+
+class Results(NamedTuple):
+    """Of a whole call; a gradient is None where it was not wanted."""
+
+    losses: Tensor  # float64 [m]
+    anchors: Tensor | None  # T [m, ds]; without candidates all of the gradient
+    candidates: Tensor | None  # T [n, ds]
+
+
+def block_rows(m: int, n: int, item_bytes: int) -> int:
+    """How many anchors a block takes."""
+    fits = BLOCK_BYTES // (item_bytes * max(n, 1))
+    return min(m, max(MIN_ROWS, fits))
+
+
+def inverse_temperature(temperature: float, unit: Tensor | None, device: torch.device) -> Tensor:
+    """1 / tau for distances in multiples of `unit` (None: of their mean), float64, 0-d."""
+    inverse = 1 / temperature if temperature > 0 else 1.0  # a hard teacher does not use it
+    if unit is None:
+        return torch.full((), inverse, dtype=torch.float64, device=device)
+    return unit * inverse
+
+
+class Coherence:
+    """One call, from features: a class for what its passes over the blocks share."""
+
+    def __init__(
+        self,
+        kernels: RowKernels,
+        options: Options,
+        student: PointSet,
+        teacher: PointSet,
+        weights: CallWeights,
+    ) -> None:
+        cloud = DifferenceCloud if options.differences else ProductCloud
+        self._kernels = kernels
+        self._options = options
+        self._student: ProductCloud | DifferenceCloud = cloud(*student, kernels)
+        self._teacher: ProductCloud | DifferenceCloud = cloud(*teacher, kernels)
+        like = student.anchors
+        self._m, self._n = like.shape[0], self._student.candidates.shape[0]
+        self._rows = block_rows(self._m, self._n, like.element_size())
+        self._blocks = [like.new_empty(self._rows, self._n) for _ in range(3)]
+        none = torch.full((self._m,), -1, dtype=torch.int64, device=like.device)
+        self._own = none if weights.own is None else weights.own
+        self._candidates = _or_ones(weights.candidates, like, self._n)
+        self._anchors = _or_ones(weights.anchors, like, self._m)
+        self._coefficients = _or_ones(weights.coefficients, like, self._m)
+
+    def run(self, want_anchors: bool, want_candidates: bool) -> Results:
+        """Losses, and gradients of sum_i coefficients_i L_i."""
+        o = self._options
+        want = want_anchors or want_candidates
+        soft = o.teacher_temperature > 0
+        wanted = {"anchors": want_anchors, "candidates": want_candidates}
+        gradient = self._student.gradient(**wanted) if want else None
+        by_batch = o.scale == "batch"
+        mean_gradient = self._student.gradient(**wanted) if want and by_batch else None
+        student_mean = teacher_mean = weight = None
+        if by_batch:
+            student_mean, weight = self._batch_mean(self._student, mean_gradient)
+            if soft:
+                teacher_mean, _ = self._batch_mean(self._teacher, None)
+        traits = self._student.traits
+        options = RowOptions(o.objective, o.scale, o.method, soft, traits.chain, traits.root, want)
+        student_units = self._units(self._student, o.temperature, student_mean)
+        teacher_units = self._units(self._teacher, o.teacher_temperature, teacher_mean)
+
+        results = []
+        for begin in range(0, self._m, self._rows):
+            end = min(begin + self._rows, self._m)
+            student, teacher, spare = (block[: end - begin] for block in self._blocks)
+            self._teacher.distances(teacher, spare, begin, not soft)
+            near = self._student.distances(student, spare, begin, False)
+            part = self._weights(begin, end)
+            results.append(
+                self._kernels.anchors(
+                    options, student, teacher, part, student_units, teacher_units, spare
+                )
+            )
+            if gradient is not None:
+                gradient.add(student, begin, near)
+        losses, pulls = (torch.cat(parts) for parts in zip(*results, strict=True))
+        if gradient is None:
+            return Results(losses, None, None)
+        gradient.finish()
+        factor = None
+        if mean_gradient is not None and weight is not None:
+            mean_gradient.finish()
+            factor = _safe_quotient(pulls.sum(), weight)
+        found = []
+        for name, given in (
+            ("anchors", self._student.anchors),
+            ("candidates", self._student.candidates),
+        ):
+            g = getattr(gradient, name) if wanted[name] else None
+            if g is not None and factor is not None:
+                through_mean = getattr(mean_gradient, name)
+                g = (g.double() + factor * through_mean.double()).to(g.dtype)
+            found.append(None if g is None else self._student.pull(g, given))
+        return Results(losses, *found)
+
+    def _weights(self, begin: int, end: int) -> RowWeights:
+        return RowWeights(
+            self._candidates, self._own[begin:end], self._coefficients[begin:end]
+        )
+
+    def _units(self, cloud: Cloud, temperature: float, mean: Tensor | None) -> Units:
+        # Without a mean, the temperature is in units of the metric; the points are in others.
+        unit = cloud.unit if self._options.scale == "none" else None
+        return Units(inverse_temperature(temperature, unit, self._own.device), mean)
+
+    def _batch_mean(
+        self,
+        cloud: ProductCloud | DifferenceCloud,
+        gradient: ProductGradient | DifferenceGradient | None,
+    ) -> tuple[Tensor, Tensor]:
+        """sum_ik a_i w_ik d_ik / sum_i a_i W_i and its denominator, float64, 0-d.
+
+        With `gradient`, adds that of the numerator to it.
+        """
+        parts = []
+        for begin in range(0, self._m, self._rows):
+            end = min(begin + self._rows, self._m)
+            block, spare = (block[: end - begin] for block in self._blocks[::2])
+            near = cloud.distances(block, spare, begin, False)
+            weights = self._weights(begin, end)
+            sums = torch.stack(self._kernels.row_sums(block, weights))
+            a = self._anchors[begin:end].double()
+            # Padding counts for nothing, whatever its distances are.
+            parts.append(torch.where(a == 0, 0.0, a * sums).sum(1))
+            if gradient is not None:
+                self._distances_to_gradient(cloud.traits, block, begin, end)
+                gradient.add(block, begin, near)
+        distance, weight = torch.stack(parts).sum(0).unbind()
+        return _safe_quotient(distance, weight), weight
+
+    def _distances_to_gradient(self, traits: Traits, block: Tensor, begin: int, end: int) -> None:
+        """Distances -> V of sum_ik a_i w_ik d_ik, in place; block T [b, n]."""
+        if traits.root:
+            block.reciprocal_().masked_fill_(block.isinf(), 0.0)
+        else:
+            block.fill_(1.0)
+        block.mul_(self._candidates).mul_(self._anchors[begin:end, None] * traits.chain)
+        own = self._own[begin:end, None]
+        # Nobody's own column (-1) keeps its value.
+        kept = block.gather(1, own.clamp(min=0))
+        block.scatter_(1, own.clamp(min=0), torch.where(own >= 0, 0.0, kept))
+
+
+def _or_ones(given: Tensor | None, like: Tensor, size: int) -> Tensor:
+    return like.new_ones(size) if given is None else given
+
+
+def _safe_quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """0 where the denominator is 0 (or below, or NaN)."""
+    usable = denominator > 0
+    return torch.where(usable, numerator / torch.where(usable, denominator, 1.0), 0.0)
+
+
+def coherence_from_distances(
+    kernels: RowKernels,
+    options: Options,
+    student: Tensor,
+    teacher: Tensor,
+    weights: CallWeights,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Losses float64 [m], and the gradient of sum_i coefficients_i L_i w.r.t. student distances.
+
+    student, teacher: T [m, n]; options.scale is "anchor" or "none". The gradient is T [m, n].
+    """
+    m, n = student.shape
+    soft = options.teacher_temperature > 0
+    row_options = RowOptions(
+        options.objective, options.scale, options.method, soft, 1.0, False, want_gradient
+    )
+    device = student.device
+    units = [
+        Units(inverse_temperature(tau, None, device), None)
+        for tau in (options.temperature, options.teacher_temperature)
+    ]
+    out = student.clone() if want_gradient else student
+    nobody = torch.full((m,), -1, dtype=torch.int64, device=device)
+    own = nobody if weights.own is None else weights.own
+    candidates = _or_ones(weights.candidates, student, n)
+    coefficients = _or_ones(weights.coefficients, student, m)
+    losses = []
+    step = block_rows(m, n, student.element_size())
+    for begin in range(0, m, step):
+        part = slice(begin, min(begin + step, m))
+        row_weights = RowWeights(candidates, own[part], coefficients[part])
+        result = kernels.anchors(row_options, out[part], teacher[part], row_weights, *units, None)
+        losses.append(result.losses)
+    return torch.cat(losses), out if want_gradient else None
