@@ -191,6 +191,34 @@ void Features<T>::products(T* block, std::int64_t begin, std::int64_t rows, Runt
                         input_.width);
 }
 
+// Half of the multiplications, in slabs of rows from the diagonal on. An eighth of the rows at a time wastes 1/16 on
+// the diagonal blocks; products of fewer than 64 rows are slow, and more than 512 gain nothing.
+constexpr std::int64_t kMinSlab = 64, kMaxSlab = 512;
+
+template <class T>
+void Features<T>::symmetric_products(T* block, Runtime<T>& runtime) const {
+  const std::int64_t n = input_.n, ld = padded(n), width = input_.width;
+  const std::int64_t slab = std::clamp(padded(n / 8), kMinSlab, kMaxSlab);
+  for (std::int64_t begin = 0; begin < n; begin += slab)
+    runtime.multiply_nt(block + begin * ld + begin, ld, anchors_ + begin * width, anchors_ + begin * width,
+                        std::min(slab, n - begin), n - begin, width);
+  symmetrize(block, n, false, runtime);
+}
+
+template <class T>
+void symmetrize(T* matrix, std::int64_t n, bool add, Runtime<T>& runtime) {
+  const std::int64_t size = padded(n), strips = (size + kSymmetricStrip - 1) / kSymmetricStrip;
+  // A strip is as long as what is right of it: the first and the last together make an even share.
+  runtime.parallel_for((strips + 1) / 2, 1, [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      kernels().of<T>().symmetrize(matrix, size, size, i, add);
+      if (strips - 1 - i != i) kernels().of<T>().symmetrize(matrix, size, size, strips - 1 - i, add);
+    }
+  });
+}
+template void symmetrize(float*, std::int64_t, bool, Runtime<float>&);
+template void symmetrize(double*, std::int64_t, bool, Runtime<double>&);
+
 template <class T>
 void Features<T>::distances(T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>* close) const {
   if (close != nullptr) close->clear();

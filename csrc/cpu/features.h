@@ -11,6 +11,10 @@
 
 namespace pcoherence {
 
+// matrix [padded(n), padded(n)]: the lower triangle from the upper, or with `add` A + A^T from A.
+template <class T>
+void symmetrize(T* matrix, std::int64_t n, bool add, Runtime<T>& runtime);
+
 template <class T>
 struct FeatureInput {
   const T* anchors;     // [m, width]
@@ -38,6 +42,9 @@ class Features {
 
   // block [rows, padded(n)]: first the products of all rows, then, row by row and in parallel, the distances.
   void products(T* block, std::int64_t begin, std::int64_t rows, Runtime<T>& runtime) const;
+  // All of them at once, where the candidates are the anchors: the upper triangle, mirrored. block [padded(n),
+  // padded(n)]
+  void symmetric_products(T* block, Runtime<T>& runtime) const;
   // `order_only`: anything with the order of the distances will do. `close`: see RowKernels::finish_distances.
   void distances(T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>* close) const;
 

@@ -217,7 +217,7 @@ class Grid {
       for (int q = order - 8; q >= 0; q -= 8) {
         V c[8];
         for (int i = 0; i < 8; ++i) c[i] = rows_of(field + q, k + i);
-        transpose8(c);
+        transpose(c);
         for (int i = 7; i >= 0; --i) value = value * x + c[i];
       }
       store(out + k, value);

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <limits>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -46,9 +47,13 @@ Tensor new_tensor(std::vector<std::int64_t> sizes, ScalarType type) {
 template <class T>
 class TorchRuntime : public Runtime<T> {
  public:
+  ~TorchRuntime() override {
+    for (auto& buffer : memory_) return_buffer(std::move(buffer));
+  }
+
   T* allocate(std::int64_t count) override {
-    memory_.push_back(new_tensor({count}, scalar_type<T>));
-    return static_cast<T*>(memory_.back().mutable_data_ptr());
+    memory_.push_back(take_buffer(count * sizeof(T)));
+    return memory_.back()->need<T>(count);
   }
 
   int threads() const override { return static_cast<int>(torch::stable::get_num_threads()); }
@@ -86,7 +91,7 @@ class TorchRuntime : public Runtime<T> {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
   }
 
-  std::vector<Tensor> memory_;
+  std::vector<std::unique_ptr<Buffer>> memory_;
 };
 
 // ---------------------------------------------------------------- host checks

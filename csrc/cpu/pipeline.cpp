@@ -15,6 +15,9 @@ constexpr std::int64_t kBlockBytes = 16 << 20;
 // ... and in rows: every block reads all candidates again, so that 128 rows were a third slower than 512 (measured),
 // and 64 rows is where the products themselves slow down.
 constexpr std::int64_t kMinBlock = 64, kMaxBlock = 512;
+// Where the candidates are the anchors, all their distances are held at once if each network's fit in this, because
+// symmetry then halves all four products. It bounds the memory of small n; from n = 4,096 (float32) on, blocks do.
+constexpr std::int64_t kSymmetricBytes = 64 << 20;
 // Elements of a row's work that pay for a thread.
 constexpr std::int64_t kGrain = 4096;
 
@@ -64,17 +67,23 @@ CandidateWeights<T> candidate_weights(const T* given, std::int64_t n, Runtime<T>
 }
 
 // Gradient w.r.t. features from blocks of V, by products: sum_j V_ij (x_i - c_j) for the anchors, and the
-// opposite for the candidates; for cityblock sum_j V_ij sign(x_i - c_j).
+// opposite for the candidates; for cityblock sum_j V_ij sign(x_i - c_j). A whole V, `symmetric`, takes one product
+// instead of two: with S = V + V^T both together are sum_j S_ij (x_i - x_j).
 template <class T>
 class FeatureGradient {
  public:
-  FeatureGradient(const Features<T>& features, bool want_anchors, bool want_candidates, Runtime<T>& runtime)
-      : features_(features), runtime_(runtime), n_(features.input().n), width_(features.input().width) {
+  FeatureGradient(const Features<T>& features, bool want_anchors, bool want_candidates, bool symmetric,
+                  Runtime<T>& runtime)
+      : features_(features),
+        runtime_(runtime),
+        n_(features.input().n),
+        width_(features.input().width),
+        symmetric_(symmetric) {
     if (want_anchors) {
       anchors_ = runtime.allocate(features.input().m * width_);
       std::fill(anchors_, anchors_ + features.input().m * width_, T(0));
     }
-    if (want_candidates || (want_anchors && features.same())) {
+    if (want_candidates || (want_anchors && features.same() && !symmetric)) {
       candidates_ = runtime.allocate(n_ * width_);
       std::fill(candidates_, candidates_ + n_ * width_, T(0));
       column_sums_.assign(n_, 0.0);
@@ -92,19 +101,14 @@ class FeatureGradient {
     std::vector<double> sums(row_sums, row_sums + rows);
     add_close(block, sums, begin, rows, close, team);
     const std::int64_t ld = padded(n_);
-    const T* x = features_.anchors() + begin * width_;
-    if (anchors_ != nullptr) {
-      if (products_ == nullptr) products_ = runtime_.allocate(rows * width_);  // the first block is the largest
-      runtime_.multiply_nn(products_, block, ld, features_.candidates(), rows, n_, width_);
-      T* out = anchors_ + begin * width_;
-      for (std::int64_t i = 0; i < rows; ++i) {
-        const T sum = static_cast<T>(sums[i]);
-        for (std::int64_t f = 0; f < width_; ++f)
-          out[i * width_ + f] += sum * x[i * width_ + f] - products_[i * width_ + f];
-      }
+    if (symmetric_) {
+      symmetrize(block, n_, true, runtime_);
+      team.run(runtime_, rows, 1 + kGrain / n_,
+               [&](std::int64_t i, Workspace&) { sums[i] = kernels().of<T>().sum_row(block + i * ld, n_); });
     }
+    if (anchors_ != nullptr) add_anchors(block, sums, begin, rows);
     if (candidates_ != nullptr) {
-      runtime_.accumulate_tn(candidates_, block, ld, x, rows, n_, width_);
+      runtime_.accumulate_tn(candidates_, block, ld, features_.anchors() + begin * width_, rows, n_, width_);
       add_column_sums(block, rows, team);
     }
   }
@@ -128,6 +132,18 @@ class FeatureGradient {
   T* candidates() { return candidates_; }
 
  private:
+  void add_anchors(const T* block, const std::vector<double>& sums, std::int64_t begin, std::int64_t rows) {
+    if (products_ == nullptr) products_ = runtime_.allocate(rows * width_);  // the first block is the largest
+    runtime_.multiply_nn(products_, block, padded(n_), features_.candidates(), rows, n_, width_);
+    const T* x = features_.anchors() + begin * width_;
+    T* out = anchors_ + begin * width_;
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const T sum = static_cast<T>(sums[i]);
+      for (std::int64_t f = 0; f < width_; ++f)
+        out[i * width_ + f] += sum * x[i * width_ + f] - products_[i * width_ + f];
+    }
+  }
+
   // The sign convention of candidates_ until finish(): sum_i V_ij x_i, to be subtracted.
   void add_close(T* block, std::vector<double>& sums, std::int64_t begin, std::int64_t rows,
                  const std::vector<std::vector<std::int32_t>>& close, Team& team) {
@@ -155,6 +171,7 @@ class FeatureGradient {
           const T pull = static_cast<T>(double(p.value) * difference * features_.scale());
           if (anchors_ != nullptr) anchors_[p.anchor * width_ + f] += pull;
           if (candidates_ != nullptr) candidates_[p.candidate * width_ + f] += pull;
+          if (symmetric_) anchors_[p.candidate * width_ + f] -= pull;
         }
       }
     });
@@ -190,6 +207,7 @@ class FeatureGradient {
   const Features<T>& features_;
   Runtime<T>& runtime_;
   std::int64_t n_, width_;
+  bool symmetric_;
   T* anchors_ = nullptr;     // [m, width]
   T* candidates_ = nullptr;  // [n, width]
   T* products_ = nullptr;    // [block rows, width]
@@ -216,9 +234,10 @@ class Coherence {
         team_(runtime.threads()),
         m_(student.m),
         n_(student.n),
-        rows_(block_rows<T>(m_, n_)),
-        student_block_(runtime.allocate(rows_ * padded(n_))),
-        teacher_block_(runtime.allocate(rows_ * padded(n_))),
+        symmetric_(fits_symmetric(student_) && fits_symmetric(teacher_)),
+        rows_(symmetric_ ? m_ : block_rows<T>(m_, n_)),
+        student_block_(runtime.allocate((symmetric_ ? padded(n_) : rows_) * padded(n_))),
+        teacher_block_(runtime.allocate((symmetric_ ? padded(n_) : rows_) * padded(n_))),
         close_(rows_),
         sums_(rows_) {
     // Without a mean, the temperature is in the units of the metric; the prepared features are in others.
@@ -231,9 +250,9 @@ class Coherence {
   Status run(Results<T>& results) {
     const bool want = results.gradient_anchors != nullptr || results.gradient_candidates != nullptr;
     FeatureGradient<T> gradient(student_, results.gradient_anchors != nullptr, results.gradient_candidates != nullptr,
-                                runtime_);
+                                symmetric_, runtime_);
     FeatureGradient<T> mean_gradient(student_, want_mean(results.gradient_anchors),
-                                     want_mean(results.gradient_candidates), runtime_);
+                                     want_mean(results.gradient_candidates), symmetric_, runtime_);
     BatchMean student_mean, teacher_mean;
     if (spec_.scale == Scale::batch) {
       student_mean = batch_mean(student_, student_block_, want ? &mean_gradient : nullptr);
@@ -244,8 +263,8 @@ class Coherence {
     std::vector<AnchorRow<T>> rows(rows_);
     for (std::int64_t begin = 0; begin < m_; begin += rows_) {
       const std::int64_t count = std::min(rows_, m_ - begin);
-      student_.products(student_block_, begin, count, runtime_);
-      teacher_.products(teacher_block_, begin, count, runtime_);
+      products(student_, student_block_, begin, count);
+      products(teacher_, teacher_block_, begin, count);
       team_.run(runtime_, count, 1 + kGrain / n_, [&](std::int64_t i, Workspace& ws) {
         rows[i] = anchor_row(begin + i, i, want, student_mean.mean, teacher_mean.mean);
         student_.distances(rows[i].student, begin + i, false, &close_[i]);
@@ -272,6 +291,19 @@ class Coherence {
   }
 
  private:
+  static bool fits_symmetric(const Features<T>& features) {
+    const std::int64_t size = padded(features.input().n);
+    return features.same() && features.traits().products &&
+           size * size * static_cast<std::int64_t>(sizeof(T)) <= kSymmetricBytes;
+  }
+
+  void products(const Features<T>& features, T* block, std::int64_t begin, std::int64_t rows) {
+    if (symmetric_)
+      features.symmetric_products(block, runtime_);
+    else
+      features.products(block, begin, rows, runtime_);
+  }
+
   bool want_mean(const T* gradient) const { return gradient != nullptr && spec_.scale == Scale::batch; }
 
   std::int64_t self(std::int64_t anchor) const { return weights_.self ? weights_.self[anchor] : -1; }
@@ -297,7 +329,7 @@ class Coherence {
     double distance = 0;
     for (std::int64_t begin = 0; begin < m_; begin += rows_) {
       const std::int64_t count = std::min(rows_, m_ - begin);
-      features.products(block, begin, count, runtime_);
+      products(features, block, begin, count);
       team_.run(runtime_, count, 1 + kGrain / n_, [&](std::int64_t i, Workspace&) {
         T* row = block + i * padded(n_);
         features.distances(row, begin + i, false, gradient != nullptr ? &close_[i] : nullptr);
@@ -342,7 +374,9 @@ class Coherence {
   Features<T> student_, teacher_;
   CandidateWeights<T> candidates_;
   Team team_;
-  std::int64_t m_, n_, rows_;
+  std::int64_t m_, n_;
+  bool symmetric_;  // the candidates are the anchors, and all distances are held at once
+  std::int64_t rows_;
   T *student_block_, *teacher_block_;             // [rows, padded(n)]
   std::vector<std::vector<std::int32_t>> close_;  // [rows] see RowKernels::finish_distances
   std::vector<double> sums_;                      // [rows] of V

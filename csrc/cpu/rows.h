@@ -14,6 +14,9 @@ namespace pcoherence {
 inline constexpr std::int64_t kRowPadding = 16;
 inline std::int64_t padded(std::int64_t n) { return (n + kRowPadding - 1) / kRowPadding * kRowPadding; }
 
+// Rows that RowKernels::symmetrize takes together: the pages of as many mirrored columns are then used 4 times.
+inline constexpr std::int64_t kSymmetricStrip = 64;
+
 enum class Status { ok, too_many_bins };
 
 template <class T>
@@ -104,6 +107,10 @@ struct RowKernels {
   // out_f += sum_k v[k * stride] sign(x_f - others_kf): the gradient of cityblock distances
   void (*accumulate_signs)(T* out, const T* x, const T* others, const T* v, std::int64_t stride, std::int64_t count,
                            std::int64_t width);
+  // One strip of rows of a square matrix, each its own and what mirrors it; size a multiple of kRowPadding, rows ld
+  // apart. Copies the upper triangle to the lower, or with `add` makes A + A^T of A.
+  void (*symmetrize)(T* matrix, std::int64_t size, std::int64_t ld, std::int64_t strip, bool add);
+  double (*sum_row)(const T* row, std::int64_t n);
   void (*anchor)(const LossSpec&, const CandidateWeights<T>&, AnchorRow<T>&, Workspace&);
   Status (*soft_rank)(const SoftRankRow<T>&, Workspace&);
   // F_j into out [padded(n)]; returns sum_jk w_j w_k [v_j = v_k]. values [padded(n)], finite, some weight > 0.

@@ -1,6 +1,7 @@
 // Everything that rows.inc uses from outside, included before any target is set.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

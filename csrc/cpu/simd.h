@@ -151,7 +151,6 @@ inline vec_t<T> exp_nonpositive(vec_t<T> x) {
   return p * reinterpret_cast<vec_t<T>>(exponent << E::mantissa);
 }
 
-// v holds 8 rows of 8 values (float: two such squares side by side); exchanges rows and columns of each square.
 template <class V, int step, std::size_t... l>
 inline void exchange(V& a, V& b, std::index_sequence<l...>) {
   constexpr int n = sizeof...(l);
@@ -160,13 +159,13 @@ inline void exchange(V& a, V& b, std::index_sequence<l...>) {
   a = x;
   b = y;
 }
-template <class V>
-inline void transpose8(V (&v)[8]) {
-  constexpr auto seq = std::make_index_sequence<sizeof(V) / sizeof(v[0][0])>{};
-  for (int i = 0; i < 8; i += 2) exchange<V, 1>(v[i], v[i + 1], seq);
-  for (int i = 0; i < 8; i += 4)
-    for (int j = i; j < i + 2; ++j) exchange<V, 2>(v[j], v[j + 2], seq);
-  for (int i = 0; i < 4; ++i) exchange<V, 4>(v[i], v[i + 4], seq);
+// Exchanges rows and columns of a square of values, or of several side by side where a vector holds more than `rows`.
+template <int step = 1, class V, int rows>
+inline void transpose(V (&v)[rows]) {
+  constexpr auto lanes = std::make_index_sequence<sizeof(V) / sizeof(v[0][0])>{};
+  for (int i = 0; i < rows; ++i)
+    if (!(i & step)) exchange<V, step>(v[i], v[i + step], lanes);
+  if constexpr (2 * step < rows) transpose<2 * step>(v);
 }
 
 }  // namespace pcoherence::PCOH_ISA

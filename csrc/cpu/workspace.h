@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdlib>
+#include <memory>
 
 #include "../inline.h"
 
@@ -18,6 +19,8 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { std::free(data_); }
 
+  std::size_t bytes() const { return bytes_; }
+
   // At least `count` elements, 64-byte aligned, contents undefined. Inlined into each instruction set's kernels; what
   // it calls is compiled once.
   template <class T>
@@ -31,6 +34,11 @@ class Buffer {
   void* data_ = nullptr;
   std::size_t bytes_ = 0;
 };
+
+// Large buffers of finished calls, kept for the next: a training loop asks for the same ones in every step, and the
+// system takes longer to clear fresh pages than a matrix product takes to fill them. Thread-safe.
+std::unique_ptr<Buffer> take_buffer(std::size_t bytes);
+void return_buffer(std::unique_ptr<Buffer> buffer);
 
 struct Workspace {
   Buffer student, teacher;                                             // [n], distances that may not be overwritten
