@@ -32,7 +32,7 @@ STATISTICS = 6
 
 
 def resolve_method(method: str, n: int) -> str:
-    """ "pairs" or "scan" for n candidates: of the sizes alone, so that nothing is read back."""
+    """The method for n candidates: chosen by size alone, so that nothing is read back."""
     if method != "auto":
         return method
     return "pairs" if n <= PAIRS_MOST else "scan"
@@ -416,7 +416,9 @@ class TritonRowKernels:
         for begin in range(0, count, step):
             part = slice(begin, min(begin + step, count))
             size = part.stop - part.start
-            rows = _Rows(values[part], weights if weights.ndim == 1 else weights[part], nobody[:size])
+            rows = _Rows(
+                values[part], weights if weights.ndim == 1 else weights[part], nobody[:size]
+            )
             stats = _row_stats(rows, "none", units)
             sums = _Sums(rows, stats, resolve_method(method, n), False, None)
             if upstream is None:

@@ -1,15 +1,16 @@
 """Stage 2: statistics of a row of distances, its soft or hard ranks, and their pullback.
 
-For one anchor's row with weights w_k (0 for the anchor itself) and positions s_k = d_k / (mean tau):
+One anchor's row, with weights w_k (0 for the anchor itself) and positions s_k = d_k / (mean tau):
 
     R_j = sum_k w_k sigmoid(s_j - s_k)              F_j = R_j / W, W = sum_k w_k
     g_l = sum_j (u_l w_j - w_l u_j) slope(s_l - s_j)      pullback of u = d loss / d F (times W)
 
-`pair_*` evaluate every pair, a tile of [BJ, BK] at a time. `scan_*` walk the sorted row in chunks of
-C: pairs within a chunk are evaluated, and all of a chunk's predecessors are carried as the powers
-A_m = sum_k w_k z_k^m with z_k = exp(-(ref - s_k)) in (0, 1], ref the last position before the chunk,
-since sigmoid(s_j - s_k) = 1 + sum_m c_m exp(-m (s_j - ref)) z_k^m (DESIGN section 2). One launch walks
-up, one down. Hard ranks are the limit tau -> 0 of the same sums: z is 1 on a tie and 0 otherwise.
+`pair_*` evaluate every pair, a tile of [BJ, BK] at a time. `scan_*` walk the sorted row in chunks
+of C: pairs within a chunk are evaluated, and all of its predecessors are carried as the powers
+A_m = sum_k w_k z_k^m with z_k = exp(-(ref - s_k)) in (0, 1], ref the last position before the
+chunk, since sigmoid(s_j - s_k) = 1 + sum_m c_m exp(-m (s_j - ref)) z_k^m. One
+launch walks up, one down. Hard ranks are the limit tau -> 0 of the same sums: z is 1 on a tie and
+0 otherwise.
 
 A program takes BR rows. Matrices [rows, n] of T (float32 or float64) are contiguous; weights are
 [n] with weight_stride 0 or [rows, n] with weight_stride n; own int64 [rows].
@@ -147,7 +148,7 @@ def decay(a, b, m, HARD: tl.constexpr):
 
 @triton.jit
 def finished_ranks(total, stats, r, rows, NORMALISE: tl.constexpr):
-    """R float64 [BR, BK] -> F = R / W; otherwise soft_rank's 1/2 + R, NaN for what is not finite."""
+    """R float64 [BR, BK] -> F = R / W; otherwise soft_rank's 1/2 + R, NaN where not finite."""
     if NORMALISE:
         return total / load_stat(stats, WEIGHT, r, rows)[:, None]
     else:
@@ -209,8 +210,8 @@ def pair_ranks(
     higher = tl.zeros([BR, BJ], v.dtype)
     for k0 in range(0, n, BK):
         k = (k0 + tl.arange(0, BK))[None, :]
-        v = tl.load(values + r[:, None] * n + k, mask=live & (k < n), other=0.0)
-        s_k = v if HARD else positions(v, stats, r, rows)
+        v_k = tl.load(values + r[:, None] * n + k, mask=live & (k < n), other=0.0)
+        s_k = v_k if HARD else positions(v_k, stats, r, rows)
         w = load_weights(weights, weight_stride, own, r, k, rows, n)[:, None, :]
         a = s_j[:, :, None]
         b = s_k[:, None, :]
@@ -256,7 +257,7 @@ def pair_pullback(
     BJ: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """g of BJ candidates; grid [rows / BR, n / BJ]."""
+    """G of BJ candidates; grid [rows / BR, n / BJ]."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     live = (r < rows)[:, None]
     j = (tl.program_id(1) * BJ + tl.arange(0, BJ))[None, :]
@@ -267,8 +268,8 @@ def pair_pullback(
     g = tl.zeros([BR, BJ], v.dtype)
     for k0 in range(0, n, BK):
         k = (k0 + tl.arange(0, BK))[None, :]
-        v = tl.load(values + r[:, None] * n + k, mask=live & (k < n), other=0.0)
-        s_k = positions(v, stats, r, rows)[:, None, :]
+        v_k = tl.load(values + r[:, None] * n + k, mask=live & (k < n), other=0.0)
+        s_k = positions(v_k, stats, r, rows)[:, None, :]
         u_k = tl.load(upstream + r[:, None] * n + k, mask=live & (k < n), other=0.0)[:, None, :]
         w_k = load_weights(weights, weight_stride, own, r, k, rows, n)[:, None, :]
         g += tl.sum((u_j * w_k - w_j * u_k) * slope(s_j, s_k), 2)

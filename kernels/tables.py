@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy
 import torch
 from numpy.polynomial import chebyshev, polynomial
 from torch import Tensor
 
-SERIES_DEGREE = {torch.float32: 16, torch.float64: 24}
-"""kSeriesDegree of csrc/soft_ranks.h: the slope errs by 5.83^-degree times degree^2.
+SERIES_DEGREE = {torch.float32: 16, torch.float64: 20}
+"""The slope errs by 5.83^-degree times degree^2.
 
-12 would be enough for float32; tiles have a power of two of terms, so that 16 costs the same.
+12 would be enough for float32; tiles have a power of two of terms, so that 16 costs the same. 20
+reaches what float64 resolves; beyond, the fit would have to be computed in more than float64.
 """
 
 
-def _fit(function: Callable[[numpy.ndarray], numpy.ndarray], terms: int) -> numpy.ndarray:
+def _fit(function: Callable[[Any], Any], terms: int) -> numpy.ndarray:
     """Monomial coefficients on [0, 1] of the polynomial through f at `terms` Chebyshev nodes."""
-    in_x = chebyshev.cheb2poly(chebyshev.chebinterpolate(lambda x: function((x + 1) / 2), terms - 1))
+    in_x = chebyshev.cheb2poly(
+        chebyshev.chebinterpolate(lambda x: function((x + 1) / 2), terms - 1)
+    )
     in_z = numpy.zeros(1)
     for coefficient in in_x[::-1]:  # Horner in x = 2 z - 1
         in_z = polynomial.polyadd(polynomial.polymul(in_z, [-1.0, 2.0]), [coefficient])

@@ -9,6 +9,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run in triton's interpreter; both must be set before they load.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products that repeat bit for bit
+
 import pcoherence
 
 WITHOUT_EXTENSION = os.environ.get("PCOHERENCE_NO_EXTENSION") == "1"

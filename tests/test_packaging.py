@@ -87,7 +87,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         path.relative_to(ROOT).as_posix()
         for pattern in ("*.py", "py.typed", "*.pyi")
         for path in (ROOT / "pcoherence").rglob(pattern)
-    }
+    } | {f"pcoherence/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert {"pcoherence/py.typed", "pcoherence/_C.pyi"} <= expected
     libraries = {name for name in inside if name.endswith((".so", ".pyd"))}
     assert inside - libraries == expected

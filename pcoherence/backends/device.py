@@ -156,7 +156,7 @@ class RowKernels(Protocol):
     def accumulate_differences(
         self, out: Tensor, points: Tensor, others: Tensor, v: Tensor, near: Any, transposed: bool
     ) -> None:
-        """Over the pairs of `near` (None: all), in a fixed order:
+        """Differences weighted by V, over the pairs of `near` (None: all), in a fixed order.
 
         out_i += sum_j v_ij (points_i - others_j), or with `transposed` the candidates' side,
         out_j += sum_i v_ij (points_j - others_i). v T [b, n]; out and points T [b, d] (with
@@ -317,13 +317,13 @@ class DifferenceCloud(Cloud):
     def distances(self, out: Tensor, products: Tensor, begin: int, order_only: bool) -> Any:
         """Distances of anchors begin .. begin + len(out) into out [b, n]; nothing is near."""
         anchors = self._rows[0][begin : begin + out.shape[0]]
-        self._kernels.difference_distances(
-            out, anchors, self._rows[-1], self.traits, order_only
-        )
+        self._kernels.difference_distances(out, anchors, self._rows[-1], self.traits, order_only)
 
     def gradient(self, anchors: bool, candidates: bool) -> DifferenceGradient:
         """An empty sum of gradients with respect to these points."""
-        return DifferenceGradient(self._kernels, *self._rows, anchors=anchors, candidates=candidates)
+        return DifferenceGradient(
+            self._kernels, *self._rows, anchors=anchors, candidates=candidates
+        )
 
 
 class DifferenceGradient:
@@ -400,11 +400,8 @@ class ProductCloud(Cloud):
         # What the squared distance of equal points to their mean can be: its own rounding.
         rounding = (4 * torch.finfo(torch.float64).eps) ** 2 * centre.square().sum()
         spread = torch.where(spread > rounding, spread, far.amax())
-        if count < n:
-            # The sample may be one point many times: then it is the centre, and all are asked.
-            everyone = self._farthest(first)
-        else:
-            everyone = torch.zeros_like(spread)
+        # The sample may be one point many times: then it is the centre, and all are asked.
+        everyone = self._farthest(first) if count < n else torch.zeros_like(spread)
         single = spread <= rounding
         centre = torch.where(single, first, centre)
         spread = torch.where(single, everyone, spread)
@@ -476,9 +473,7 @@ def first_identical(rows: Tensor) -> Tensor:
     # A sum of words times odd pseudo-random factors, modulo 2^64 (Knuth's and Steele's constants).
     factors = torch.arange(1, width + 1, device=rows.device) * 6364136223846793005
     factors = (factors ^ (factors >> 29)) * -7046029254386353131 | 1
-    parts = [
-        (bits[begin:end].long() * factors).sum(1) for begin, end in _slabs(n, width)
-    ]
+    parts = [(bits[begin:end].long() * factors).sum(1) for begin, end in _slabs(n, width)]
     hashes = torch.cat(parts)
     hashes, order = hashes.sort(stable=True)
     equal = hashes[1:] == hashes[:-1]
@@ -683,9 +678,7 @@ class Coherence:
         return Results(losses, *found)
 
     def _weights(self, begin: int, end: int) -> RowWeights:
-        return RowWeights(
-            self._candidates, self._own[begin:end], self._coefficients[begin:end]
-        )
+        return RowWeights(self._candidates, self._own[begin:end], self._coefficients[begin:end])
 
     def _units(self, cloud: Cloud, temperature: float, mean: Tensor | None) -> Units:
         # Without a mean, the temperature is in units of the metric; the points are in others.
@@ -758,10 +751,10 @@ def coherence_from_distances(
         options.objective, options.scale, options.method, soft, 1.0, False, want_gradient
     )
     device = student.device
-    units = [
+    units, teacher_units = (
         Units(inverse_temperature(tau, None, device), None)
         for tau in (options.temperature, options.teacher_temperature)
-    ]
+    )
     out = student.clone() if want_gradient else student
     nobody = torch.full((m,), -1, dtype=torch.int64, device=device)
     own = nobody if weights.own is None else weights.own
@@ -772,6 +765,8 @@ def coherence_from_distances(
     for begin in range(0, m, step):
         part = slice(begin, min(begin + step, m))
         row_weights = RowWeights(candidates, own[part], coefficients[part])
-        result = kernels.anchors(row_options, out[part], teacher[part], row_weights, *units, None)
+        result = kernels.anchors(
+            row_options, out[part], teacher[part], row_weights, units, teacher_units, None
+        )
         losses.append(result.losses)
     return torch.cat(losses), out if want_gradient else None

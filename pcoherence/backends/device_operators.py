@@ -31,7 +31,11 @@ def implement(
     operators: Operators, kernels: RowKernels, methods: Collection[str], dispatch_key: str
 ) -> None:
     """Register the kernels as the operators' implementation for "CUDA" or "CPU" tensors."""
-    implementation = _Implementation(kernels, tuple(methods))
+    register(operators, Implementation(kernels, tuple(methods)), dispatch_key)
+
+
+def register(operators: Operators, implementation: Implementation, dispatch_key: str) -> None:
+    """The same for an implementation of which the backend has changed something."""
     for name in (
         "coherence_sum",
         "coherence_rows",
@@ -57,7 +61,7 @@ def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class _Implementation:
+class Implementation:
     """One method for each operator; see `pcoherence.ops` for what they compute."""
 
     def __init__(self, kernels: RowKernels, methods: tuple[str, ...]) -> None:
@@ -84,6 +88,7 @@ class _Implementation:
         grad_student: bool,
         grad_candidates: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Total and gradients."""
         weights = CallWeights(coefficients, anchor_weights, candidate_weights, self_index)
         call = self._coherence(
             PointSet(student, student_candidates, metric),
@@ -121,6 +126,7 @@ class _Implementation:
         objective: str,
         method: str,
     ) -> Tensor:
+        """Losses."""
         call = self._coherence(
             PointSet(student, student_candidates, metric),
             PointSet(teacher, teacher_candidates, teacher_metric),
@@ -143,6 +149,7 @@ class _Implementation:
         method: str,
         grad: bool,
     ) -> tuple[Tensor, Tensor]:
+        """Total and gradient."""
         losses, gradient = self._from_distances(
             student_distances,
             teacher_distances,
@@ -165,6 +172,7 @@ class _Implementation:
         objective: str,
         method: str,
     ) -> Tensor:
+        """Losses."""
         losses, _ = self._from_distances(
             student_distances,
             teacher_distances,
@@ -177,11 +185,13 @@ class _Implementation:
     def soft_rank(
         self, values: Tensor, weights: Tensor | None, temperature: float, method: str
     ) -> Tensor:
+        """Ranks."""
         return self._ranks(values, weights, None, temperature, method)
 
     def soft_rank_backward(
         self, values: Tensor, weights: Tensor | None, grad: Tensor, temperature: float, method: str
     ) -> Tensor:
+        """Pullback of grad."""
         _check_tensor("grad", grad, values, tuple(values.shape))
         return self._ranks(values, weights, grad, temperature, method)
 
@@ -211,6 +221,20 @@ class _Implementation:
         options: tuple[float, float, str, str, str],
     ) -> Coherence | None:
         """The call, checked; None without anchors."""
+        n = self._check_call(student, teacher, weights, options)
+        if student.anchors.shape[0] == 0:
+            return None
+        differences = self._kernels.takes_differences(options[-1], n)
+        return Coherence(self._kernels, Options(*options, differences), student, teacher, weights)
+
+    def _check_call(
+        self,
+        student: PointSet,
+        teacher: PointSet,
+        weights: CallWeights,
+        options: tuple[float, float, str, str, str],
+    ) -> int:
+        """The number of candidates, after all checks."""
         m = student.anchors.shape[0]
         for name, points in (("student", student), ("teacher", teacher)):
             check_name("metric", points.metric, tuple(TRAITS))
@@ -226,12 +250,9 @@ class _Implementation:
             _check_size("teacher_candidates", 0, teacher.candidates, n)
         self._check_weights(weights, student.anchors, m, n)
         self._check_options(options, SCALES)
-        if m == 0:
-            return None
-        if n < 2:
+        if m > 0 and n < 2:
             raise ValueError(f"student: expected at least 2 candidates; got {n}")
-        differences = self._kernels.takes_differences(options[-1], n)
-        return Coherence(self._kernels, Options(*options, differences), student, teacher, weights)
+        return n
 
     def _from_distances(
         self,

@@ -1,7 +1,7 @@
 """The Triton kernels as a backend: CUDA tensors, methods scan and pairs.
 
-With TRITON_INTERPRET=1 in the environment before triton is imported, the same kernels run in its
-interpreter on CPU tensors: slow, for tests. Importing this module does not import triton.
+With TRITON_INTERPRET=1 in the environment before pcoherence is imported, the same kernels run in
+its interpreter on CPU tensors: slow, for tests. Importing this module does not import triton.
 """
 
 from __future__ import annotations
@@ -11,42 +11,54 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Collection, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..spec import OBJECTIVES, SCALES
-from .device import TRAITS
+from .device import TRAITS, RowKernels
 from .device_operators import implement
 from .operators import OperatorBackend
 
 METHODS = ("auto", "scan", "pairs")
 
+INSTALLED = importlib.util.find_spec("triton") is not None
 
-def _interpreted() -> bool:
-    """Whether triton's interpreter is on."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+"""Whether triton's interpreter is on; read here, since torch.compile can see a global."""
+
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+"""The types of devices that the kernels serve."""
 
 
 @functools.cache
-def _operators() -> ops.Operators:
-    """The set of operators, made and implemented on first use."""
-    launch = importlib.import_module("pcoherence.kernels.launch")
-    made = ops.Operators("pcoherence_triton")
-    implement(made, launch.TritonRowKernels(), METHODS, "CUDA")
-    if _interpreted():
-        implement(made, launch.TritonRowKernels(), METHODS, "CPU")
-    return made
+def _kernels() -> Any:
+    return importlib.import_module("pcoherence.kernels.launch").TritonRowKernels()
 
 
 @functools.cache
 def _import_error() -> str | None:
     try:
-        importlib.import_module("pcoherence.kernels.launch")
+        _kernels()
     except (ImportError, OSError) as error:
         return f"the kernels cannot be imported: {error}"
     return None
+
+
+class _OnFirstUse:
+    """The row kernels, imported with triton when the first of them is launched."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_kernels(), name)
+
+
+OPERATORS = ops.Operators("pcoherence_triton")
+"""A set of its own: the native one belongs to the extensions."""
+
+for _type in DEVICES:
+    implement(OPERATORS, cast(RowKernels, _OnFirstUse()), METHODS, _type.upper())
 
 
 class TritonBackend(OperatorBackend):
@@ -56,15 +68,15 @@ class TritonBackend(OperatorBackend):
 
     def available(self) -> str | None:
         """Whether triton is installed and has something to run on."""
-        if importlib.util.find_spec("triton") is None:
+        if not INSTALLED:
             return "triton is not installed"
-        if not torch.cuda.is_available() and not _interpreted():
+        if not torch.cuda.is_available() and not INTERPRETED:
             return "no CUDA device, and triton's interpreter is off (TRITON_INTERPRET=1)"
-        return _import_error()
+        return None if torch.compiler.is_compiling() else _import_error()
 
     def operators(self) -> ops.Operators:
-        """A set of its own: the native one belongs to the extensions."""
-        return _operators()
+        """The set that is implemented above."""
+        return OPERATORS
 
     def known(self) -> Mapping[str, Collection[str]]:
         """Everything but the grid; other metrics come as blocks of distances."""
@@ -77,6 +89,6 @@ class TritonBackend(OperatorBackend):
 
     def refuses(self, tensor: Tensor) -> str | None:
         """CPU tensors, unless the interpreter is on; other devices."""
-        if tensor.device.type == "cuda" or (tensor.device.type == "cpu" and _interpreted()):
+        if tensor.device.type in DEVICES:
             return None
         return f"it needs CUDA tensors, not {tensor.device}"

@@ -1,0 +1,449 @@
+"""The Triton kernels against the reference: on the GPU, or in triton's interpreter on CPU tensors.
+
+The interpreter takes a few tenths of a second a call: options are covered in pairs, not in full.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+import pcoherence
+from pcoherence import perception_coherence_loss, soft_rank
+from pcoherence.spec import OBJECTIVES, SCALES
+from pcoherence.testing import (
+    CASES,
+    make_case,
+    reference_value_and_grad,
+    relative_error,
+    tolerances,
+)
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if pcoherence.available_backends()["triton"] is not None:
+    pytest.skip(str(pcoherence.available_backends()["triton"]), allow_module_level=True)
+
+from pcoherence.backends import REGISTRY
+from pcoherence.backends.device import first_identical
+from pcoherence.backends.triton import TritonBackend
+from pcoherence.kernels import tables
+
+# The interpreter computes with numpy, which warns of the NaN and infinities that kernels mask.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+METHODS = ("pairs", "scan")
+METRICS = ("euclidean", "sqeuclidean", "cosine")
+DTYPES = (torch.float32, torch.float64)
+
+Found = tuple[Tensor, list[Tensor]]
+
+
+def moved(value: Any) -> Any:
+    return value.to(DEVICE) if isinstance(value, Tensor) else value
+
+
+def evaluate(leaves: list[Tensor], constants: dict[str, Any], **options: Any) -> Found:
+    """Loss and gradients by the kernels; leaves are the student and perhaps its candidates."""
+    leaves = [leaf.detach().to(DEVICE).requires_grad_() for leaf in leaves]
+    constants = {name: moved(value) for name, value in constants.items()}
+    if len(leaves) == 2:
+        constants["student_candidates"] = leaves[1]
+    loss = perception_coherence_loss(leaves[0], **constants, **options, backend="triton")
+    upstream = torch.ones_like(loss)
+    return loss.cpu(), [g.cpu() for g in torch.autograd.grad(loss, leaves, upstream)]
+
+
+def expected(leaves: list[Tensor], constants: dict[str, Any], **options: Any) -> Found:
+    """The truth: the reference in float64."""
+    if len(leaves) == 2:
+        constants = constants | {"student_candidates": leaves[1]}
+    loss, *gradients = reference_value_and_grad(leaves[0], **constants, **options)
+    return loss, [g for g in gradients if g is not None]
+
+
+def brute_force(leaves: list[Tensor], constants: dict[str, Any], **options: Any) -> Found:
+    """The reference in the inputs' own dtype."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    if len(leaves) == 2:
+        constants = constants | {"student_candidates": leaves[1]}
+    loss = perception_coherence_loss(leaves[0], **constants, **options, backend="reference")
+    return loss, list(torch.autograd.grad(loss, leaves, torch.ones_like(loss)))
+
+
+def errors(found: Found, truth: Found) -> tuple[float, float]:
+    gradient, right = (torch.cat([g.double().flatten() for g in x[1]]) for x in (found, truth))
+    return relative_error(found[0], truth[0], 0.1), relative_error(gradient, right, 0.1)
+
+
+def check(leaves: list[Tensor], constants: dict[str, Any], method: str, **options: Any) -> None:
+    """Loss and gradient within tolerance of the float64 reference on the same rounded inputs."""
+    truth = expected(leaves, constants, **options)
+    allowed = tolerances(leaves[0].dtype, errors(brute_force(leaves, constants, **options), truth))
+    found = evaluate(leaves, constants, method=method, **options)
+    assert found[0].dtype == leaves[0].dtype
+    for error, limit in zip(errors(found, truth), allowed, strict=True):
+        assert error <= limit, f"{error:.2e} > {limit:.2e}"
+
+
+def problem(
+    n: int, dtype: torch.dtype, rectangular: bool, weighted: bool, case: str = "gaussian"
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Leaves and constants: n candidates, and fewer anchors when rectangular."""
+    m = max(1, n // 2) if rectangular else n
+    leaves = [make_case(case, m, 5, dtype=dtype, seed=n)]
+    constants: dict[str, Any] = {"teacher": make_case("gaussian", m, 4, dtype=dtype, seed=n + 1)}
+    generator = torch.Generator().manual_seed(n)
+    if rectangular:
+        leaves.append(make_case(case, n, 5, dtype=dtype, seed=n + 2))
+        constants["teacher_candidates"] = make_case("gaussian", n, 4, dtype=dtype, seed=n + 3)
+        index = torch.randperm(n, generator=generator)[:m]
+        constants["self_index"] = torch.where(index % 3 == 0, -1, index)
+    if weighted:
+        constants["anchor_weights"] = torch.rand(m, generator=generator, dtype=dtype)
+        constants["anchor_weights"][m // 2 + 1 :: 4] = 0
+        constants["candidate_weights"] = torch.rand(n, generator=generator, dtype=dtype)
+        constants["candidate_weights"][:: max(3, n // 4)] = 0
+    return leaves, constants
+
+
+def covering(*levels: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Rows such that every two values of two options meet in one of them, by greedy choice."""
+    indices = [range(len(values)) for values in levels]
+    pairs = list(itertools.combinations(range(len(levels)), 2))
+    missing = {(a, b, i, j) for a, b in pairs for i, j in itertools.product(indices[a], indices[b])}
+    rows = list(itertools.product(*indices))
+    chosen = []
+    while missing:
+        best = max(rows, key=lambda row: sum((a, b, row[a], row[b]) in missing for a, b in pairs))
+        missing -= {(a, b, best[a], best[b]) for a, b in pairs}
+        chosen.append(tuple(values[i] for values, i in zip(levels, best, strict=True)))
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("objective", "scale", "metric", "method", "tau", "rectangular", "weighted", "dtype"),
+    covering(
+        OBJECTIVES, SCALES, METRICS, METHODS, (None, 0.2), (False, True), (False, True), DTYPES
+    ),
+)
+def test_options(
+    objective: str,
+    scale: str,
+    metric: str,
+    method: str,
+    tau: float | None,
+    rectangular: bool,
+    weighted: bool,
+    dtype: torch.dtype,
+) -> None:
+    leaves, constants = problem(17, dtype, rectangular, weighted)
+    check(
+        leaves,
+        constants,
+        method,
+        objective=objective,
+        scale=scale,
+        metric=metric,
+        teacher_temperature=tau,
+        reduction="mean" if weighted else "sum",
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "n", "method", "rectangular", "dtype"),
+    covering(OBJECTIVES, (2, 3, 33), METHODS, (False, True), DTYPES),
+)
+def test_sizes(objective: str, n: int, method: str, rectangular: bool, dtype: torch.dtype) -> None:
+    leaves, constants = problem(n, dtype, rectangular, weighted=n == 33)
+    check(leaves, constants, method, objective=objective)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_many_tiles(method: str) -> None:
+    leaves, constants = problem(130, torch.float32, rectangular=False, weighted=False)
+    weights = torch.zeros(130)
+    weights[[0, 31, 64, 129]] = 1  # the truth costs n^2 an anchor
+    check(leaves, constants | {"anchor_weights": weights}, method, objective="cross_entropy")
+
+
+def test_one_anchor() -> None:
+    leaves, constants = problem(3, torch.float32, rectangular=True, weighted=False)
+    assert leaves[0].shape[0] == 1
+    for method in METHODS:
+        check(leaves, constants, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_of_anchors(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pcoherence.backends.device.BLOCK_BYTES", 1)
+    monkeypatch.setattr("pcoherence.backends.device.MIN_ROWS", 7)
+    leaves, constants = problem(17, torch.float64, rectangular=False, weighted=True)
+    check(leaves, constants, method, scale="batch", teacher_temperature=0.3)
+
+
+@pytest.mark.parametrize(
+    ("case", "metric", "method", "dtype"), covering(CASES, METRICS, METHODS, DTYPES)
+)
+def test_cases(case: str, metric: str, method: str, dtype: torch.dtype) -> None:
+    leaves, constants = problem(33, dtype, rectangular=False, weighted=False, case=case)
+    check(leaves, constants, method, metric=metric)
+
+
+@pytest.mark.parametrize(("case", "method"), covering(("duplicates", "equal", "lattice"), METHODS))
+def test_tied_teachers(case: str, method: str) -> None:
+    leaves, constants = problem(33, torch.float32, rectangular=False, weighted=True)
+    constants["teacher"] = make_case(case, 33, 3, dtype=torch.float32)
+    check(leaves, constants, method, objective="cross_entropy")
+
+
+@pytest.mark.parametrize(("temperature", "method"), covering((1e-4, 1e-2, 10.0), METHODS))
+def test_temperatures(temperature: float, method: str) -> None:
+    leaves, constants = problem(33, torch.float64, rectangular=False, weighted=True)
+    objective = "cross_entropy" if method == "scan" else "mse"
+    check(leaves, constants, method, temperature=temperature, objective=objective)
+
+
+@pytest.mark.parametrize(("method", "scale"), covering(METHODS, SCALES))
+def test_any_upstream_gradient(method: str, scale: str) -> None:
+    leaves, constants = problem(17, torch.float64, rectangular=True, weighted=True)
+    found = []
+    for backend, device in (("reference", "cpu"), ("triton", DEVICE)):
+        used = [leaf.detach().to(device).requires_grad_() for leaf in leaves]
+        others = {name: value.to(device) for name, value in constants.items()}
+        losses = perception_coherence_loss(
+            used[0],
+            student_candidates=used[1],
+            **others,
+            scale=scale,
+            reduction="none",
+            backend=backend,
+            method="auto" if backend == "reference" else method,
+        )
+        upstream = torch.linspace(-1, 2, losses.numel(), dtype=losses.dtype, device=device)
+        found.append([losses, *torch.autograd.grad(losses, used, upstream)])
+    for right, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours.cpu(), right, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_gradient_of_one_side_alone(side: int) -> None:
+    leaves, constants = problem(17, torch.float64, rectangular=True, weighted=False)
+    for method in METHODS:
+        both = evaluate(leaves, constants, method=method)[1]
+        used = [leaf.clone().to(DEVICE) for leaf in leaves]
+        used[side].requires_grad_()
+        others = {name: value.to(DEVICE) for name, value in constants.items()}
+        perception_coherence_loss(
+            used[0], student_candidates=used[1], **others, method=method, backend="triton"
+        ).backward()
+        assert used[1 - side].grad is None
+        assert used[side].grad is not None
+        torch.testing.assert_close(used[side].grad.cpu(), both[side], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("method", "side"), covering(METHODS, (0, 1)))
+def test_nan_and_inf_give_nan(method: str, side: int) -> None:
+    bad = math.nan if side else math.inf
+    points = [make_case("gaussian", 17, 3, dtype=torch.float32, seed=i) for i in range(2)]
+    points[side][7, 1] = bad
+    loss, (gradient,) = evaluate([points[0]], {"teacher": points[1]}, method=method)
+    assert loss.isnan()
+    assert gradient.isnan().any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_spoils_only_the_anchors_that_see_it(method: str) -> None:
+    points = [make_case("gaussian", n, 5, seed=n) for n in (7, 9)]
+    points[0][3, 2] = math.nan
+    teachers = [make_case("gaussian", n, 4, seed=n) for n in (7, 9)]
+    losses = perception_coherence_loss(
+        points[0].to(DEVICE),
+        teachers[0].to(DEVICE),
+        student_candidates=points[1].to(DEVICE),
+        teacher_candidates=teachers[1].to(DEVICE),
+        reduction="none",
+        method=method,
+        backend="triton",
+    )
+    assert losses.isnan().tolist() == [i == 3 for i in range(7)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nobody_to_compare_with_is_zero(method: str) -> None:
+    leaves, constants = problem(17, torch.float32, rectangular=False, weighted=False)
+    constants["candidate_weights"] = torch.zeros(17)
+    loss, (gradient,) = evaluate(leaves, constants, method=method)
+    assert loss == 0
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "method"), covering((torch.float16, torch.bfloat16), METHODS), ids=str
+)
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype, method: str) -> None:
+    leaves, constants = problem(17, dtype, rectangular=False, weighted=False)
+    loss, (gradient,) = evaluate(leaves, constants, method=method)
+    raised = {"teacher": constants["teacher"].float()}
+    right, (expected_gradient,) = evaluate([leaves[0].float()], raised, method=method)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, right)
+    assert gradient.dtype == dtype
+    assert relative_error(gradient, expected_gradient) <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_layout_and_repetition_do_not_matter(method: str) -> None:
+    leaves, constants = problem(33, torch.float32, rectangular=True, weighted=True)
+    strided = [leaf.t().contiguous().t() for leaf in leaves]
+    others = {name: value.repeat_interleave(2, 0)[::2] for name, value in constants.items()}
+    first = evaluate(leaves, constants, method=method, scale="batch")
+    for again in (
+        evaluate(leaves, constants, method=method, scale="batch"),
+        evaluate(strided, others, method=method, scale="batch"),
+    ):
+        assert torch.equal(first[0], again[0])
+        assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
+
+
+def test_other_metrics_come_as_blocks_of_distances() -> None:
+    leaves, constants = problem(9, torch.float64, rectangular=False, weighted=True)
+    check(leaves, constants, "scan", metric="cityblock", teacher_metric="euclidean")
+    check(leaves, constants, "pairs", metric=lambda a, b: torch.cdist(a, b, p=4))
+
+
+@pytest.mark.parametrize("weights", ["none", "row", "all"])
+@pytest.mark.parametrize(("n", "dtype"), covering((1, 2, 33), DTYPES))
+def test_soft_rank(n: int, dtype: torch.dtype, weights: str) -> None:
+    generator = torch.Generator().manual_seed(n)
+    values, upstream = torch.randn(2, 3, n, generator=generator, dtype=dtype).unbind()
+    given = {
+        "none": None,
+        "row": torch.rand(n, generator=generator),
+        "all": torch.rand(3, n, generator=generator),
+    }[weights]
+    for temperature, method in ((0.3, "pairs"), (0.3, "scan"), (10.0, "scan")):
+        found = []
+        for backend, device, dtype_used in (
+            ("reference", "cpu", torch.float64),
+            ("triton", DEVICE, dtype),
+        ):
+            leaf = values.to(device, dtype_used).requires_grad_()
+            ranks = soft_rank(
+                leaf,
+                temperature,
+                weights=moved(given) if backend == "triton" else given,
+                backend=backend,
+                method="auto" if backend == "reference" else method,
+            )
+            found.append((ranks, *torch.autograd.grad(ranks, leaf, upstream.to(leaf))))
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+        for right, ours in zip(*found, strict=True):
+            assert relative_error(ours.cpu(), right, 1.0) <= tolerance
+
+
+def test_soft_rank_of_nothing_finite_or_weighted() -> None:
+    values = torch.tensor([[1.0, 2.0, 3.0], [1.0, math.nan, 3.0]], device=DEVICE)
+    for method in METHODS:
+        ranks = soft_rank(values, backend="triton", method=method)
+        assert ranks.isnan().all(1).tolist() == [False, True]
+        weightless = soft_rank(
+            values[:1], weights=torch.zeros(3, device=DEVICE), backend="triton", method=method
+        )
+        assert (weightless == 0.5).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_operators_keep_the_rules_of_torch(method: str) -> None:
+    operators = TritonBackend().operators()
+    x, y, c, z = (
+        make_case("gaussian", n, 3, dtype=torch.float32, seed=n).to(DEVICE) for n in (4, 5, 6, 7)
+    )
+    y, z = y[:4], z[:6]
+    ones, nobody = torch.ones(4, device=DEVICE), torch.full((4,), -1, device=DEVICE)
+    options = (0.1, 0.0, "euclidean", "cosine", "anchor", "mse", method)
+    distances = torch.cdist(x, c), torch.cdist(y, z)
+    x.requires_grad_()
+    student = distances[0].clone().requires_grad_()
+    for operator, arguments in (
+        (operators.coherence_sum, (x, c, y, z, ones, None, None, nobody, *options, True, False)),
+        (operators.coherence_rows, (x, c, y, z, ones, None, None, *options)),
+        (
+            operators.coherence_sum_from_distances,
+            (student, distances[1], ones, None, nobody, 0.1, 0.0, "anchor", "l1", method, True),
+        ),
+        (
+            operators.coherence_rows_from_distances,
+            (student, distances[1], None, None, 0.1, 0.2, "none", "mse", method),
+        ),
+        (operators.soft_rank, (student, None, 0.1, method)),
+    ):
+        torch.library.opcheck(
+            operator,
+            arguments,
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        )
+
+
+def test_compiled_equals_eager() -> None:
+    leaves, constants = problem(9, torch.float32, rectangular=False, weighted=True)
+    student = leaves[0].to(DEVICE).requires_grad_()
+    others = {name: value.to(DEVICE) for name, value in constants.items()}
+    torch.compiler.reset()
+
+    def function(x: Tensor) -> Tensor:
+        return perception_coherence_loss(2 * x, **others, method="scan", backend="triton")
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found = [
+        (loss := call(student), *torch.autograd.grad(loss, student))
+        for call in (function, compiled)
+    ]
+    for eager, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_double_backward_raises() -> None:
+    leaves, constants = problem(5, torch.float64, rectangular=False, weighted=False)
+    student = leaves[0].to(DEVICE).requires_grad_()
+    loss = perception_coherence_loss(student, constants["teacher"].to(DEVICE), backend="triton")
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.square().sum().backward()
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    points = make_case("gaussian", 5, 3).to(DEVICE)
+    with pytest.raises(ValueError, match="method 'grid' is not part of its kernels"):
+        perception_coherence_loss(points, points, method="grid", backend="triton")
+    assert REGISTRY["triton"].supports_soft_rank(torch.zeros(3, device="meta"), "auto") is not None
+    operators = TritonBackend().operators()
+    with pytest.raises(ValueError, match="values: expected a contiguous tensor"):
+        operators.soft_rank(points.t(), None, 1.0, "auto")
+    with pytest.raises(ValueError, match="grad: expected shape"):
+        operators.soft_rank_backward(points, None, points[1:], 1.0, "auto")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-12), (torch.float64, 4e-15)])
+def test_series_of_the_scan(dtype: torch.dtype, tolerance: float) -> None:
+    z = numpy.linspace(0, 1, 1001)
+    sigmoid, softplus = tables.coefficients(tables.SERIES_DEGREE[dtype])
+    powers = z[:, None] ** numpy.arange(1, len(sigmoid) + 1)
+    assert numpy.abs(1 + powers @ sigmoid - 1 / (1 + z)).max() <= tolerance
+    assert numpy.abs(powers @ softplus - numpy.log1p(z)).max() <= tolerance
+    assert abs(sigmoid.sum() + 0.5) <= 1e-15  # 1/2 on a tie
+
+
+def test_first_identical_row() -> None:
+    rows = torch.tensor([[1.0, 2.0], [0.0, 1.0], [1.0, 2.0], [2.0, 1.0], [0.0, 1.0], [1.0, 2.0]])
+    assert first_identical(rows).tolist() == [0, 1, 0, 3, 1, 0]
