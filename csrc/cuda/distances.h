@@ -1,0 +1,186 @@
+// Distances of a block of anchors: by finishing matrix products, or by differences of points; and the gradients of
+// pairs w.r.t. points. A warp or a thread block at a time; nothing is kept in shared memory.
+#pragma once
+
+#include "../distances.h"
+#include "group.h"
+
+namespace pcoherence::cuda {
+
+// Pairs are marked by bits: bit k % 32 of word k / 32 of an anchor's row.
+PCOH_DEVICE constexpr std::int64_t words_of(std::int64_t n) { return (n + kWarp - 1) / kWarp; }
+
+template <class T>
+struct ProductTask {
+  std::int64_t rows;
+  int n, width;
+  const T* products;  // [rows, n]: a_i . c_k of prepared points
+  T* out;             // [rows, n]: distances; may not be `products`
+  unsigned* near;     // [rows, words_of(n)]: pairs whose gradient leaves the products; or null
+  const double *anchor_norms, *candidate_norms;  // [rows], [n]: squared lengths of prepared points
+  const T *anchors, *candidates;  // [rows, width], [n, width]: points whose differences are exact, same units
+  const std::int64_t* first;      // [n]: the first candidate that is identical
+  std::int64_t begin;             // of the block's anchors
+  bool same;                      // candidate begin + i is anchor i
+  bool root;                      // distances; otherwise squares times `factor`
+  T factor;
+};
+
+template <class T>
+struct DifferenceTask {
+  std::int64_t rows;
+  int n, width;
+  const T *anchors, *candidates;  // [rows, width], [n, width]
+  T* out;                         // [rows, n]
+  bool root;
+  T factor;
+};
+
+// out_i += sum_j v_ij (points_i - others_j) over all pairs, or over those of `near`.
+template <class T>
+struct PullTask {
+  std::int64_t rows;
+  int n, width;
+  const T *points, *others;  // [rows, width], [n, width]
+  const T* v;                // element (i, j) at i * row_stride + j * column_stride
+  std::int64_t row_stride, column_stride;
+  const unsigned* near;  // null: all pairs. [rows, words_of(n)], or with `transposed` [n, words_of(rows)]
+  bool transposed;       // points are columns of what `near` was made for
+  T* out;                // [rows, width]
+};
+
+template <class T>
+struct ClearTask {
+  std::int64_t rows;
+  int n;
+  const unsigned* near;  // [rows, words_of(n)]
+  T* v;                  // [rows, n]
+};
+
+// Position of the lowest bit that is set.
+PCOH_DEVICE int lowest_bit(unsigned bits) {
+#if defined(__CUDACC__)
+  return __ffs(static_cast<int>(bits)) - 1;
+#else
+  return __builtin_ctz(bits);
+#endif
+}
+
+// sum_f term(f) in float64 by one warp; every lane gets it.
+template <class G, class F>
+PCOH_DEVICE double sum_over_features(G& g, int width, F term) {
+  double sum = 0;
+  for (int f = g.lane(); f < width; f += kWarp) sum += term(f);
+  PCOH_UNROLL
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += g.shuffle_xor(sum, mask);
+  return sum;
+}
+
+// |a - c|^2 by differences in float64.
+template <class T, class G>
+PCOH_DEVICE double squared_difference(G& g, const T* a, const T* c, int width) {
+  return sum_over_features(g, width, [=](int f) {
+    const double difference = double(a[f]) - double(c[f]);
+    return difference * difference;
+  });
+}
+
+// Row r of a ProductTask by one group: 12 bytes and 20 operations an element where few pairs are near.
+template <class T, class G>
+PCOH_DEVICE void finish_products(G& g, const ProductTask<T>& task, std::int64_t r) {
+  const T* row = task.products + r * task.n;
+  const T* anchor = task.anchors + r * task.width;
+  const double norm = task.anchor_norms[r];
+  const std::int64_t own = task.same ? task.first[task.begin + r] : -1;
+  for (int base = g.warp() * kWarp; base < task.n; base += g.threads()) {
+    const int k = base + g.lane();
+    // A duplicate takes the product of the first of its kind: they tie, although products may round differently.
+    const int from = k < task.n ? static_cast<int>(task.first[k]) : -1;
+    T value = 0, norms = 0;
+    bool near = false;
+    if (k < task.n && from != own) {
+      const double sum = norm + task.candidate_norms[from];
+      norms = static_cast<T>(sum);
+      const T raw = static_cast<T>(sum - 2.0 * double(row[from]));
+      value = raw < 0 ? T(0) : raw;  // keeps NaN
+      near = value < norms * Nearness<T>::distance;
+    }
+    for (unsigned todo = g.ballot(near); todo != 0; todo &= todo - 1) {
+      const int lane = lowest_bit(todo);
+      const T* candidate = task.candidates + std::int64_t(g.shuffle(from, lane)) * task.width;
+      const double square = squared_difference(g, anchor, candidate, task.width);
+      if (g.lane() == lane) value = static_cast<T>(square);
+    }
+    const bool leaves = near && value > 0 && value < norms * Nearness<T>::gradient;
+    const unsigned leaving = g.ballot(leaves);
+    if (task.near != nullptr && g.lane() == 0) task.near[r * words_of(task.n) + base / kWarp] = leaving;
+    if (k < task.n) task.out[r * task.n + k] = task.root ? std::sqrt(value) : value * task.factor;
+  }
+}
+
+// Row r of a DifferenceTask by one group, a warp a candidate: equal candidates get equal distances.
+template <class T, class G>
+PCOH_DEVICE void difference_row(G& g, const DifferenceTask<T>& task, std::int64_t r) {
+  const T* anchor = task.anchors + r * task.width;
+  for (int k = g.warp(); k < task.n; k += g.warps()) {
+    const double square = squared_difference(g, anchor, task.candidates + std::int64_t(k) * task.width, task.width);
+    if (g.lane() == 0)
+      task.out[r * task.n + k] = static_cast<T>(task.root ? std::sqrt(square) : square * double(task.factor));
+  }
+}
+
+// Row r of a PullTask for all pairs; the group takes the features from `first` on, one a thread.
+template <class T, class G>
+PCOH_DEVICE void pull_all(G& g, const PullTask<T>& task, std::int64_t r, int first) {
+  const int f = first + g.thread();
+  if (f >= task.width) return;
+  const T x = task.points[r * task.width + f];
+  const T* v = task.v + r * task.row_stride;
+  T even = 0, odd = 0;  // two sums: an addition need not wait for the one before
+  int j = 0;
+  for (; j + 2 <= task.n; j += 2) {
+    const T* other = task.others + std::int64_t(j) * task.width + f;
+    even += v[j * task.column_stride] * (x - other[0]);
+    odd += v[(j + 1) * task.column_stride] * (x - other[task.width]);
+  }
+  if (j < task.n) even += v[j * task.column_stride] * (x - task.others[std::int64_t(j) * task.width + f]);
+  task.out[r * task.width + f] += even + odd;
+}
+
+// Row r of a PullTask for marked pairs, in the order of their columns.
+template <class T, class G>
+PCOH_DEVICE void pull_near(G& g, const PullTask<T>& task, std::int64_t r) {
+  const std::int64_t words = words_of(task.n);
+  for (std::int64_t w = 0; w < words; ++w)
+    for (unsigned todo = task.near[r * words + w]; todo != 0; todo &= todo - 1) {
+      const std::int64_t j = w * kWarp + lowest_bit(todo);
+      const double v = double(task.v[r * task.row_stride + j * task.column_stride]);
+      for (int f = g.thread(); f < task.width; f += g.threads())
+        task.out[r * task.width + f] +=
+            static_cast<T>(v * (double(task.points[r * task.width + f]) - double(task.others[j * task.width + f])));
+    }
+}
+
+// The same for the 32 points of one word, which the marks are columns of: one group goes through all others.
+template <class T, class G>
+PCOH_DEVICE void pull_near_columns(G& g, const PullTask<T>& task, std::int64_t word) {
+  const std::int64_t words = words_of(task.rows);
+  for (std::int64_t j = 0; j < task.n; ++j)
+    for (unsigned todo = task.near[j * words + word]; todo != 0; todo &= todo - 1) {
+      const std::int64_t r = word * kWarp + lowest_bit(todo);
+      const double v = double(task.v[r * task.row_stride + j * task.column_stride]);
+      for (int f = g.thread(); f < task.width; f += g.threads())
+        task.out[r * task.width + f] +=
+            static_cast<T>(v * (double(task.points[r * task.width + f]) - double(task.others[j * task.width + f])));
+    }
+}
+
+template <class T, class G>
+PCOH_DEVICE void clear_near(G& g, const ClearTask<T>& task, std::int64_t r) {
+  const std::int64_t words = words_of(task.n);
+  for (std::int64_t w = g.thread(); w < words; w += g.threads())
+    for (unsigned todo = task.near[r * words + w]; todo != 0; todo &= todo - 1)
+      task.v[r * task.n + w * kWarp + lowest_bit(todo)] = 0;
+}
+
+}  // namespace pcoherence::cuda

@@ -1,0 +1,242 @@
+// Kernel sums on a grid: spread, convolve, gather, as in csrc/cpu/grid.h, whose formulas these are. Positions are in
+// units of the bin width. Additions happen in an order that the launch alone decides: no float atomics.
+#pragma once
+
+#include "group.h"
+#include "tables.h"
+
+namespace pcoherence::cuda {
+
+// Up to this many bins, threads keep moments in registers, a window of bins at a time: a pass over the row costs an
+// element 12 operations a bin. Beyond, a warp takes elements apart into lanes: about 200 operations an element, however
+// many bins there are.
+template <class T>
+inline constexpr int kRegisterBins = sizeof(T) == 4 ? 16 : 8;
+
+template <class T, class G>
+class Grid {
+ public:
+  static constexpr double unit = kBinWidth;
+
+  // Memory for rows of up to `bins` bins, besides what spread_by_lanes() takes.
+  static constexpr std::int64_t bytes(std::int64_t bins) { return bins * (4 * order * sizeof(T) + 2 * 8) + 6 * 16; }
+  // What spread_by_lanes() needs at least.
+  static constexpr std::int64_t lane_bytes(int threads) { return threads * sizeof(T) + 16; }
+
+  PCOH_DEVICE Grid(G& g, const RowView<T>& row, const DeviceTables<T>& tables, Arena arena)
+      : g_(g), row_(row), tables_(tables), bins_(static_cast<int>(row.top) + 1), arena_(arena) {
+    moments_ = arena_.take<T>(bins_ * order);
+    residual_moments_ = arena_.take<T>(bins_ * order);
+    field_ = arena_.take<T>(bins_ * order);
+    residual_field_ = arena_.take<T>(bins_ * order);
+    if (bins_ > reach) {
+      count_ = arena_.take<double>(bins_);
+      first_ = arena_.take<double>(bins_);
+    }
+    spread([this](int k) { return row_.weight(k); }, moments_);
+  }
+
+  // out[j] = sum_k w_k sigmoid(s_j - s_k)
+  PCOH_DEVICE void ranks(T* out) {
+    sum_far_moments();
+    convolve(tables_.sigmoid, moments_, field_);
+    if (bins_ > reach) {
+      for (int b = reach + 1 + g_.thread(); b < bins_; b += g_.threads()) field_[b * order] += T(count_[b - reach]);
+      g_.sync();
+    }
+    for (int k = g_.thread(); k < row_.n; k += g_.threads()) out[k] = evaluate(field_, local(k));
+  }
+
+  // sum_jk w_j w_k softplus(s_j - s_k): moments against coefficients, no gather. After ranks().
+  PCOH_DEVICE double softplus_total() {
+    g_.sync();  // the field of the ranks has been read
+    convolve(tables_.softplus, moments_, field_);
+    double sum = 0;
+    for (int i = g_.thread(); i < bins_ * order; i += g_.threads()) sum += double(moments_[i]) * double(field_[i]);
+    // Beyond reach softplus(t) = t, summed apart from the coefficients: it can dwarf them.
+    for (int b = reach + 1 + g_.thread(); b < bins_; b += g_.threads()) {
+      const T* own = moments_ + b * order;
+      const double own_first = double(own[0]) * b + double(own[1]) / 2;
+      sum += unit * (own_first * count_[b - reach] - double(own[0]) * first_[b - reach]);
+    }
+    return total(g_, sum);
+  }
+
+  // out[l] = r_l sum_k w_k slope(s_l - s_k) - w_l sum_j r_j slope(s_l - s_j); out may be r.
+  PCOH_DEVICE void pullback(const T* r, T* out) {
+    spread([r](int k) { return r[k]; }, residual_moments_);
+    convolve(tables_.slope, moments_, field_);
+    convolve(tables_.slope, residual_moments_, residual_field_);
+    for (int k = g_.thread(); k < row_.n; k += g_.threads()) {
+      const Local at = local(k);
+      out[k] = r[k] * evaluate(field_, at) - row_.weight(k) * evaluate(residual_field_, at);
+    }
+  }
+
+ private:
+  static constexpr int order = GridOrder<T>::order;
+  static constexpr int reach = GridTable<T>::bins_in_reach;
+
+  struct Local {
+    int bin;
+    T x;  // in [-1, 1]
+  };
+  PCOH_DEVICE Local local(int k) const {
+    const T t = row_.position(k);
+    const int bin = min_of(static_cast<int>(t), bins_ - 1);
+    return {bin, (t - T(bin)) * T(2) - T(1)};
+  }
+  static PCOH_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+
+  // out[b][q] = sum over k in bin b of value(k) x_k^q
+  template <class V>
+  PCOH_DEVICE void spread(V value, T* out) {
+    g_.sync();  // value() may read what other threads wrote, and `out` may still be read
+    if (bins_ <= kRegisterBins<T>)
+      spread_in_registers(value, out);
+    else
+      spread_by_lanes(value, out);
+    g_.sync();
+  }
+
+  template <class V>
+  PCOH_DEVICE void spread_in_registers(V value, T* out) {
+    constexpr int window = sizeof(T) == 4 ? 4 : 1;  // 32 registers of sums either way
+    constexpr int sums = window * order;
+    for (int start = 0; start < bins_; start += window) {
+      T sum[sums] = {};
+      for (int k = g_.thread(); k < row_.n; k += g_.threads()) {
+        const Local at = local(k);
+        const T v = value(k);
+        T share[window], power = 1;
+        PCOH_UNROLL
+        for (int b = 0; b < window; ++b) share[b] = at.bin == start + b ? v : T(0);
+        PCOH_UNROLL
+        for (int q = 0; q < order; ++q) {
+          PCOH_UNROLL
+          for (int b = 0; b < window; ++b) sum[b * order + q] += share[b] * power;
+          power *= at.x;
+        }
+      }
+      total_by_lane<sums>(sum);
+      T* of_warp = reinterpret_cast<T*>(g_.scratch());
+      if (g_.lane() < sums) of_warp[g_.warp() * sums + g_.lane()] = sum[0];
+      g_.sync();
+      const int i = g_.thread();
+      if (i < sums && start * order + i < bins_ * order) {
+        T all = of_warp[i];
+        for (int w = 1; w < g_.warps(); ++w) all += of_warp[w * sums + i];
+        out[start * order + i] = all;
+      }
+      g_.sync();
+    }
+  }
+
+  // sum[0] of lane l becomes the warp's total of sum[l]: halving the sums that a lane is responsible for takes `count`
+  // shuffles instead of 5 for each sum.
+  template <int count>
+  PCOH_DEVICE void total_by_lane(T (&sum)[count]) {
+    PCOH_UNROLL
+    for (int half = count / 2; half > 0; half /= 2) {
+      const bool upper = g_.lane() & half;
+      PCOH_UNROLL
+      for (int i = 0; i < half; ++i) {
+        const T keep = upper ? sum[i + half] : sum[i], give = upper ? sum[i] : sum[i + half];
+        sum[i] = keep + g_.shuffle_xor(give, half);
+      }
+    }
+    PCOH_UNROLL
+    for (int mask = count; mask < kWarp; mask *= 2) sum[0] += g_.shuffle_xor(sum[0], mask);
+  }
+
+  // Lane (e, q) of a warp adds value(k) x_k^q of the warp's every e-th element to a cell of its own: cells[warp][bin]
+  // [lane], so that neither lanes nor banks collide. As many bins at a time as fit into fast memory.
+  template <class V>
+  PCOH_DEVICE void spread_by_lanes(V value, T* out) {
+    constexpr int elements = kWarp / order;
+    const int lanes = g_.threads();  // of all warps together
+    const std::int64_t fitting = arena_.fast_left() / (lanes * std::int64_t(sizeof(T)));
+    const int window = fitting > bins_ ? bins_ : fitting > 1 ? static_cast<int>(fitting) : 1;
+    Arena arena = arena_;
+    T* cells = arena.template take<T>(std::int64_t(window) * lanes);
+    T* mine = cells + g_.warp() * window * kWarp + g_.lane();
+    const int e = g_.lane() / order, q = g_.lane() % order;
+    const int share = (row_.n + g_.warps() - 1) / g_.warps();
+    const int begin = share * g_.warp(), end = min_of(begin + share, row_.n);
+    for (int start = 0; start < bins_; start += window) {
+      const int here = min_of(window, bins_ - start);
+      for (int b = 0; b < here; ++b) mine[b * kWarp] = 0;
+      for (int k = begin + e; k < end; k += elements) {
+        const Local at = local(k);
+        const int b = at.bin - start;
+        if (b >= 0 && b < here) mine[b * kWarp] += value(k) * power(at.x, q);
+      }
+      g_.sync();
+      for (int i = g_.thread(); i < here * order; i += g_.threads()) {
+        T sum = 0;
+        for (int w = 0; w < g_.warps(); ++w)
+          for (int j = 0; j < elements; ++j) sum += cells[(w * window + i / order) * kWarp + j * order + i % order];
+        out[start * order + i] = sum;
+      }
+      g_.sync();
+    }
+  }
+
+  // x^q without a branch
+  static PCOH_DEVICE T power(T x, int q) {
+    T p = 1;
+    PCOH_UNROLL
+    for (int bit = 1; bit < order; bit *= 2, x *= x) p *= q & bit ? x : T(1);
+    return p;
+  }
+
+  // count_[b], first_[b]: sum over bins before b of the moments, and of the points' positions in bins
+  PCOH_DEVICE void sum_far_moments() {
+    if (bins_ <= reach) return;
+    running_sums(
+        g_, bins_, [this](int b) { return double(moments_[b * order]); },
+        [this](int b, double sum) { count_[b] = sum; });
+    running_sums(
+        g_, bins_, [this](int b) { return double(moments_[b * order]) * b + double(moments_[b * order + 1]) / 2; },
+        [this](int b, double sum) { first_[b] = sum; });
+    g_.sync();
+  }
+
+  // field[b] = sum over bins b' within reach of table[b - b'] applied to moments[b']
+  PCOH_DEVICE void convolve(const T* table, const T* moments, T* field) {
+    for (int i = g_.thread(); i < bins_ * order; i += g_.threads()) {
+      const int b = i / order, q = i % order;
+      const int begin = b > reach ? b - reach : 0, end = min_of(b + reach + 1, bins_);
+      T even = 0, odd = 0;
+      for (int c = begin; c < end; ++c) {
+        const T* m = moments + c * order;
+        const T* rows = table + (b - c + reach) * order * order + q;
+        PCOH_UNROLL
+        for (int r = 0; r < order; r += 2) {
+          even += rows[r * order] * m[r];
+          odd += rows[(r + 1) * order] * m[r + 1];
+        }
+      }
+      field[i] = even + odd;
+    }
+    g_.sync();
+  }
+
+  static PCOH_DEVICE T evaluate(const T* field, const Local& at) {
+    const T* c = field + at.bin * order;
+    T value = c[order - 1];
+    PCOH_UNROLL
+    for (int q = order - 2; q >= 0; --q) value = value * at.x + c[q];
+    return value;
+  }
+
+  G& g_;
+  const RowView<T>& row_;
+  const DeviceTables<T>& tables_;
+  const int bins_;
+  Arena arena_;
+  T *moments_, *residual_moments_, *field_, *residual_field_;  // [bins, order]
+  double *count_ = nullptr, *first_ = nullptr;                 // [bins] if some bins are beyond reach of others
+};
+
+}  // namespace pcoherence::cuda

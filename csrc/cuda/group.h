@@ -1,0 +1,221 @@
+// What a row kernel sees of the machine: a group of threads, its barriers, shuffles and memory. The kernels are
+// templates over Group, so that one source is compiled by nvcc (CudaGroup: one thread block) and, for tests, by a host
+// compiler (EmulatedGroup in emulate.h).
+//
+// A Group has  thread() threads() lane() warp() warps()   warps of 32, threads() a multiple of that
+//              sync() sync_warp()                         barriers; memory written before is seen after
+//              shuffle(v, lane) shuffle_xor(v, mask)      any trivially copyable v whose size is a multiple of 4 bytes
+//              ballot(condition)                          bit l is set where lane l's condition holds
+//              add(p, v)                                  atomic; returns what was there. Integers only: any order of
+//                                                         additions gives the same sum, so results do not depend on it
+//              scratch()                                  kScratchBytes for the functions of this file
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "../inline.h"
+
+#if defined(__CUDACC__)
+#define PCOH_DEVICE __device__
+// A function of its own: what several kernels need, or a path that is rarely taken, is compiled once.
+#define PCOH_APART __device__ __noinline__
+#define PCOH_UNROLL _Pragma("unroll")
+#define PCOH_TRAP() __trap()
+#else
+#include <cstdlib>
+#define PCOH_DEVICE inline
+#define PCOH_APART inline
+#define PCOH_UNROLL
+#define PCOH_TRAP() std::abort()
+#endif
+
+namespace pcoherence::cuda {
+
+inline constexpr int kWarp = 32;
+// The largest user: 32 partial sums of 4 bytes (or 16 of 8) for each of at most 32 warps, see spread_in_registers().
+inline constexpr int kScratchBytes = 32 * 32 * 4;
+
+#if defined(__CUDACC__)
+class CudaGroup {
+ public:
+  __device__ explicit CudaGroup(char* scratch) : scratch_(scratch) {}
+
+  __device__ int thread() const { return static_cast<int>(threadIdx.x); }
+  __device__ int threads() const { return static_cast<int>(blockDim.x); }
+  __device__ int lane() const { return thread() % kWarp; }
+  __device__ int warp() const { return thread() / kWarp; }
+  __device__ int warps() const { return threads() / kWarp; }
+  __device__ void sync() const { __syncthreads(); }
+  __device__ void sync_warp() const { __syncwarp(); }
+  __device__ char* scratch() const { return scratch_; }
+  __device__ unsigned ballot(bool condition) const { return __ballot_sync(kAll, condition); }
+  __device__ int add(int* p, int v) const { return atomicAdd(p, v); }
+
+  template <class V>
+  __device__ V shuffle(V v, int lane) const {
+    return by_word(v, [=](unsigned word) { return __shfl_sync(kAll, word, lane); });
+  }
+  template <class V>
+  __device__ V shuffle_xor(V v, int mask) const {
+    return by_word(v, [=](unsigned word) { return __shfl_xor_sync(kAll, word, mask); });
+  }
+
+ private:
+  static constexpr unsigned kAll = 0xffffffffu;
+
+  template <class V, class F>
+  static __device__ V by_word(V v, F f) {
+    static_assert(sizeof(V) % 4 == 0, "shuffles move words of 4 bytes");
+    unsigned words[sizeof(V) / 4];
+    memcpy(words, &v, sizeof v);
+    PCOH_UNROLL
+    for (unsigned i = 0; i < sizeof(V) / 4; ++i) words[i] = f(words[i]);
+    memcpy(&v, words, sizeof v);
+    return v;
+  }
+
+  char* scratch_;
+};
+#endif
+
+// ---------------------------------------------------------------- memory
+
+// Memory of one group, handed out front to back: from fast (shared) memory while that lasts, then from slow (global).
+// A copy of an arena gives the same memory again: this is how one stage reuses what an earlier one is done with.
+class Arena {
+ public:
+  PCOH_DEVICE Arena(char* fast, std::int64_t fast_bytes, char* slow, std::int64_t slow_bytes)
+      : fast_(fast), slow_(slow), fast_left_(fast_bytes), slow_left_(slow_bytes) {}
+
+  // count elements of V; of fast memory only what leaves `reserve` bytes of it.
+  template <class V>
+  PCOH_DEVICE V* take(std::int64_t count, std::int64_t reserve = 0) {
+    const std::int64_t bytes = (count * std::int64_t(sizeof(V)) + 15) / 16 * 16;
+    if (bytes + reserve <= fast_left_) return cut<V>(fast_, fast_left_, bytes);
+    if (bytes > slow_left_) PCOH_TRAP();  // the launcher's workspace_bytes() is wrong
+    return cut<V>(slow_, slow_left_, bytes);
+  }
+
+  PCOH_DEVICE std::int64_t fast_left() const { return fast_left_; }
+
+ private:
+  template <class V>
+  static PCOH_DEVICE V* cut(char*& from, std::int64_t& left, std::int64_t bytes) {
+    V* result = reinterpret_cast<V*>(from);
+    from += bytes;
+    left -= bytes;
+    return result;
+  }
+
+  char *fast_, *slow_;
+  std::int64_t fast_left_, slow_left_;
+};
+
+// ---------------------------------------------------------------- sums over the group, in an order that is fixed
+
+struct Plus {
+  template <class V>
+  PCOH_DEVICE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+struct Larger {
+  template <class V>
+  PCOH_DEVICE V operator()(V a, V b) const {
+    return a > b ? a : b;
+  }
+};
+
+// combine() of all threads' values, for every thread. combine must be commutative bit by bit, as + is.
+template <class V, class G, class F>
+PCOH_DEVICE V reduce(G& g, V v, F combine) {
+  static_assert(sizeof(V) * 32 <= kScratchBytes, "one value for each warp");
+  PCOH_UNROLL
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) v = combine(v, g.shuffle_xor(v, mask));
+  V* of_warp = reinterpret_cast<V*>(g.scratch());
+  if (g.lane() == 0) of_warp[g.warp()] = v;
+  g.sync();
+  v = of_warp[0];
+  for (int w = 1; w < g.warps(); ++w) v = combine(v, of_warp[w]);
+  g.sync();
+  return v;
+}
+
+template <class V, class G>
+PCOH_DEVICE V total(G& g, V v) {
+  return reduce(g, v, Plus{});
+}
+
+// Sum of the values of the lanes before this one.
+template <class V, class G>
+PCOH_DEVICE V exclusive_in_warp(G& g, V v) {
+  V sum = v;
+  PCOH_UNROLL
+  for (int step = 1; step < kWarp; step *= 2) {
+    const V below = g.shuffle(sum, g.lane() >= step ? g.lane() - step : 0);
+    if (g.lane() >= step) sum = below + sum;
+  }
+  const V before = g.shuffle(sum, g.lane() > 0 ? g.lane() - 1 : 0);
+  return g.lane() > 0 ? before : V(0);
+}
+
+// Sum of the values of the threads before this one.
+template <class V, class G>
+PCOH_DEVICE V exclusive(G& g, V v) {
+  V before = exclusive_in_warp(g, v);
+  V* of_warp = reinterpret_cast<V*>(g.scratch());
+  if (g.lane() == kWarp - 1) of_warp[g.warp()] = before + v;
+  g.sync();
+  V earlier = 0;
+  for (int w = 0; w < g.warp(); ++w) earlier += of_warp[w];
+  g.sync();
+  return earlier + before;
+}
+
+// The part of [0, count) that a thread owns when it must be contiguous.
+struct Chunk {
+  int begin, end;
+};
+template <class G>
+PCOH_DEVICE Chunk chunk(const G& g, int count) {
+  const int size = (count + g.threads() - 1) / g.threads();
+  const int begin = size * g.thread() < count ? size * g.thread() : count;
+  return {begin, begin + size < count ? begin + size : count};
+}
+
+// Running sums in float64: store(i, sum of load(j) over j < i) for i = 0, ..., count - 1.
+template <class G, class Load, class Store>
+PCOH_DEVICE void running_sums(G& g, int count, Load load, Store store) {
+  const Chunk c = chunk(g, count);
+  double sum = 0;
+  for (int i = c.begin; i < c.end; ++i) sum += load(i);
+  sum = exclusive(g, sum);
+  for (int i = c.begin; i < c.end; ++i) {
+    const double own = load(i);
+    store(i, sum);
+    sum += own;
+  }
+}
+
+// ---------------------------------------------------------------- one row
+
+// Candidates of one anchor as the kernel sums see them.
+template <class T>
+struct RowView {
+  const T* values;   // [n]
+  const T* weights;  // [n] or null: ones
+  int n;
+  int self;  // candidate excluded, or -1
+  // Positions (value - low) * factor; only candidates of weight 0 can lie outside of [0, top].
+  T low, factor, top;
+
+  PCOH_DEVICE T weight(int k) const { return k == self ? T(0) : weights ? weights[k] : T(1); }
+  PCOH_DEVICE T position(int k) const {
+    const T t = (values[k] - low) * factor;
+    return t > 0 ? (t < top ? t : top) : T(0);
+  }
+};
+
+}  // namespace pcoherence::cuda

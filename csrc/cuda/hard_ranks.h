@@ -1,0 +1,137 @@
+// Hard mid-ranks of one row: F_j = (sum_k w_k [v_k < v_j] + sum_k w_k [v_k = v_j] / 2) / W.
+#pragma once
+
+#include "sort.h"
+
+namespace pcoherence::cuda {
+
+// Buckets more crowded than this are left to the sort: comparing within a bucket costs its size per element. Distances
+// of a Gaussian cloud put at most about a dozen into the fullest bucket.
+inline constexpr int kCrowded = 32;
+
+inline constexpr std::int64_t hard_rank_bytes(std::int64_t n, std::int64_t element) {
+  return n * (element + 4 + 8) + 3 * 16 + 8;
+}
+
+template <class T>
+struct HardRanks {
+  int count;     // of weights > 0
+  double total;  // W
+  bool uniform;  // all weights > 0 are equal
+  T low, high;   // over weights > 0
+};
+
+// counts [n] -> running sums before each, in place; returns the largest count. Every warp runs along its own part.
+template <class G>
+PCOH_DEVICE int start_buckets(G& g, int* counts, int n) {
+  const int share = (n + g.warps() * kWarp - 1) / (g.warps() * kWarp) * kWarp;
+  const int begin = share * g.warp(), end = begin + share < n ? begin + share : n;
+  int before = 0, fullest = 0;
+  for (int b = begin + g.lane(); b - g.lane() < end; b += kWarp) {
+    const int count = b < end ? counts[b] : 0;
+    fullest = count > fullest ? count : fullest;
+    const int start = exclusive_in_warp(g, count);
+    if (b < end) counts[b] = before + start;
+    before += g.shuffle(start + count, kWarp - 1);
+  }
+  int* of_warp = reinterpret_cast<int*>(g.scratch());
+  if (g.lane() == 0) of_warp[g.warp()] = before;
+  g.sync();
+  int offset = 0;
+  for (int w = 0; w < g.warp(); ++w) offset += of_warp[w];
+  for (int b = begin + g.lane(); b < end; b += kWarp) counts[b] += offset;
+  g.sync();
+  return reduce(g, fullest, Larger{});
+}
+
+// Equal weights: buckets of equal width, one a value, then every value is compared with those of its bucket. Values
+// arrive in a bucket in any order, but what is counted does not depend on it. False where a bucket is too crowded.
+template <class T, class G>
+PCOH_DEVICE bool hard_ranks_bucketed(G& g, const RowView<T>& row, const HardRanks<T>& s, T* out, double& ties,
+                                     Arena arena) {
+  const int n = row.n;
+  const T per_unit = T(n) / (s.high - s.low);
+  if (!(per_unit <= std::numeric_limits<T>::max())) return false;
+  const auto bucket = [&](T v) {
+    const int b = static_cast<int>((v - s.low) * per_unit);
+    return b < n ? b : n - 1;
+  };
+  int* counts = arena.take<int>(n);
+  T* sorted = arena.take<T>(n);
+  for (int b = g.thread(); b < n; b += g.threads()) counts[b] = 0;
+  g.sync();
+  for (int k = g.thread(); k < n; k += g.threads())
+    if (row.weight(k) > 0) g.add(&counts[bucket(row.values[k])], 1);
+  g.sync();
+  if (start_buckets(g, counts, n) > kCrowded) return false;
+  for (int k = g.thread(); k < n; k += g.threads())  // afterwards counts[b] is where bucket b ends
+    if (row.weight(k) > 0) sorted[g.add(&counts[bucket(row.values[k])], 1)] = row.values[k];
+  g.sync();
+  const T scale = T(0.5) / T(s.count);
+  double pairs = 0;
+  for (int k = g.thread(); k < n; k += g.threads()) {
+    if (!(row.weight(k) > 0)) {
+      out[k] = 0;  // has no rank
+      continue;
+    }
+    const T v = row.values[k];
+    const int b = bucket(v), begin = b > 0 ? counts[b - 1] : 0, end = counts[b];
+    int less = 0, equal = 0;
+    for (int i = begin; i < end; ++i) {
+      less += sorted[i] < v;
+      equal += sorted[i] == v;
+    }
+    out[k] = T(2 * (begin + less) + equal) * scale;
+    pairs += equal;
+  }
+  const double weight = s.total / s.count;
+  ties = total(g, pairs) * weight * weight;
+  return true;
+}
+
+// Any weights: sort, running sums of weights, and each value's place among them by bisection.
+template <class T, class G>
+PCOH_DEVICE double hard_ranks_sorted(G& g, const RowView<T>& row, const HardRanks<T>& s, T* out, Arena arena) {
+  const int n = row.n;
+  T* keys = arena.take<T>(n);
+  std::int32_t* items = arena.take<std::int32_t>(n);
+  double* before = arena.take<double>(n + 1);  // sum of the weights of the sorted values before each
+  for (int k = g.thread(); k < n; k += g.threads()) {
+    keys[k] = row.values[k];
+    items[k] = k;
+  }
+  sort(g, keys, items, n);
+  running_sums(g, n, [&](int i) { return double(row.weight(items[i])); }, [&](int i, double sum) { before[i] = sum; });
+  if (g.thread() == 0) before[n] = s.total;
+  g.sync();
+  // The number of sorted values that come before v, or not after it.
+  const auto place = [&](T v, bool or_equal) {
+    int low = 0, high = n;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      const bool comes_before = keys[middle] < v || (or_equal && keys[middle] == v);
+      low = comes_before ? middle + 1 : low;
+      high = comes_before ? high : middle;
+    }
+    return low;
+  };
+  double ties = 0;
+  for (int i = g.thread(); i < n; i += g.threads()) {
+    const T v = keys[i];
+    const double below = before[place(v, false)], group = before[place(v, true)] - below;
+    out[items[i]] = static_cast<T>((below + group / 2) / s.total);
+    ties += double(row.weight(items[i])) * group;
+  }
+  return total(g, ties);
+}
+
+// F_j into out [n]; returns sum_jk w_j w_k [v_j = v_k].
+template <class T, class G>
+PCOH_APART double hard_ranks(G& g, const RowView<T>& row, const HardRanks<T>& s, T* out, Arena arena) {
+  double ties = 0;
+  if (s.uniform && s.high > s.low && hard_ranks_bucketed(g, row, s, out, ties, arena)) return ties;
+  g.sync();  // the buckets' memory is used again
+  return hard_ranks_sorted(g, row, s, out, arena);
+}
+
+}  // namespace pcoherence::cuda

@@ -1,0 +1,59 @@
+// Launching the kernels: plain functions on device pointers and a stream, without torch. Every function returns after
+// enqueueing; none allocates, synchronises or reads device memory, so that all of it can be captured in a CUDA graph.
+#pragma once
+
+#include <cstdint>
+
+#include "small.h"
+
+namespace pcoherence::cuda {
+
+// What a launch needs to know of its device.
+struct Device {
+  int multiprocessors;
+  std::int64_t shared_per_block;           // bytes, the most that a block may ask for
+  std::int64_t shared_per_multiprocessor;  // bytes
+};
+
+using Stream = void*;  // cudaStream_t
+
+// How rows of n are run: by thread blocks that go from row to row, each with memory of its own.
+struct Plan {
+  int threads;             // of a block
+  int blocks;              // enough to fill the device, and no more than there are rows
+  std::int64_t shared;     // bytes of shared memory of a block
+  std::int64_t reserve;    // bytes of it that rows leave to the grid
+  std::int64_t workspace;  // bytes of global memory of a block, for what shared memory cannot hold
+  int bins;                // that a row's grid may have
+  std::int64_t workspace_bytes() const { return workspace * blocks; }
+};
+template <class T>
+Plan plan(const Device& device, std::int64_t rows, std::int64_t n, Method method);
+
+// workspace: plan.workspace_bytes() of uninitialised memory, aligned to 16 bytes.
+template <class T>
+void launch(const RowTask<T>& task, const Plan& plan, char* workspace, Stream stream);
+template <class T>
+void launch(const SmallTask<T>& task, const Plan& plan, char* workspace, Stream stream);
+template <class T>
+void launch(const SoftRankTask<T>& task, const Plan& plan, char* workspace, Stream stream);
+
+template <class T>
+void launch(const RowSumsTask<T>& task, Stream stream);
+template <class T>
+void launch(const ProductTask<T>& task, Stream stream);
+template <class T>
+void launch(const DifferenceTask<T>& task, Stream stream);
+template <class T>
+void launch(const PullTask<T>& task, Stream stream);
+template <class T>
+void launch(const ClearTask<T>& task, Stream stream);
+template <class T>
+void launch(const SmallGradientTask<T>& task, Stream stream);
+
+// The first error of a launch since the last call, in words; null: none.
+const char* last_error();
+// Of the current device; asked once for each.
+const Device& current_device();
+
+}  // namespace pcoherence::cuda

@@ -1,0 +1,558 @@
+// The row kernels as operators of torch, through LibTorch's stable ABI: host checks, device guard, current stream.
+// pcoherence/backends/cuda.py calls them; nothing else does.
+//
+// Conventions: tensors are contiguous, on one device, of one dtype T, float32 or float64, unless said otherwise; what
+// an operator writes is given to it. Nothing synchronises.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "launch.h"
+
+namespace pcoherence::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---------------------------------------------------------------- torch as the runtime
+
+#if defined(PCOH_EMULATE)
+struct OnDevice {
+  explicit OnDevice(const Tensor&) {}
+  Stream stream = nullptr;
+};
+#else
+// Makes a tensor's device and its current stream the ones to launch on.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  }
+  Stream stream = nullptr;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+#endif
+
+void check_launch() {
+  const char* error = last_error();
+  STD_TORCH_CHECK(error == nullptr, "pcoherence: launching a CUDA kernel failed: ", error == nullptr ? "" : error);
+}
+
+template <class T>
+constexpr ScalarType scalar_type = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+
+template <class F>
+void dispatch(const Tensor& t, const char* name, F&& f) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, ": expected float32 or float64");
+  type == ScalarType::Float ? f(float{}) : f(double{});
+}
+
+// ---------------------------------------------------------------- host checks
+
+// Where everything has to be, and the dtype that T stands for.
+struct Like {
+  const Tensor& model;
+
+  void check(const Tensor& t, const char* name, ScalarType type, std::int64_t count) const {
+    STD_TORCH_CHECK(t.is_cuda() == model.is_cuda() && t.get_device_index() == model.get_device_index(), name,
+                    ": expected on the device of the distances");
+    STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+    STD_TORCH_CHECK(t.scalar_type() == type, name, ": not of the expected dtype");
+    STD_TORCH_CHECK(t.numel() == count, name, ": expected ", count, " elements, got ", t.numel());
+  }
+
+  template <class V>
+  const V* in(const Tensor& t, const char* name, std::int64_t count) const {
+    check(t, name, type_of<V>(), count);
+    return static_cast<const V*>(t.const_data_ptr());
+  }
+  template <class V>
+  const V* in(const OptionalTensor& t, const char* name, std::int64_t count) const {
+    return t ? in<V>(*t, name, count) : nullptr;
+  }
+  template <class V>
+  V* out(const Tensor& t, const char* name, std::int64_t count) const {
+    check(t, name, type_of<V>(), count);
+    return static_cast<V*>(t.mutable_data_ptr());
+  }
+  template <class V>
+  V* out(const OptionalTensor& t, const char* name, std::int64_t count) const {
+    return t ? out<V>(*t, name, count) : nullptr;
+  }
+
+ private:
+  template <class V>
+  static constexpr ScalarType type_of() {
+    if constexpr (std::is_same_v<V, std::int64_t>)
+      return ScalarType::Long;
+    else if constexpr (std::is_same_v<V, unsigned> || std::is_same_v<V, int>)
+      return ScalarType::Int;
+    else
+      return scalar_type<V>;
+  }
+};
+
+std::int64_t dimension(const Tensor& t, std::int64_t i, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, ": expected a matrix, got ", t.dim(), " dimensions");
+  return t.size(i);
+}
+
+int candidates_of(const Tensor& t, const char* name) {
+  const std::int64_t n = dimension(t, 1, name);
+  STD_TORCH_CHECK(n < (std::int64_t(1) << 30), name, ": expected fewer than 2^30 candidates, got ", n);
+  return static_cast<int>(n);
+}
+
+template <std::size_t N>
+int parse(const std::array<std::string_view, N>& names, const std::string& name, const char* argument) {
+  const int found = find_name(names, name);
+  STD_TORCH_CHECK(found >= 0, argument, ": unknown name '", name, "'");
+  return found;
+}
+
+// ---------------------------------------------------------------- rows
+
+// tables, series: what tables() and series() return, on the device. status: int32 [1].
+template <class T>
+Summation<T> summation(const Like& like, const std::string& method, const Tensor& tables, const Tensor& series,
+                       const Tensor& status, const Plan& plan) {
+  constexpr std::int64_t table = (2 * GridTable<T>::bins_in_reach + 1) * GridTable<T>::order * GridTable<T>::order;
+  const T* t = like.in<T>(tables, "tables", 3 * table);
+  const double* s = like.in<double>(series, "series", 2 * kSeriesDegree<T>);
+  return {static_cast<Method>(parse(kMethodNames, method, "method")),
+          plan.bins,
+          plan.reserve,
+          {t, t + table, t + 2 * table, s, s + kSeriesDegree<T>},
+          like.out<int>(status, "status", 1)};
+}
+
+// Memory for a plan's blocks; returned to torch's allocator after the launch, which is ordered by the stream.
+Tensor workspace_like(const Tensor& t, const Plan& plan) {
+  return torch::stable::new_empty(t, {plan.workspace_bytes() / 8}, ScalarType::Double);
+}
+char* bytes(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
+
+struct RowArguments {
+  Tensor student, teacher;  // [b, n]
+  OptionalTensor weights, self, coefficients;
+  OptionalTensor inverse_temperature, teacher_inverse_temperature;  // float64, on the device; or by value:
+  double temperature = 1, teacher_temperature = 1;
+  OptionalTensor mean, teacher_mean;
+  std::string objective, scale, method;
+  bool soft_teacher;
+  double chain;
+  bool chain_root, gradient;
+  Tensor losses, pulls, tables, series, status;
+
+  template <class T>
+  RowTask<T> task(const Plan& plan) const {
+    const Like like{student};
+    const std::int64_t rows = dimension(student, 0, "student");
+    const int n = candidates_of(student, "student");
+    RowTask<T> t{};
+    t.objective = static_cast<Objective>(parse(kObjectiveNames, objective, "objective"));
+    t.scale = static_cast<Scale>(parse(kScaleNames, scale, "scale"));
+    STD_TORCH_CHECK(t.scale != Scale::batch || (mean && (teacher_mean || !soft_teacher)),
+                    "mean: expected with scale 'batch'");
+    t.soft_teacher = soft_teacher;
+    t.sums = summation<T>(like, method, tables, series, status, plan);
+    t.rows = rows;
+    t.n = n;
+    t.gradient = gradient ? like.out<T>(student, "student", rows * n) : nullptr;
+    t.student = like.in<T>(student, "student", rows * n);
+    t.teacher = like.in<T>(teacher, "teacher", rows * n);
+    t.student_units = {like.in<double>(inverse_temperature, "inverse_temperature", 1), 1 / temperature,
+                       like.in<double>(mean, "mean", 1)};
+    t.teacher_units = {like.in<double>(teacher_inverse_temperature, "teacher_inverse_temperature", 1),
+                       1 / teacher_temperature, like.in<double>(teacher_mean, "teacher_mean", 1)};
+    t.weights = like.in<T>(weights, "weights", n);
+    t.self = like.in<std::int64_t>(self, "self", rows);
+    t.coefficients = like.in<T>(coefficients, "coefficients", rows);
+    t.chain = chain;
+    t.chain_root = chain_root;
+    t.losses = like.out<double>(losses, "losses", rows);
+    t.pulls = like.out<double>(pulls, "pulls", rows);
+    return t;
+  }
+  Method parsed_method() const { return static_cast<Method>(parse(kMethodNames, method, "method")); }
+};
+
+MetricTraits metric_traits(const std::string& metric) {
+  return traits(static_cast<Metric>(parse(kMetricNames, metric, "metric")));
+}
+
+// One network of a small batch: features [m, d], and [n, d] or none where the candidates are the anchors.
+template <class T>
+Cloud<T> cloud(const Like& like, const Tensor& anchors, const OptionalTensor& candidates, const std::string& metric,
+               std::int64_t m, std::int64_t n) {
+  const std::int64_t width = dimension(anchors, 1, "anchors");
+  Cloud<T> c{};
+  c.anchors = like.in<T>(anchors, "anchors", m * width);
+  c.candidates = candidates ? like.in<T>(*candidates, "candidates", n * width) : c.anchors;
+  STD_TORCH_CHECK(candidates || m == n, "candidates: expected, since there are not as many as anchors");
+  c.width = static_cast<int>(width);
+  c.same = !candidates;
+  c.traits = metric_traits(metric);
+  STD_TORCH_CHECK(c.traits.products, "metric: '", metric, "' is not part of the CUDA kernels");
+  return c;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- operators: their schemas are at the end
+
+namespace operators {
+
+void rows(Tensor student, Tensor teacher, OptionalTensor weights, OptionalTensor self, OptionalTensor coefficients,
+          Tensor inverse_temperature, OptionalTensor mean, Tensor teacher_inverse_temperature,
+          OptionalTensor teacher_mean, std::string objective, std::string scale, std::string method, bool soft_teacher,
+          double chain, bool chain_root, bool gradient, Tensor losses, Tensor pulls, Tensor tables, Tensor series,
+          Tensor status) {
+  const RowArguments a{.student = student,
+                       .teacher = teacher,
+                       .weights = weights,
+                       .self = self,
+                       .coefficients = coefficients,
+                       .inverse_temperature = inverse_temperature,
+                       .teacher_inverse_temperature = teacher_inverse_temperature,
+                       .mean = mean,
+                       .teacher_mean = teacher_mean,
+                       .objective = objective,
+                       .scale = scale,
+                       .method = method,
+                       .soft_teacher = soft_teacher,
+                       .chain = chain,
+                       .chain_root = chain_root,
+                       .gradient = gradient,
+                       .losses = losses,
+                       .pulls = pulls,
+                       .tables = tables,
+                       .series = series,
+                       .status = status};
+  const OnDevice on(student);
+  dispatch(student, "student", [&](auto zero) {
+    using T = decltype(zero);
+    const Plan p = plan<T>(current_device(), dimension(student, 0, "student"), candidates_of(student, "student"),
+                           a.parsed_method());
+    const RowTask<T> task = a.task<T>(p);
+    const Tensor workspace = workspace_like(student, p);
+    launch(task, p, bytes(workspace), on.stream);
+  });
+  check_launch();
+}
+
+// student_candidates and teacher_candidates: both or neither. teacher_temperature 0: hard ranks. lengths,
+// candidate_lengths: float64 [m], [n] for a metric of directions, written for small_gradient().
+void small_rows(Tensor student, OptionalTensor student_candidates, Tensor teacher, OptionalTensor teacher_candidates,
+                OptionalTensor weights, OptionalTensor self, OptionalTensor coefficients, double temperature,
+                double teacher_temperature, std::string metric, std::string teacher_metric, std::string objective,
+                std::string scale, std::string method, bool gradient, Tensor student_distances,
+                Tensor teacher_distances, OptionalTensor lengths, OptionalTensor candidate_lengths, Tensor losses,
+                Tensor pulls, Tensor tables, Tensor series, Tensor status) {
+  const MetricTraits m = metric_traits(metric);
+  const RowArguments a{.student = student_distances,
+                       .teacher = teacher_distances,
+                       .weights = weights,
+                       .self = self,
+                       .coefficients = coefficients,
+                       .temperature = temperature,
+                       .teacher_temperature = teacher_temperature,
+                       .objective = objective,
+                       .scale = scale,
+                       .method = method,
+                       .soft_teacher = teacher_temperature > 0,
+                       .chain = m.chain,
+                       .chain_root = m.root,
+                       .gradient = gradient,
+                       .losses = losses,
+                       .pulls = pulls,
+                       .tables = tables,
+                       .series = series,
+                       .status = status};
+  const OnDevice on(student);
+  dispatch(student, "student", [&](auto zero) {
+    using T = decltype(zero);
+    const Like like{student};
+    const std::int64_t rows = dimension(student_distances, 0, "student_distances");
+    const int n = candidates_of(student_distances, "student_distances");
+    const Plan p = plan<T>(current_device(), rows, n, a.parsed_method());
+    SmallTask<T> task{};
+    task.row = a.task<T>(p);
+    task.features = true;
+    task.student = cloud<T>(like, student, student_candidates, metric, rows, n);
+    task.teacher = cloud<T>(like, teacher, teacher_candidates, teacher_metric, rows, n);
+    task.student.anchor_lengths = like.out<double>(lengths, "lengths", rows);
+    task.student.candidate_lengths = like.out<double>(candidate_lengths, "candidate_lengths", n);
+    task.student_distances = like.out<T>(student_distances, "student_distances", rows * n);
+    task.teacher_distances = like.out<T>(teacher_distances, "teacher_distances", rows * n);
+    const Tensor workspace = workspace_like(student, p);
+    launch(task, p, bytes(workspace), on.stream);
+  });
+  check_launch();
+}
+
+void small_gradient(Tensor student, OptionalTensor student_candidates, Tensor v, std::string metric,
+                    OptionalTensor lengths, OptionalTensor candidate_lengths, Tensor losses, Tensor coefficients,
+                    OptionalTensor out, OptionalTensor candidates_out, Tensor total) {
+  const OnDevice on(student);
+  dispatch(student, "student", [&](auto zero) {
+    using T = decltype(zero);
+    const Like like{student};
+    SmallGradientTask<T> task{};
+    task.rows = dimension(v, 0, "v");
+    task.n = candidates_of(v, "v");
+    task.cloud = cloud<T>(like, student, student_candidates, metric, task.rows, task.n);
+    STD_TORCH_CHECK(!task.cloud.traits.directions || (lengths && (task.cloud.same || candidate_lengths)),
+                    "lengths: expected for the metric '", metric, "'");
+    task.cloud.anchor_lengths = like.out<double>(lengths, "lengths", task.rows);
+    task.cloud.candidate_lengths = like.out<double>(candidate_lengths, "candidate_lengths", task.n);
+    task.v = like.in<T>(v, "v", task.rows * task.n);
+    task.anchors = like.out<T>(out, "out", student.numel());
+    task.candidates =
+        like.out<T>(candidates_out, "candidates_out", student_candidates ? student_candidates->numel() : 0);
+    task.losses = like.in<double>(losses, "losses", task.rows);
+    task.coefficients = like.in<T>(coefficients, "coefficients", task.rows);
+    task.total = like.out<T>(total, "total", 1);
+    launch(task, on.stream);
+  });
+  check_launch();
+}
+
+// out: T [r, n]; see SoftRankTask.
+void soft_rank(Tensor values, OptionalTensor weights, OptionalTensor upstream, double temperature, std::string method,
+               Tensor out, Tensor tables, Tensor series, Tensor status) {
+  const OnDevice on(values);
+  dispatch(values, "values", [&](auto zero) {
+    using T = decltype(zero);
+    const Like like{values};
+    SoftRankTask<T> task{};
+    task.rows = dimension(values, 0, "values");
+    task.n = candidates_of(values, "values");
+    const std::int64_t count = task.rows * task.n;
+    const Plan p =
+        plan<T>(current_device(), task.rows, task.n, static_cast<Method>(parse(kMethodNames, method, "method")));
+    task.sums = summation<T>(like, method, tables, series, status, p);
+    task.weights_per_row = weights && weights->dim() == 2;
+    task.values = like.in<T>(values, "values", count);
+    task.weights = like.in<T>(weights, "weights", task.weights_per_row ? count : task.n);
+    task.upstream = like.in<T>(upstream, "upstream", count);
+    task.out = like.out<T>(out, "out", count);
+    task.temperature = temperature;
+    const Tensor workspace = workspace_like(values, p);
+    launch(task, p, bytes(workspace), on.stream);
+  });
+  check_launch();
+}
+
+void row_sums(Tensor distances, OptionalTensor weights, OptionalTensor self, Tensor distance_sums, Tensor weight_sums) {
+  const OnDevice on(distances);
+  dispatch(distances, "distances", [&](auto zero) {
+    using T = decltype(zero);
+    const Like like{distances};
+    RowSumsTask<T> task{};
+    task.rows = dimension(distances, 0, "distances");
+    task.n = candidates_of(distances, "distances");
+    task.distances = like.in<T>(distances, "distances", task.rows * task.n);
+    task.weights = like.in<T>(weights, "weights", task.n);
+    task.self = like.in<std::int64_t>(self, "self", task.rows);
+    task.distance_sums = like.out<double>(distance_sums, "distance_sums", task.rows);
+    task.weight_sums = like.out<double>(weight_sums, "weight_sums", task.rows);
+    launch(task, on.stream);
+  });
+  check_launch();
+}
+
+// ---------------------------------------------------------------- distances and gradients
+
+// near: int32 [b, ceil(n / 32)] is written; see ProductTask for the rest.
+void product_distances(Tensor out, Tensor products, Tensor anchor_norms, Tensor candidate_norms, Tensor anchors,
+                       Tensor candidates, Tensor first, Tensor near, std::int64_t begin, bool same, bool root,
+                       double factor) {
+  const OnDevice on(out);
+  dispatch(out, "out", [&](auto zero) {
+    using T = decltype(zero);
+    const Like like{out};
+    ProductTask<T> task{};
+    task.rows = dimension(out, 0, "out");
+    task.n = candidates_of(out, "out");
+    task.width = static_cast<int>(dimension(anchors, 1, "anchors"));
+    task.products = like.in<T>(products, "products", task.rows * task.n);
+    task.out = like.out<T>(out, "out", task.rows * task.n);
+    STD_TORCH_CHECK(task.out != task.products || task.rows * task.n == 0, "out: expected other memory than products");
+    task.near = like.out<unsigned>(near, "near", task.rows * words_of(task.n));
+    task.anchor_norms = like.in<double>(anchor_norms, "anchor_norms", task.rows);
+    task.candidate_norms = like.in<double>(candidate_norms, "candidate_norms", task.n);
+    task.anchors = like.in<T>(anchors, "anchors", task.rows * task.width);
+    task.candidates = like.in<T>(candidates, "candidates", std::int64_t(task.n) * task.width);
+    task.first = like.in<std::int64_t>(first, "first", task.n);
+    STD_TORCH_CHECK(!same || begin + task.rows <= task.n, "begin: expected anchors that are candidates");
+    task.begin = begin;
+    task.same = same;
+    task.root = root;
+    task.factor = static_cast<T>(factor);
+    launch(task, on.stream);
+  });
+  check_launch();
+}
+
+void difference_distances(Tensor out, Tensor anchors, Tensor candidates, bool root, double factor) {
+  const OnDevice on(out);
+  dispatch(out, "out", [&](auto zero) {
+    using T = decltype(zero);
+    const Like like{out};
+    DifferenceTask<T> task{};
+    task.rows = dimension(out, 0, "out");
+    task.n = candidates_of(out, "out");
+    task.width = static_cast<int>(dimension(anchors, 1, "anchors"));
+    task.anchors = like.in<T>(anchors, "anchors", task.rows * task.width);
+    task.candidates = like.in<T>(candidates, "candidates", std::int64_t(task.n) * task.width);
+    task.out = like.out<T>(out, "out", task.rows * task.n);
+    task.root = root;
+    task.factor = static_cast<T>(factor);
+    launch(task, on.stream);
+  });
+  check_launch();
+}
+
+// v: [rows of points, rows of others], or its transpose where `transposed`; near: as made for v, or none: all pairs.
+void accumulate_differences(Tensor out, Tensor points, Tensor others, Tensor v, OptionalTensor near, bool transposed) {
+  const OnDevice on(out);
+  dispatch(out, "out", [&](auto zero) {
+    using T = decltype(zero);
+    const Like like{out};
+    PullTask<T> task{};
+    task.rows = dimension(points, 0, "points");
+    task.n = static_cast<int>(dimension(others, 0, "others"));
+    task.width = static_cast<int>(dimension(points, 1, "points"));
+    const std::int64_t columns = transposed ? task.rows : task.n, lines = transposed ? task.n : task.rows;
+    task.points = like.in<T>(points, "points", task.rows * task.width);
+    task.others = like.in<T>(others, "others", std::int64_t(task.n) * task.width);
+    task.v = like.in<T>(v, "v", lines * columns);
+    STD_TORCH_CHECK(dimension(v, 1, "v") == columns, "v: expected ", columns, " columns, got ", v.size(1));
+    task.row_stride = transposed ? 1 : columns;
+    task.column_stride = transposed ? columns : 1;
+    task.near = like.in<unsigned>(near, "near", lines * words_of(columns));
+    task.transposed = transposed;
+    task.out = like.out<T>(out, "out", task.rows * task.width);
+    launch(task, on.stream);
+  });
+  check_launch();
+}
+
+void clear_near(Tensor v, Tensor near) {
+  const OnDevice on(v);
+  dispatch(v, "v", [&](auto zero) {
+    using T = decltype(zero);
+    const Like like{v};
+    ClearTask<T> task{};
+    task.rows = dimension(v, 0, "v");
+    task.n = candidates_of(v, "v");
+    task.near = like.in<unsigned>(near, "near", task.rows * words_of(task.n));
+    task.v = like.out<T>(v, "v", task.rows * task.n);
+    launch(task, on.stream);
+  });
+  check_launch();
+}
+
+// ---------------------------------------------------------------- constants, on the host
+
+// [3, ...]: the grid's tables of sigmoid, slope and softplus, in the dtype of `like`; to be copied to the device once.
+Tensor tables(Tensor like) {
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  std::optional<Tensor> result;
+  dispatch(like, "like", [&](auto zero) {
+    using T = decltype(zero);
+    const auto size = static_cast<std::int64_t>(grid_table<T>(Kernel::sigmoid).values.size());
+    result = torch::stable::empty({3 * size}, scalar_type<T>, std::nullopt, cpu);
+    T* out = static_cast<T*>(result->mutable_data_ptr());
+    for (const Kernel kernel : {Kernel::sigmoid, Kernel::slope, Kernel::softplus}) {
+      const auto& values = grid_table<T>(kernel).values;
+      out = std::copy(values.begin(), values.end(), out);
+    }
+  });
+  return *result;
+}
+
+// float64 [2, degree]: the scan's series of sigmoid and softplus for the dtype of `like`.
+Tensor series_of(Tensor like) {
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  std::optional<Tensor> result;
+  dispatch(like, "like", [&](auto zero) {
+    using T = decltype(zero);
+    result = torch::stable::empty({2 * kSeriesDegree<T>}, ScalarType::Double, std::nullopt, cpu);
+    double* out = static_cast<double*>(result->mutable_data_ptr());
+    out = std::copy_n(series<T>().sigmoid, kSeriesDegree<T>, out);
+    std::copy_n(series<T>().softplus, kSeriesDegree<T>, out);
+  });
+  return *result;
+}
+
+}  // namespace operators
+}  // namespace pcoherence::cuda
+
+STABLE_TORCH_LIBRARY(pcoherence_cuda, m) {
+  m.def(
+      "rows(Tensor(a!) student, Tensor teacher, Tensor? weights, Tensor? self, Tensor? coefficients, "
+      "Tensor inverse_temperature, Tensor? mean, Tensor teacher_inverse_temperature, Tensor? teacher_mean, "
+      "str objective, str scale, str method, bool soft_teacher, float chain, bool chain_root, bool gradient, "
+      "Tensor(b!) losses, Tensor(c!) pulls, Tensor tables, Tensor series, Tensor(d!) status) -> ()");
+  m.def(
+      "small_rows(Tensor student, Tensor? student_candidates, Tensor teacher, Tensor? teacher_candidates, "
+      "Tensor? weights, Tensor? self, Tensor? coefficients, float temperature, float teacher_temperature, "
+      "str metric, str teacher_metric, str objective, str scale, str method, bool gradient, Tensor(a!) "
+      "student_distances, Tensor(b!) teacher_distances, "
+      "Tensor(c!)? lengths, Tensor(d!)? candidate_lengths, Tensor(e!) losses, Tensor(f!) pulls, Tensor tables, "
+      "Tensor series, Tensor(g!) status) -> ()");
+  m.def(
+      "small_gradient(Tensor student, Tensor? student_candidates, Tensor v, str metric, Tensor? lengths, "
+      "Tensor? candidate_lengths, Tensor losses, Tensor coefficients, Tensor(a!)? out, Tensor(b!)? candidates_out, "
+      "Tensor(c!) total) -> ()");
+  m.def(
+      "soft_rank(Tensor values, Tensor? weights, Tensor? upstream, float temperature, str method, Tensor(a!) out, "
+      "Tensor tables, Tensor series, Tensor(b!) status) -> ()");
+  m.def(
+      "row_sums(Tensor distances, Tensor? weights, Tensor? self, Tensor(a!) distance_sums, Tensor(b!) weight_sums) "
+      "-> ()");
+  m.def(
+      "product_distances(Tensor(a!) out, Tensor products, Tensor anchor_norms, Tensor candidate_norms, "
+      "Tensor anchors, Tensor candidates, Tensor first, Tensor(b!) near, int begin, bool same, bool root, "
+      "float factor) -> ()");
+  m.def("difference_distances(Tensor(a!) out, Tensor anchors, Tensor candidates, bool root, float factor) -> ()");
+  m.def(
+      "accumulate_differences(Tensor(a!) out, Tensor points, Tensor others, Tensor v, Tensor? near, bool transposed) "
+      "-> ()");
+  m.def("clear_near(Tensor(a!) v, Tensor near) -> ()");
+  m.def("tables(Tensor like) -> Tensor");
+  m.def("series(Tensor like) -> Tensor");
+}
+
+#if defined(PCOH_EMULATE)
+#define PCOH_DISPATCH_KEY CPU
+#else
+#define PCOH_DISPATCH_KEY CUDA
+#endif
+STABLE_TORCH_LIBRARY_IMPL(pcoherence_cuda, PCOH_DISPATCH_KEY, m) {
+  m.impl("rows", TORCH_BOX(&pcoherence::cuda::operators::rows));
+  m.impl("small_rows", TORCH_BOX(&pcoherence::cuda::operators::small_rows));
+  m.impl("small_gradient", TORCH_BOX(&pcoherence::cuda::operators::small_gradient));
+  m.impl("soft_rank", TORCH_BOX(&pcoherence::cuda::operators::soft_rank));
+  m.impl("row_sums", TORCH_BOX(&pcoherence::cuda::operators::row_sums));
+  m.impl("product_distances", TORCH_BOX(&pcoherence::cuda::operators::product_distances));
+  m.impl("difference_distances", TORCH_BOX(&pcoherence::cuda::operators::difference_distances));
+  m.impl("accumulate_differences", TORCH_BOX(&pcoherence::cuda::operators::accumulate_differences));
+  m.impl("clear_near", TORCH_BOX(&pcoherence::cuda::operators::clear_near));
+  m.impl("tables", TORCH_BOX(&pcoherence::cuda::operators::tables));
+  m.impl("series", TORCH_BOX(&pcoherence::cuda::operators::series_of));
+}

@@ -1,0 +1,75 @@
+// Kernel sums by direct evaluation of every pair: n^2 a row. For small n, and as a second witness in tests.
+// Positions are in units of the temperature.
+#pragma once
+
+#include "../soft_ranks.h"
+#include "group.h"
+#include "tables.h"
+
+namespace pcoherence::cuda {
+
+template <class T, class G>
+class Pairs {
+ public:
+  static constexpr double unit = 1.0;
+
+  static constexpr std::int64_t bytes(std::int64_t n) { return 3 * (n * sizeof(T) + 16); }
+
+  PCOH_DEVICE Pairs(G& g, const RowView<T>& row, const DeviceTables<T>&, Arena arena) : g_(g), n_(row.n) {
+    s_ = arena.take<T>(n_);
+    w_ = arena.take<T>(n_);
+    out_ = arena.take<T>(n_);
+    for (int k = g.thread(); k < n_; k += g.threads()) {
+      s_[k] = row.position(k);
+      w_[k] = row.weight(k);
+    }
+    g.sync();
+  }
+
+  PCOH_DEVICE void ranks(T* out) {
+    for (int j = g_.thread(); j < n_; j += g_.threads()) {
+      const T s = s_[j];
+      out[j] = sum([=, this](int k) { return w_[k] * sigmoid(s - s_[k]); });
+    }
+  }
+
+  PCOH_DEVICE double softplus_total() {
+    double result = 0;
+    for (int j = g_.thread(); j < n_; j += g_.threads()) {
+      const T s = s_[j];
+      result += double(w_[j]) * double(sum([=, this](int k) { return w_[k] * softplus(s - s_[k]); }));
+    }
+    return total(g_, result);
+  }
+
+  // out may be r.
+  PCOH_DEVICE void pullback(const T* r, T* out) {
+    g_.sync();  // r may have been written by others
+    for (int l = g_.thread(); l < n_; l += g_.threads()) {
+      const T s = s_[l], own = r[l], w = w_[l];
+      out_[l] = sum([=, this](int j) { return (own * w_[j] - w * r[j]) * slope(s - s_[j]); });
+    }
+    g_.sync();
+    for (int l = g_.thread(); l < n_; l += g_.threads()) out[l] = out_[l];
+  }
+
+ private:
+  // Four sums: an addition need not wait for the one before, and a quarter of the terms rounds less.
+  template <class F>
+  PCOH_DEVICE T sum(F term) const {
+    T part[4] = {};
+    int k = 0;
+    for (; k + 4 <= n_; k += 4) {
+      PCOH_UNROLL
+      for (int i = 0; i < 4; ++i) part[i] += term(k + i);
+    }
+    for (; k < n_; ++k) part[0] += term(k);
+    return (part[0] + part[1]) + (part[2] + part[3]);
+  }
+
+  G& g_;
+  const int n_;
+  T *s_, *w_, *out_;  // [n]
+};
+
+}  // namespace pcoherence::cuda

@@ -1,0 +1,49 @@
+// How many threads, blocks and bytes a launch takes: host arithmetic, shared by the launcher and its emulation.
+#pragma once
+
+#include <algorithm>
+
+#include "launch.h"
+
+namespace pcoherence::cuda {
+
+inline constexpr int kMinThreads = 64, kMaxThreads = 512;
+// A block of 512 threads with 128 registers each fills the register file; two blocks with 64 each do, too. float32 is
+// compiled for two, so that one computes while the other waits at a barrier.
+template <class T>
+inline constexpr int kBlocksPerMultiprocessor = sizeof(T) == 4 ? 2 : 1;
+
+// Shared memory that rows leave to the grid: at 512 threads 16 bins for each pass of spread_by_lanes() (2 KiB each),
+// and moments and coefficients of 64 bins.
+inline constexpr std::int64_t kGridReserve = 40 << 10;
+// What "auto" may use the grid for. More bins mean more passes over the row, and the scan becomes cheaper.
+inline constexpr int kMostBins = 256;
+// An explicit grid goes up to kMaxBins, with memory for it in global memory, by as few blocks as keep to this.
+inline constexpr std::int64_t kExplicitGridBytes = std::int64_t(512) << 20;
+// The hardware keeps this much of a multiprocessor's shared memory for each block.
+inline constexpr std::int64_t kSystemShared = 1024;
+
+template <class T, class G>
+Plan plan_for(const Device& device, std::int64_t rows, std::int64_t n, Method method) {
+  Plan p{};
+  // Two elements a thread, or one warp for very short rows.
+  p.threads = static_cast<int>(std::clamp<std::int64_t>((n / 2 + kWarp - 1) / kWarp * kWarp, kMinThreads, kMaxThreads));
+  p.bins = method == Method::grid ? kMaxBins : kMostBins;
+  p.reserve = kGridReserve;
+  const std::int64_t row = n * sizeof(T) + 16;
+  const std::int64_t wanted = kScratchBytes + 4 * row + kGridReserve;
+  // Two blocks share a multiprocessor as long as the student's values and ranks stay in shared memory.
+  const std::int64_t half = device.shared_per_multiprocessor / 2 - kSystemShared;
+  const bool halves = kBlocksPerMultiprocessor<T> == 2 && kScratchBytes + 2 * row + kGridReserve <= half;
+  const std::int64_t most = halves ? half : device.shared_per_block;
+  p.shared = std::min({wanted, most, device.shared_per_block}) / 16 * 16;
+  p.reserve = std::min(p.reserve, (p.shared - kScratchBytes) / 2);
+  p.workspace = (row_bytes<T, G>(n, p.threads, p.bins) + 255) / 256 * 256;
+  const std::int64_t resident = std::int64_t(device.multiprocessors) * (halves ? kBlocksPerMultiprocessor<T> : 1);
+  std::int64_t blocks = std::min(rows, resident);
+  if (method == Method::grid) blocks = std::min(blocks, std::max<std::int64_t>(1, kExplicitGridBytes / p.workspace));
+  p.blocks = static_cast<int>(std::max<std::int64_t>(1, blocks));
+  return p;
+}
+
+}  // namespace pcoherence::cuda

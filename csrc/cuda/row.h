@@ -1,0 +1,451 @@
+// One anchor's row by one group of threads, from distances to loss and gradient: what csrc/cpu/rows.inc does, with the
+// same meaning in every corner (rows without weight, NaN, ties, vanishing gradients).
+#pragma once
+
+#include "../objectives.h"
+#include "../spec.h"
+#include "grid.h"
+#include "hard_ranks.h"
+#include "pairs.h"
+#include "scan.h"
+
+namespace pcoherence::cuda {
+
+// ---------------------------------------------------------------- tasks: pointers to device memory
+
+// How the sums of a row are computed.
+template <class T>
+struct Summation {
+  Method method;
+  int most_bins;         // that a group has memory for
+  std::int64_t reserve;  // bytes of fast memory that rows leave to the grid
+  DeviceTables<T> tables;
+  int* status;  // [1] set to 1 where an explicit grid would need more bins
+};
+
+// What a network's distances are divided by.
+struct Units {
+  const double* inverse_temperature;  // [1] in units of the (scaled) distance; null: `value` is it
+  double value;
+  const double* mean;  // [1] scale "batch": the mean distance; otherwise null
+};
+
+template <class T>
+struct RowTask {
+  Objective objective;
+  Scale scale;
+  bool soft_teacher;  // otherwise hard mid-ranks
+  Summation<T> sums;
+  std::int64_t rows;
+  int n;
+  const T* student;  // [rows, n] distances
+  const T* teacher;  // [rows, n] distances, or for hard ranks anything in the same order
+  Units student_units, teacher_units;
+  const T* weights;          // [n] of the candidates, or null: ones
+  const std::int64_t* self;  // [rows] candidate excluded, -1 for none; or null
+  const T* coefficients;     // [rows] c_i, or null: 0
+  double chain;              // what a gradient w.r.t. a distance is multiplied by before it is stored, ...
+  bool chain_root;           // ... and with this divided by the distance (0 where that is 0)
+  T* gradient;               // [rows, n] of c_i L_i, or null: losses alone. May be `student`
+  double* losses;            // [rows] L_i
+  double* pulls;             // [rows] scale "batch": d c_i L_i / d mean distance; otherwise 0
+};
+
+template <class T>
+struct SoftRankTask {
+  Summation<T> sums;
+  std::int64_t rows;
+  int n;
+  const T* values;   // [rows, n]
+  const T* weights;  // [n], or [rows, n] with `weights_per_row`, or null
+  bool weights_per_row;
+  const T* upstream;  // [rows, n], then `out` is its pullback; null: `out` is the ranks
+  T* out;             // [rows, n]
+  double temperature;
+};
+
+// What scale "batch" sums up first.
+template <class T>
+struct RowSumsTask {
+  std::int64_t rows;
+  int n;
+  const T* distances;        // [rows, n]
+  const T* weights;          // [n] or null
+  const std::int64_t* self;  // [rows] or null
+  double* distance_sums;     // [rows] sum_k w_k d_ik
+  double* weight_sums;       // [rows] W_i
+};
+
+// ---------------------------------------------------------------- row statistics
+
+template <class T>
+struct Stats {
+  double weight, product;  // sum_k w_k, sum_k w_k v_k
+  T low, high;             // over weights > 0
+  T least, most;           // weights > 0
+  int count;               // of weights > 0
+
+  PCOH_DEVICE double mean() const { return weight > 0 ? product / weight : 0; }
+  PCOH_DEVICE bool uniform() const { return least == most; }
+  PCOH_DEVICE bool finite() const { return std::isfinite(product) && std::isfinite(double(high) - double(low)); }
+
+  static PCOH_DEVICE Stats none() {
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    return {0, 0, inf, -inf, inf, -inf, 0};
+  }
+  PCOH_DEVICE void add(T v, T w) {
+    weight += double(w);
+    product += double(w) * double(v);  // 0 * NaN shows, as it does in the reference
+    if (!(w > 0)) return;
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+    least = w < least ? w : least;
+    most = w > most ? w : most;
+    ++count;
+  }
+};
+struct Merge {
+  template <class T>
+  PCOH_DEVICE Stats<T> operator()(const Stats<T>& a, const Stats<T>& b) const {
+    return {a.weight + b.weight,
+            a.product + b.product,
+            b.low < a.low ? b.low : a.low,
+            b.high > a.high ? b.high : a.high,
+            b.least < a.least ? b.least : a.least,
+            b.most > a.most ? b.most : a.most,
+            a.count + b.count};
+  }
+};
+
+// Statistics of a row; what `row` gives is also kept in copy [n], unless that is null.
+template <class T, class G>
+PCOH_APART Stats<T> stats(G& g, const RowView<T>& row, T* copy) {
+  Stats<T> s = Stats<T>::none();
+  for (int k = g.thread(); k < row.n; k += g.threads()) {
+    const T v = row.values[k];
+    s.add(v, row.weight(k));
+    if (copy != nullptr) copy[k] = v;
+  }
+  return reduce(g, s, Merge{});
+}
+
+// ---------------------------------------------------------------- soft ranks
+
+// Above this range / temperature the positions saturate: neighbours that float32 can tell apart are already
+// hundreds of temperatures away from each other, and exp would overflow long before.
+inline constexpr double kMaxRange = 1e30;
+
+struct Scaling {
+  double per_distance;  // 1 / (mean * temperature)
+  double range;         // of the row, in temperatures
+};
+
+template <class T>
+PCOH_DEVICE Scaling scaling(const Stats<T>& s, double mean, double inverse_temperature) {
+  double c = inverse_temperature / (mean > 0 ? mean : 1);
+  const double spread = double(s.high) - double(s.low);
+  if (!(c * spread <= kMaxRange)) c = kMaxRange / spread;
+  return {c, c * spread};
+}
+
+// Where "auto" leaves the grid: its convolution costs an element 29 * 3 * order operations a bin over n, about what
+// the scan's sort and recurrences cost at one bin for every 8 elements (64-bit: twice the order, slower arithmetic).
+template <class T>
+inline constexpr int kElementsPerBin = sizeof(T) == 4 ? 8 : 32;
+// Up to this many elements all pairs take less time than the barriers of the scan's sort: 50 of them against 25
+// operations for each of two elements a thread.
+inline constexpr int kFewPairs = 512;
+
+template <class T>
+PCOH_DEVICE Method choose(const Summation<T>& sums, double range, int n) {
+  if (sums.method != Method::automatic) return sums.method;
+  const double bins = range / kBinWidth;
+  if (bins * kElementsPerBin<T> <= n && bins < sums.most_bins) return Method::grid;
+  return n <= kFewPairs ? Method::pairs : Method::scan;
+}
+
+// Calls f(sums, view) with the kernel sums of one row and the positions that they are about. False: too many bins.
+template <class T, class G, class F>
+PCOH_DEVICE bool with_sums(G& g, const Summation<T>& how, RowView<T> row, const Scaling& scale, Arena arena, F f) {
+  const auto place = [&](double unit) {
+    row.factor = static_cast<T>(scale.per_distance / unit);
+    row.top = static_cast<T>(scale.range / unit);
+  };
+  switch (choose(how, scale.range, row.n)) {
+    case Method::grid: {
+      if (scale.range / kBinWidth >= how.most_bins) {
+        if (g.thread() == 0) *how.status = 1;
+        return false;
+      }
+      place(Grid<T, G>::unit);
+      Grid<T, G> grid(g, row, how.tables, arena);
+      f(grid, row);
+      break;
+    }
+    case Method::scan: {
+      place(Scan<T, G>::unit);
+      Scan<T, G> scan(g, row, how.tables, arena);
+      f(scan, row);
+      break;
+    }
+    case Method::pairs: {
+      place(Pairs<T, G>::unit);
+      Pairs<T, G> pairs(g, row, how.tables, arena);
+      f(pairs, row);
+      break;
+    }
+    case Method::automatic:
+      PCOH_TRAP();  // choose() has chosen
+  }
+  return true;
+}
+
+// Sum of w_j s_j (2 F_j - 1) over the row, s in temperatures: the linear part of cross_entropy, divided by W.
+template <class T, class G>
+PCOH_APART double linear_part(G& g, const RowView<T>& row, double unit, const T* ranks) {
+  double sum = 0;
+  for (int k = g.thread(); k < row.n; k += g.threads())
+    sum += double(row.weight(k)) * double(row.position(k)) * (2 * double(ranks[k]) - 1);
+  return total(g, sum) * unit;
+}
+
+// ---------------------------------------------------------------- objectives
+
+struct Triple {
+  double a, b, c;
+  friend PCOH_DEVICE Triple operator+(const Triple& x, const Triple& y) { return {x.a + y.a, x.b + y.b, x.c + y.c}; }
+};
+
+// Loss of one anchor from its ranks R [n], which become d loss / d F.
+template <class Phi, class T, class G>
+PCOH_DEVICE double residual_objective(G& g, const RowView<T>& row, const T* teacher, double weight, T* ranks) {
+  const T per_weight = static_cast<T>(1 / weight);
+  double loss = 0;
+  for (int k = g.thread(); k < row.n; k += g.threads()) {
+    const T r = ranks[k] * per_weight - teacher[k], w = row.weight(k);
+    loss += double(w * Phi::value(r));
+    ranks[k] = w * Phi::slope(r, kResolution<T>) * per_weight;
+  }
+  return total(g, loss) / weight;
+}
+
+template <class T, class G>
+PCOH_DEVICE double spearman(G& g, const RowView<T>& row, const T* teacher, double weight, T* ranks) {
+  const T per_weight = static_cast<T>(1 / weight);
+  Triple sum{};
+  for (int k = g.thread(); k < row.n; k += g.threads()) {
+    ranks[k] *= per_weight;
+    sum.a += double(row.weight(k)) * double(ranks[k]);
+    sum.b += double(row.weight(k)) * double(teacher[k]);
+  }
+  sum = total(g, sum);
+  const T student_mean = static_cast<T>(sum.a / weight), teacher_mean = static_cast<T>(sum.b / weight);
+  Triple square{};  // of the student, of the teacher, their product
+  for (int k = g.thread(); k < row.n; k += g.threads()) {
+    const T f = ranks[k] - student_mean, t = teacher[k] - teacher_mean, w = row.weight(k);
+    square = square + Triple{double(w * f * f), double(w * t * t), double(w * f * t)};
+  }
+  square = total(g, square);
+  const double scale = std::sqrt(square.a * square.b);
+  constexpr double deviation = kSpearmanFloor * std::numeric_limits<T>::epsilon();
+  constexpr double floor = deviation * deviation;
+  const bool flat = !(square.a > weight * floor) || !(square.b > weight * floor);
+  const double correlation = flat ? 0 : square.c / scale;
+  const T by_teacher = flat ? T(0) : static_cast<T>(1 / scale);
+  const T by_student = flat ? T(0) : static_cast<T>(correlation / square.a);
+  for (int k = g.thread(); k < row.n; k += g.threads()) {
+    const T f = ranks[k] - student_mean, t = teacher[k] - teacher_mean;
+    ranks[k] = row.weight(k) * (f * by_student - t * by_teacher);
+  }
+  return 1 - correlation;
+}
+
+template <class T, class G>
+PCOH_APART double objective(G& g, Objective which, const RowView<T>& row, const T* teacher, double weight, T* ranks) {
+  switch (which) {
+    case Objective::mse:
+      return residual_objective<Mse>(g, row, teacher, weight, ranks);
+    case Objective::l1:
+      return residual_objective<L1>(g, row, teacher, weight, ranks);
+    case Objective::huber:
+      return residual_objective<Huber>(g, row, teacher, weight, ranks);
+    case Objective::spearman:
+      return spearman(g, row, teacher, weight, ranks);
+    case Objective::cross_entropy:
+      break;  // not a function of the residuals: see anchor_row()
+  }
+  PCOH_TRAP();
+  return 0;
+}
+
+// ---------------------------------------------------------------- one anchor
+
+template <class T, class G>
+PCOH_DEVICE void fill(G& g, T* row, T value, int n) {
+  for (int k = g.thread(); k < n; k += g.threads()) row[k] = value;
+}
+
+// A row that has neither ranks nor a gradient of its own: everything of it is `value`.
+template <class T, class G>
+PCOH_DEVICE void give_up(G& g, const RowTask<T>& task, std::int64_t r, double value) {
+  if (task.gradient != nullptr) fill(g, task.gradient + r * task.n, T(value), task.n);
+  if (g.thread() != 0) return;
+  task.losses[r] = value;
+  task.pulls[r] = value;
+}
+
+template <class T>
+PCOH_DEVICE Scaling scaling(Scale scale, const Stats<T>& s, const Units& units) {
+  double mean = 1;
+  if (scale == Scale::anchor) mean = s.mean();
+  if (scale == Scale::batch) mean = *units.mean;
+  return scaling(s, mean, units.inverse_temperature ? *units.inverse_temperature : units.value);
+}
+
+// pull [n] times `factor`, the gradient w.r.t. positions (in temperatures) -> what the pipeline stores.
+template <class T, class G>
+PCOH_APART void store_gradient(G& g, const RowTask<T>& task, std::int64_t r, const RowView<T>& row, double unit,
+                               const Stats<T>& s, const Scaling& scale, const T* pull, T factor) {
+  const double coefficient = task.coefficients ? double(task.coefficients[r]) : 0.0;
+  double through_mean = 0;  // -sum_k pull_k s_k: the pull on log(mean)
+  if (task.scale != Scale::none) {
+    double sum = 0;
+    for (int k = g.thread(); k < row.n; k += g.threads()) sum += double(pull[k] * factor) * double(row.position(k));
+    through_mean = -coefficient * total(g, sum) * unit;
+  }
+  const double mean = s.mean();
+  const bool own_mean = task.scale == Scale::anchor && mean > 0;
+  const T per_pull = static_cast<T>(coefficient * scale.per_distance * task.chain);
+  const T per_weight = own_mean ? static_cast<T>(through_mean / (s.weight * mean) * task.chain) : T(0);
+  T* out = task.gradient + r * task.n;
+  for (int k = g.thread(); k < row.n; k += g.threads()) {
+    const T d = row.values[k];
+    T v = pull[k] * factor * per_pull + row.weight(k) * per_weight;
+    if (task.chain_root) v = d > 0 ? v / d : T(0);
+    out[k] = v;
+  }
+  if (g.thread() == 0) {
+    const double batch = task.scale == Scale::batch ? *task.student_units.mean : 0.0;
+    task.pulls[r] = batch > 0 ? through_mean / batch : 0.0;
+  }
+}
+
+// Memory of one group for rows of n: the teacher's ranks, then either the teacher's values and their ranking or the
+// student's values and ranks with the kernel sums.
+template <class T, class G>
+constexpr std::int64_t row_bytes(std::int64_t n, int threads, std::int64_t bins) {
+  const std::int64_t row = n * sizeof(T) + 16, sort = hard_rank_bytes(n, sizeof(T));
+  const std::int64_t grid = Grid<T, G>::bytes(bins) + Grid<T, G>::lane_bytes(threads);
+  std::int64_t sums = grid;
+  if (Scan<T, G>::bytes(n, threads) > sums) sums = Scan<T, G>::bytes(n, threads);
+  if (Pairs<T, G>::bytes(n) > sums) sums = Pairs<T, G>::bytes(n);
+  return row + (sort > row + sums ? row + sort : 2 * row + sums);
+}
+
+template <class T, class G>
+PCOH_APART void anchor_row(G& g, const RowTask<T>& task, std::int64_t r, Arena arena) {
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  const int n = task.n;
+  const std::int64_t row_size = std::int64_t(n) * sizeof(T) + 16;
+  const int self = task.self ? static_cast<int>(task.self[r]) : -1;
+
+  // F^T is touched twice, all else again and again: it is the first to leave fast memory.
+  T* teacher = arena.take<T>(n, 3 * row_size + task.sums.reserve);
+  double entropy = 0;  // sum_jk w_j w_k H(P_jk), for cross_entropy
+  {
+    Arena stage = arena;
+    T* values = stage.take<T>(n, task.sums.reserve);
+    RowView<T> row{task.teacher + r * n, task.weights, n, self, 0, 0, 0};
+    const Stats<T> t = stats(g, row, values);
+    if (t.weight == 0) return give_up(g, task, r, 0);  // nobody to compare: the anchor contributes nothing
+    if (!t.finite()) return give_up(g, task, r, nan);
+    row.values = values;
+    row.low = t.low;
+    if (!task.soft_teacher) {
+      const HardRanks<T> hard{t.count, t.weight, t.uniform(), t.low, t.high};
+      const double ties = hard_ranks(g, row, hard, teacher, stage);
+      if (task.objective == Objective::cross_entropy) entropy = 0.69314718055994530942 * ties;  // log 2
+    } else {
+      const T per_weight = static_cast<T>(1 / t.weight);
+      const Scaling scale = scaling(task.scale, t, task.teacher_units);
+      const bool done = with_sums(g, task.sums, row, scale, stage, [&](auto& sums, const RowView<T>& view) {
+        sums.ranks(teacher);
+        g.sync();
+        for (int k = g.thread(); k < n; k += g.threads()) teacher[k] *= per_weight;
+        if (task.objective == Objective::cross_entropy)
+          entropy = sums.softplus_total() - t.weight * linear_part(g, view, sums.unit, teacher);
+      });
+      if (!done) return give_up(g, task, r, nan);
+    }
+    g.sync();  // the stage's memory is used again
+  }
+
+  T* values = arena.take<T>(n, task.sums.reserve);
+  RowView<T> row{task.student + r * n, task.weights, n, self, 0, 0, 0};
+  const Stats<T> s = stats(g, row, values);
+  if (!s.finite()) return give_up(g, task, r, nan);
+  T* ranks = arena.take<T>(n, task.sums.reserve);
+  row.values = values;
+  row.low = s.low;
+  const Scaling scale = scaling(task.scale, s, task.student_units);
+  const bool done = with_sums(g, task.sums, row, scale, arena, [&](auto& sums, const RowView<T>& view) {
+    sums.ranks(ranks);
+    g.sync();
+    double loss = 0;
+    T factor = static_cast<T>(1 / s.weight);  // of what `ranks` becomes, to be the gradient w.r.t. positions
+    if (task.objective == Objective::cross_entropy) {
+      loss = (sums.softplus_total() - s.weight * linear_part(g, view, sums.unit, teacher) - entropy) /
+             (s.weight * s.weight);
+      for (int k = g.thread(); k < n; k += g.threads()) ranks[k] = view.weight(k) * (ranks[k] * factor - teacher[k]);
+      factor *= 2;
+    } else {
+      loss = objective(g, task.objective, view, teacher, s.weight, ranks);
+      if (task.gradient != nullptr) sums.pullback(ranks, ranks);
+    }
+    if (g.thread() == 0) {
+      task.losses[r] = loss;
+      task.pulls[r] = 0;
+    }
+    g.sync();
+    if (task.gradient != nullptr) store_gradient(g, task, r, view, sums.unit, s, scale, ranks, factor);
+  });
+  if (!done) give_up(g, task, r, nan);
+}
+
+// ---------------------------------------------------------------- the mean distance, and soft ranks on their own
+
+template <class T, class G>
+PCOH_DEVICE void row_sums(G& g, const RowSumsTask<T>& task, std::int64_t r) {
+  const int self = task.self ? static_cast<int>(task.self[r]) : -1;
+  const RowView<T> row{task.distances + r * task.n, task.weights, task.n, self, 0, 0, 0};
+  const Stats<T> s = stats(g, row, static_cast<T*>(nullptr));
+  if (g.thread() != 0) return;
+  task.distance_sums[r] = s.product;
+  task.weight_sums[r] = s.weight;
+}
+
+template <class T, class G>
+PCOH_DEVICE void soft_rank_row(G& g, const SoftRankTask<T>& task, std::int64_t r, Arena arena) {
+  const int n = task.n;
+  const T* weights = task.weights ? task.weights + (task.weights_per_row ? r * n : 0) : nullptr;
+  RowView<T> row{task.values + r * n, weights, n, -1, 0, 0, 0};
+  T* out = task.out + r * n;
+  const Stats<T> s = stats(g, row, static_cast<T*>(nullptr));
+  if (s.weight == 0) return fill(g, out, task.upstream ? T(0) : T(0.5), n);
+  if (!s.finite()) return fill(g, out, std::numeric_limits<T>::quiet_NaN(), n);
+  row.low = s.low;
+  const Scaling scale = scaling(s, 1.0, 1 / task.temperature);
+  T* result = arena.take<T>(n, task.sums.reserve);
+  const bool done = with_sums(g, task.sums, row, scale, arena, [&](auto& sums, const RowView<T>&) {
+    if (task.upstream == nullptr)
+      sums.ranks(result);
+    else
+      sums.pullback(task.upstream + r * n, result);
+  });
+  if (!done) return fill(g, out, std::numeric_limits<T>::quiet_NaN(), n);
+  g.sync();
+  const T factor = static_cast<T>(scale.per_distance);
+  for (int k = g.thread(); k < n; k += g.threads()) out[k] = task.upstream ? result[k] * factor : result[k] + T(0.5);
+}
+
+}  // namespace pcoherence::cuda

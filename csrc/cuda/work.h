@@ -1,0 +1,94 @@
+// Which function of a group does a task's piece of work: the only list of kernels, for launcher and emulation alike.
+#pragma once
+
+#include "small.h"
+
+namespace pcoherence::cuda {
+
+// Rows with memory of their own.
+template <class T, class G>
+PCOH_DEVICE void work(G& g, const SmallTask<T>& task, std::int64_t r, Arena arena) {
+  small_row(g, task, r, arena);
+}
+template <class T, class G>
+PCOH_DEVICE void work(G& g, const SoftRankTask<T>& task, std::int64_t r, Arena arena) {
+  soft_rank_row(g, task, r, arena);
+}
+template <class T>
+constexpr std::int64_t rows_of(const SmallTask<T>& task) {
+  return task.row.rows;
+}
+template <class Task>
+constexpr std::int64_t rows_of(const Task& task) {
+  return task.rows;
+}
+
+// The rest, block (x, y) of a grid of shape(task).
+struct Shape {
+  std::int64_t x;
+  int y, threads;
+};
+inline constexpr int kStreamThreads = 256;  // for kernels that read and write rows
+inline constexpr int kPullThreads = 128;    // features of a block
+
+template <class T, class G>
+PCOH_DEVICE void work(G& g, const RowSumsTask<T>& task, std::int64_t x, int) {
+  row_sums(g, task, x);
+}
+template <class T>
+Shape shape(const RowSumsTask<T>& task) {
+  return {task.rows, 1, kStreamThreads};
+}
+
+template <class T, class G>
+PCOH_DEVICE void work(G& g, const ProductTask<T>& task, std::int64_t x, int) {
+  finish_products(g, task, x);
+}
+template <class T>
+Shape shape(const ProductTask<T>& task) {
+  return {task.rows, 1, kStreamThreads};
+}
+
+template <class T, class G>
+PCOH_DEVICE void work(G& g, const DifferenceTask<T>& task, std::int64_t x, int) {
+  difference_row(g, task, x);
+}
+template <class T>
+Shape shape(const DifferenceTask<T>& task) {
+  return {task.rows, 1, kStreamThreads};
+}
+
+template <class T, class G>
+PCOH_DEVICE void work(G& g, const PullTask<T>& task, std::int64_t x, int y) {
+  if (task.near == nullptr)
+    pull_all(g, task, x, y * g.threads());
+  else if (task.transposed)
+    pull_near_columns(g, task, x);
+  else
+    pull_near(g, task, x);
+}
+template <class T>
+Shape shape(const PullTask<T>& task) {
+  if (task.near != nullptr) return {task.transposed ? words_of(task.rows) : task.rows, 1, kPullThreads};
+  return {task.rows, (task.width + kPullThreads - 1) / kPullThreads, kPullThreads};
+}
+
+template <class T, class G>
+PCOH_DEVICE void work(G& g, const ClearTask<T>& task, std::int64_t x, int) {
+  clear_near(g, task, x);
+}
+template <class T>
+Shape shape(const ClearTask<T>& task) {
+  return {task.rows, 1, kPullThreads};
+}
+
+template <class T, class G>
+PCOH_DEVICE void work(G& g, const SmallGradientTask<T>& task, std::int64_t x, int) {
+  small_gradient(g, task, x);
+}
+template <class T>
+Shape shape(const SmallGradientTask<T>& task) {
+  return {task.rows + (task.candidates != nullptr ? task.n : 0), 1, kStreamThreads};
+}
+
+}  // namespace pcoherence::cuda
