@@ -13,6 +13,7 @@ from triton import cdiv
 
 from ..backends.device import (
     NEARNESS,
+    RowKernels,
     RowOptions,
     RowResults,
     RowWeights,
@@ -426,3 +427,8 @@ class TritonRowKernels:
             else:
                 sums.pullback(upstream[part], out[part], False)
         return out
+
+
+def row_kernels() -> RowKernels:
+    """The kernels, as the pipeline sees them."""
+    return TritonRowKernels()

@@ -9,7 +9,11 @@ import importlib.util
 import itertools
 import math
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -34,7 +38,7 @@ if pcoherence.available_backends()["triton"] is not None:
     pytest.skip(str(pcoherence.available_backends()["triton"]), allow_module_level=True)
 
 from pcoherence.backends import REGISTRY
-from pcoherence.backends.device import first_identical
+from pcoherence.backends.device import NEARNESS, first_identical
 from pcoherence.backends.triton import TritonBackend
 from pcoherence.kernels import tables
 
@@ -413,6 +417,24 @@ def test_compiled_equals_eager() -> None:
         torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_changes_nothing(method: str) -> None:
+    leaves, constants = problem(9, torch.float32, rectangular=False, weighted=False)
+    plain = evaluate(leaves, constants, method=method)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        cast = evaluate(leaves, constants, method=method)
+    assert torch.equal(plain[0], cast[0])
+    assert torch.equal(plain[1][0], cast[1][0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_points_of_width_zero_are_equal(method: str) -> None:
+    empty = torch.zeros(5, 0)
+    found = evaluate([empty], {"teacher": make_case("gaussian", 5, 3).float()}, method=method)
+    assert found[0] > 0
+    assert found[1][0].shape == (5, 0)
+
+
 def test_double_backward_raises() -> None:
     leaves, constants = problem(5, torch.float64, rectangular=False, weighted=False)
     student = leaves[0].to(DEVICE).requires_grad_()
@@ -432,6 +454,23 @@ def test_what_it_cannot_do_is_refused() -> None:
         operators.soft_rank(points.t(), None, 1.0, "auto")
     with pytest.raises(ValueError, match="grad: expected shape"):
         operators.soft_rank_backward(points, None, points[1:], 1.0, "auto")
+
+
+def test_without_gpu_and_interpreter_it_says_so() -> None:
+    code = "import pcoherence; print(pcoherence.available_backends()['triton'])"
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.startswith("no CUDA device, and triton's interpreter is off")
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "float"), (torch.float64, "double")])
+def test_nearness_is_that_of_the_native_backends(dtype: torch.dtype, name: str) -> None:
+    header = (Path(__file__).parent.parent / "csrc/distances.h").read_text()
+    found = re.search(rf"Nearness<{name}> {{[^=]*distance = ([^,]*), gradient = ([^;]*);", header)
+    assert found is not None
+    values = [eval(text.replace("f", "")) for text in found.groups()]
+    assert values == list(NEARNESS[dtype])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-12), (torch.float64, 4e-15)])

@@ -51,11 +51,14 @@ def register(operators: Operators, implementation: Implementation, dispatch_key:
 
 
 def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Launches go to the device of the first tensor, whichever is current."""
+    """Launches go to the device of the first tensor, whichever is current.
+
+    Autocast is off: it would take the products of float32 features in half precision.
+    """
 
     def call(first: Tensor, *others: Any) -> Any:
         guard = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
-        with guard:
+        with guard, torch.autocast(first.device.type, enabled=False):
             return function(first, *others)
 
     return call

@@ -34,8 +34,9 @@ DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 @functools.cache
-def _kernels() -> Any:
-    return importlib.import_module("pcoherence.kernels.launch").TritonRowKernels()
+def _kernels() -> RowKernels:
+    kernels: RowKernels = importlib.import_module("pcoherence.kernels.launch").row_kernels()
+    return kernels
 
 
 @functools.cache
