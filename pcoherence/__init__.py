@@ -3,11 +3,13 @@
 from . import ops as ops  # declares the operators
 from . import reference
 from .backends import available_backends
+from .bank import CandidateBank
 from .loss import PerceptionCoherenceLoss, perception_coherence_loss, soft_rank
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CandidateBank",
     "PerceptionCoherenceLoss",
     "__version__",
     "available_backends",

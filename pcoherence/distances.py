@@ -71,6 +71,8 @@ def pairwise(a: Tensor, b: Tensor, metric: Metric, argument: str = "metric") -> 
     expected = (a.shape[0], b.shape[0])
     if not isinstance(result, Tensor):
         raise TypeError(f"{argument}: expected a tensor from it; got {type(result).__name__}")
+    if not result.is_floating_point():
+        raise TypeError(f"{argument}: expected floating point distances; got {result.dtype}")
     if tuple(result.shape) != expected:
         shape = tuple(result.shape)
         raise ValueError(f"{argument}: expected shape {expected} from it; got {shape}")
@@ -122,8 +124,17 @@ def mean_distance(
     return safe_ratio(*weighted_sums(distances, weights, anchor_weights))
 
 
+def over_mean(distances: Tensor, mean: Tensor) -> Tensor:
+    """Distances over their mean where that is above 0, otherwise as they are.
+
+    A mean of 0 is no unit, and dividing by a negative one, which a callable metric may have (minus
+    an inner product, say), would turn the order around.
+    """
+    return distances / torch.where(mean > 0, mean, 1.0)
+
+
 def scaled(distances: Tensor, weights: Tensor, anchor_weights: Tensor | None, scale: str) -> Tensor:
-    """Distances [m, n] over their mean (see `mean_distance`); as they are where that is 0."""
+    """Distances [m, n] over their mean (see `mean_distance` and `over_mean`)."""
     if scale == "none":
         return distances
-    return safe_ratio(distances, mean_distance(distances, weights, anchor_weights, scale))
+    return over_mean(distances, mean_distance(distances, weights, anchor_weights, scale))

@@ -56,9 +56,6 @@ def prepare_inputs(
     _check_candidates(student, teacher, student_candidates, teacher_candidates)
     m = student.shape[0]
     n = candidates(student, student_candidates).shape[0]
-    if n < 2 and not (m == 0 and student_candidates is None):
-        argument = "student" if student_candidates is None else "student_candidates"
-        raise ValueError(f"{argument}: expected at least 2 candidates (rows); got {n}")
     _check_weights("anchor_weights", anchor_weights, (m,), student)
     _check_weights("candidate_weights", candidate_weights, (n,), student)
     index = _resolve_self_index(self_index, student, n, square=student_candidates is None)
@@ -71,6 +68,17 @@ def prepare_inputs(
         _converted(candidate_weights, student),
         None if include_self else index,
     )
+
+
+def check_candidates(inputs: LossInputs) -> None:
+    """Raise ValueError unless there are 2 candidates, or nothing at all."""
+    m, n = inputs.student.shape[0], candidates(inputs.student, inputs.student_candidates).shape[0]
+    square = inputs.student_candidates is None
+    if n >= 2 or (m == 0 and square):
+        return
+    hint = "; a DataLoader's drop_last=True avoids last batches of one" if square else ""
+    argument = "student" if square else "student_candidates"
+    raise ValueError(f"{argument}: expected at least 2 candidates (rows); got {n}{hint}")
 
 
 def prepare_values(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -89,6 +97,14 @@ def prepare_values(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tens
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision raised to float32; other dtypes as they are. Gradients flow through."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def converted_weights(weights: Tensor | None, points: Tensor) -> Tensor:
+    """Weights [n] of `points` [n, d] in the dtype that the loss is computed in; None: ones."""
+    converted = _converted(weights, points)
+    if converted is not None:
+        return converted
+    return at_least_float32(points.detach()[:, :0]).new_ones(points.shape[0])
 
 
 def _optional(tensor: Tensor | None) -> Tensor | None:
@@ -111,6 +127,8 @@ def _check_float(argument: str, value: Tensor) -> None:
         raise TypeError(
             f"{argument}: expected dtype float16, bfloat16, float32 or float64; got {value.dtype}"
         )
+    if value.layout != torch.strided:
+        raise TypeError(f"{argument}: expected a dense tensor; got layout {value.layout}")
 
 
 def _check_device(argument: str, value: Tensor, like: Tensor) -> None:
@@ -127,7 +145,10 @@ def _check_points(argument: str, value: Tensor, like: Tensor | None = None) -> N
     if like is None:
         return
     if value.dtype != like.dtype:
-        raise TypeError(f"{argument}: expected the student's dtype {like.dtype}; got {value.dtype}")
+        raise TypeError(
+            f"{argument}: expected the student's dtype {like.dtype}; got {value.dtype} "
+            f"(convert it: {argument}.to(student.dtype))"
+        )
     _check_device(argument, value, like)
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import anchors, distributed
 from .backends import select
-from .inputs import LossInputs, prepare_inputs, prepare_values
-from .spec import BACKENDS, METHODS, LossSpec, Metric, check_name, check_temperature
+from .bank import CandidateBank
+from .inputs import LossInputs, candidates, check_candidates, prepare_inputs, prepare_values
+from .spec import BACKENDS, METHODS, LossSpec, Metric, check_flag, check_name, check_temperature
 
 
 def perception_coherence_loss(
@@ -26,6 +33,8 @@ def perception_coherence_loss(
     objective: str = "mse",
     include_self: bool = False,
     reduction: str = "mean",
+    num_anchors: int | None = None,
+    generator: torch.Generator | None = None,
     method: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
@@ -71,6 +80,10 @@ def perception_coherence_loss(
         include_self: rank the anchor itself among its candidates.
         reduction: "mean": sum_i a_i L_i / sum_i a_i; "sum"; "none": a_i L_i. An anchor whose
             candidates all weigh 0 has L_i = 0 and still counts in the mean.
+        num_anchors: draw this many of the m anchors at random, without replacement, and weigh
+            them by m / num_anchors: an unbiased estimate at that share of the cost ("none": 0
+            where not drawn). None: all. Not with scale "batch".
+        generator: for that draw; None: torch's default one.
         method: "grid", "scan" or "pairs" fixes how a fast backend sums; "auto" lets it choose.
         backend: "reference", "cpu", ... or "auto": the fastest for the tensors' device.
 
@@ -93,6 +106,7 @@ def perception_coherence_loss(
         objective=objective,
         include_self=include_self,
         reduction=reduction,
+        num_anchors=num_anchors,
         method=method,
         backend=backend,
     )
@@ -106,13 +120,26 @@ def perception_coherence_loss(
         self_index=self_index,
         include_self=include_self,
     )
-    return _call(spec, inputs)
+    check_candidates(inputs)
+    return anchors.estimate(spec, inputs, generator, _evaluate)
 
 
 class PerceptionCoherenceLoss(nn.Module):
     """`perception_coherence_loss` with its options fixed; same names, defaults and errors.
 
     A metric that is itself a module becomes a submodule, so that its parameters are found.
+
+    Args:
+        gather: take the batches of all processes as candidates, with gradient, and this
+            process's own rows as anchors. Shards may differ in size. After
+            DistributedDataParallel's averaging of gradients, what comes out is the loss of one
+            process on the whole batch (reduction "none": a_i L_i of the own rows, unchanged).
+            Memory per process O(n_global d). Not with scale "batch" or given candidates.
+        process_group: of torch.distributed, None: the default one; only with gather.
+        bank: features of past batches as further candidates, see `CandidateBank`.
+
+    Raises:
+        RuntimeError: with gather, no process group is initialised, or a process has failed.
     """
 
     def __init__(
@@ -126,8 +153,12 @@ class PerceptionCoherenceLoss(nn.Module):
         objective: str = "mse",
         include_self: bool = False,
         reduction: str = "mean",
+        num_anchors: int | None = None,
         method: str = "auto",
         backend: str = "auto",
+        gather: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        bank: CandidateBank | None = None,
     ) -> None:
         super().__init__()
         self.spec = LossSpec(
@@ -139,9 +170,23 @@ class PerceptionCoherenceLoss(nn.Module):
             objective=objective,
             include_self=include_self,
             reduction=reduction,
+            num_anchors=num_anchors,
             method=method,
             backend=backend,
         )
+        check_flag("gather", gather)
+        if gather and scale == "batch":
+            raise ValueError(
+                'gather: expected False with scale="batch", whose mean is over all processes\' '
+                "anchors; got True"
+            )
+        if process_group is not None and not gather:
+            raise ValueError("process_group: expected None without gather=True; got a group")
+        if bank is not None and not isinstance(bank, CandidateBank):
+            raise TypeError(f"bank: expected a CandidateBank; got {type(bank).__name__}")
+        self.gather = gather
+        self.process_group = process_group
+        self.bank = bank
         for name, function in (("metric", metric), ("teacher_metric", teacher_metric)):
             if isinstance(function, nn.Module):
                 self.add_module(name, function)
@@ -156,9 +201,14 @@ class PerceptionCoherenceLoss(nn.Module):
         anchor_weights: Tensor | None = None,
         candidate_weights: Tensor | None = None,
         self_index: Tensor | str | None = "auto",
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The loss of a batch; tensors as in `perception_coherence_loss`."""
-        inputs = prepare_inputs(
+        """The loss of a batch; tensors as in `perception_coherence_loss`.
+
+        With gather, all tensors are this process's own, and `self_index` counts its own rows.
+        """
+        prepare = functools.partial(
+            prepare_inputs,
             student,
             teacher,
             student_candidates=student_candidates,
@@ -168,7 +218,41 @@ class PerceptionCoherenceLoss(nn.Module):
             self_index=self_index,
             include_self=self.spec.include_self,
         )
-        return _call(self.spec, inputs)
+        spec, inputs = self._gathered(prepare) if self.gather else (self.spec, prepare())
+        extended = inputs if self.bank is None else self.bank.extend(inputs)
+        check_candidates(extended)
+        loss = anchors.estimate(spec, extended, generator, _evaluate)
+        if self.bank is not None and self.training:
+            self._remember(self.bank, inputs)
+        return loss
+
+    def _gathered(self, prepare: Callable[[], LossInputs]) -> tuple[LossSpec, LossInputs]:
+        distributed.check_group(self.process_group)
+        try:
+            inputs = prepare()
+            if inputs.student_candidates is not None:
+                raise ValueError(
+                    "student_candidates: expected None with gather=True, which makes the "
+                    "candidates; a CandidateBank adds more"
+                )
+            if self.bank is not None:
+                self.bank.check(inputs.student, inputs.teacher)
+        except Exception:
+            distributed.report_failure(self.process_group)
+            raise
+        return distributed.gather(self.spec, inputs, self.process_group)
+
+    def _remember(self, bank: CandidateBank, inputs: LossInputs) -> None:
+        """Push the batch, as gathered; not candidates that were given."""
+        given = not self.gather and inputs.student_candidates is not None
+        if given:
+            bank.push(inputs.student, inputs.teacher)
+        else:
+            bank.push(
+                candidates(inputs.student, inputs.student_candidates),
+                candidates(inputs.teacher, inputs.teacher_candidates),
+                inputs.candidate_weights,
+            )
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""
@@ -216,7 +300,7 @@ def soft_rank(
     return chosen.soft_rank(values, weights, temperature, method)
 
 
-def _call(spec: LossSpec, inputs: LossInputs) -> Tensor:
+def _evaluate(spec: LossSpec, inputs: LossInputs) -> Tensor:
     backend = select(
         spec.backend,
         inputs.student.device,

@@ -9,8 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import distances, objectives, soft_ranks
-from .inputs import LossInputs, candidates, prepare_inputs, prepare_values
+from . import anchors, distances, objectives, soft_ranks
+from .inputs import (
+    LossInputs,
+    candidates,
+    check_candidates,
+    prepare_inputs,
+    prepare_values,
+)
 from .spec import BACKENDS, METHODS, LossSpec, Metric, check_name, check_temperature
 
 __all__ = ["perception_coherence_loss", "soft_rank"]
@@ -58,6 +64,8 @@ def perception_coherence_loss(
     objective: str = "mse",
     include_self: bool = False,
     reduction: str = "mean",
+    num_anchors: int | None = None,
+    generator: torch.Generator | None = None,
     method: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
@@ -71,6 +79,7 @@ def perception_coherence_loss(
         objective=objective,
         include_self=include_self,
         reduction=reduction,
+        num_anchors=num_anchors,
         method=method,
         backend=backend,
     )
@@ -84,7 +93,8 @@ def perception_coherence_loss(
         self_index=self_index,
         include_self=include_self,
     )
-    return evaluate(spec, inputs)
+    check_candidates(inputs)
+    return anchors.estimate(spec, inputs, generator, evaluate)
 
 
 def soft_rank(

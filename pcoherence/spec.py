@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -31,10 +32,12 @@ def check_name(argument: str, value: object, known: tuple[str, ...]) -> None:
 
 def check_temperature(argument: str, value: object) -> None:
     """Raise unless `value` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         kind = type(value).__name__
-        raise TypeError(f"{argument}: expected a finite number above 0; got {kind} {value!r}")
-    if not math.isfinite(value) or value <= 0:
+        hint = " (take its .item())" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{argument}: expected a finite number above 0; got {kind} {value!r}{hint}")
+    # Comparisons, which torch.compile can follow for a temperature that changes.
+    if not 0 < float(value) < math.inf:
         raise ValueError(f"{argument}: expected a finite number above 0; got {value!r}")
 
 
@@ -56,6 +59,14 @@ def check_metric(argument: str, value: object) -> None:
         raise ValueError(f"{argument}: expected one of {known}, or a callable; got {value!r}")
 
 
+def check_count(argument: str, value: object) -> None:
+    """Raise unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}: expected an int of at least 1; got {value!r}")
+    if value < 1:
+        raise ValueError(f"{argument}: expected an int of at least 1; got {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossSpec:
     """The options of the loss that are not tensors; checked on construction.
@@ -69,6 +80,7 @@ class LossSpec:
         objective: a name from OBJECTIVES.
         include_self: whether an anchor ranks itself among its candidates.
         reduction: over anchors, a name from REDUCTIONS.
+        num_anchors: how many anchors to draw at random for an unbiased estimate; None takes all.
         method: how a fast backend sums kernels, a name from METHODS.
         backend: who computes, a name from BACKENDS.
 
@@ -84,6 +96,7 @@ class LossSpec:
     objective: str = "mse"
     include_self: bool = False
     reduction: str = "mean"
+    num_anchors: int | None = None
     method: str = "auto"
     backend: str = "auto"
 
@@ -98,6 +111,13 @@ class LossSpec:
         check_name("objective", self.objective, OBJECTIVES)
         check_flag("include_self", self.include_self)
         check_name("reduction", self.reduction, REDUCTIONS)
+        if self.num_anchors is not None:
+            check_count("num_anchors", self.num_anchors)
+            if self.scale == "batch":
+                raise ValueError(
+                    'num_anchors: expected None with scale="batch", whose mean is over all '
+                    f"anchors; got {self.num_anchors}"
+                )
         check_name("method", self.method, METHODS)
         check_name("backend", self.backend, BACKENDS)
 

@@ -184,8 +184,8 @@ def _backward_by_anchor(
 
 
 def _divided(metric: Metric, mean: Tensor) -> Metric:
-    """The metric over a mean distance (as it is where that is 0)."""
-    return lambda a, b: distances.safe_ratio(distances.pairwise(a, b, metric), mean)
+    """The metric over a mean distance."""
+    return lambda a, b: distances.over_mean(distances.pairwise(a, b, metric), mean)
 
 
 def _batch_mean(

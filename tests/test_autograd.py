@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 from torch.library import opcheck
 
 import pcoherence
-from pcoherence import ops
+from pcoherence import backends, ops
 from pcoherence.spec import METHODS, METRICS, OBJECTIVES, SCALES
 from pcoherence.testing import make_case, relative_error
 
@@ -275,3 +276,39 @@ def test_repeated_runs_are_identical() -> None:
     )
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+# --- other derivatives --------------------------------------------------------------------------
+
+
+def by_choice(student: Tensor, teacher: Tensor) -> Tensor:
+    """The loss by backend "auto"."""
+    return pcoherence.perception_coherence_loss(student, teacher)
+
+
+def test_function_transforms_use_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators know only the backward pass: "auto" steps aside, a name is refused."""
+    student, teacher = torch.randn(7, 3).double(), torch.randn(7, 4).double()
+    direction = torch.randn_like(student)
+    leaf = student.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf, teacher), leaf)
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(RuntimeWarning, match=r"torch\.func transforms need the reference"):
+        found = torch.func.grad(by_choice)(student, teacher)
+    torch.testing.assert_close(found, expected)
+    _, tangent = torch.func.jvp(lambda x: by_choice(x, teacher), (student,), (direction,))
+    torch.testing.assert_close(tangent, (expected * direction).sum())
+    with pytest.raises(ValueError, match=r"^backend: 'cpu' cannot serve .*torch\.func"):
+        torch.func.grad(loss)(student, teacher)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(student, direction)
+        with pytest.raises(ValueError, match=r"^backend: 'cpu' cannot serve .*forward-mode"):
+            loss(dual, teacher)
+
+
+def test_vmap_is_right() -> None:
+    students, teacher = torch.randn(3, 7, 3).double(), torch.randn(7, 4).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = torch.func.vmap(by_choice, (0, None))(students, teacher)
+    torch.testing.assert_close(found, torch.stack([loss(x, teacher) for x in students]))

@@ -39,3 +39,17 @@ def test_inductor_equals_eager(
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-14)
     assert any(tmp_path.iterdir()), "inductor compiled nothing"
+
+
+def test_a_temperature_that_changes() -> None:
+    """Annealing it neither breaks the graph nor leaves the first value in it."""
+    student, teacher = torch.randn(9, 3), torch.randn(9, 4)
+    compiled = torch.compile(
+        lambda x, temperature: pcoherence.perception_coherence_loss(
+            x, teacher, temperature=temperature
+        ),
+        fullgraph=True,
+    )
+    for temperature in (0.5, 0.2, 0.05):
+        expected = pcoherence.perception_coherence_loss(student, teacher, temperature=temperature)
+        torch.testing.assert_close(compiled(student, temperature), expected)

@@ -37,14 +37,15 @@ def test_option_names() -> None:
 def test_every_signature_has_the_options_and_defaults_of_the_spec() -> None:
     """Four places spell the options out for their readers; they may not drift apart."""
     expected = {field.name: field.default for field in dataclasses.fields(spec.LossSpec)}
-    tensors = {"student", "teacher", *LossInputs._fields}
+    tensors = {"student", "teacher", "generator", *LossInputs._fields}
+    extras = {"gather", "process_group", "bank"}  # of the module alone
     for function in (
         perception_coherence_loss,
         reference.perception_coherence_loss,
         PerceptionCoherenceLoss.__init__,
     ):
         parameters = inspect.signature(function).parameters.values()
-        found = {p.name: p.default for p in parameters if p.name not in tensors | {"self"}}
+        found = {p.name: p.default for p in parameters if p.name not in tensors | extras | {"self"}}
         assert found == expected
     ranks = [inspect.signature(f).parameters.values() for f in (soft_rank, reference.soft_rank)]
     assert [(p.name, p.default) for p in ranks[0]] == [(p.name, p.default) for p in ranks[1]]

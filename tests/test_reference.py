@@ -13,7 +13,13 @@ from scipy.stats import rankdata
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from pcoherence import distances, objectives, reference, soft_ranks
+from pcoherence import (
+    distances,
+    objectives,
+    perception_coherence_loss,
+    reference,
+    soft_ranks,
+)
 from pcoherence.spec import METRICS, OBJECTIVES, SCALES
 from pcoherence.testing import (
     CASES,
@@ -277,3 +283,19 @@ def test_anchor_by_anchor_equals_the_whole(scale: str, rectangular: bool) -> Non
     assert relative_error(found, loss) < 1e-13
     for ours, expected in zip(found_gradients, gradients, strict=False):
         assert relative_error(ours, expected) < 1e-12
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_negative_mean_does_not_turn_the_order_around(scale: str, backend: str) -> None:
+    """Minus an inner product is a dissimilarity too; equal networks agree perfectly."""
+    points = make_case("gaussian", 12, 3, seed=5)
+    loss = perception_coherence_loss(
+        points,
+        points,
+        metric=lambda a, b: -(a @ b.T) - 1.0,
+        scale=scale,
+        temperature=1e-4,
+        backend=backend,
+    )
+    assert loss.item() < 1e-3

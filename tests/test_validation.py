@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,3 +117,30 @@ def test_soft_rank_message_names_the_argument(
 ) -> None:
     with pytest.raises(error, match=rf"^{argument}: expected .*; got "):
         soft_rank(**({"values": torch.randn(5, 3)} | arguments))
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    assert torch.equal(
+        perception_coherence_loss(X, X, temperature=np.float32(0.5)),
+        perception_coherence_loss(X, X, temperature=0.5),
+    )
+
+
+def test_a_tensor_is_no_temperature() -> None:
+    with pytest.raises(TypeError, match=r"^temperature: .*take its \.item\(\)"):
+        perception_coherence_loss(X, X, temperature=torch.tensor(0.1))
+
+
+def test_sparse_features() -> None:
+    with pytest.raises(TypeError, match=r"^student: expected a dense tensor; got layout"):
+        perception_coherence_loss(X.to_sparse(), X)
+
+
+def test_complex_distances() -> None:
+    with pytest.raises(TypeError, match=r"^metric: expected floating point distances"):
+        perception_coherence_loss(X, X, metric=lambda a, b: torch.cdist(a, b).to(torch.complex64))
+
+
+def test_a_mixed_dtype_says_how_to_convert() -> None:
+    with pytest.raises(TypeError, match=r"convert it: teacher\.to\(student\.dtype\)"):
+        perception_coherence_loss(X, X.double())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 
 import torch
 
-from .base import Backend, Missing
+from .base import Backend
 from .cpu import CpuBackend
+from .cuda import CudaBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
@@ -19,14 +21,17 @@ REGISTRY: dict[str, Backend] = {
         ReferenceBackend(),
         CpuBackend(),
         TritonBackend(),
-        Missing("cuda", "not part of this version of pcoherence"),
+        CudaBackend(),
     )
 }
 
 FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 """By device type, what "auto" tries in turn before the reference."""
 
-BUILD_HINT = "build the extension with `pip install .` in a checkout; see `python -m pcoherence`"
+BUILD_HINT = (
+    "build the extension with `pip install --no-build-isolation .` in a checkout, and start Python "
+    "elsewhere, since the checkout itself would be imported; see `python -m pcoherence`"
+)
 
 _warned: set[str] = set()
 """Reasons that have been given."""
@@ -87,5 +92,16 @@ def _warn_once(reason: str) -> None:
         f"pcoherence: using the slow reference, memory n^3 ({reason}). "
         'backend="reference" asks for it without this warning.',
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=_callers_level(),
     )
+
+
+def _callers_level() -> int:
+    """The stacklevel that makes a warning of `_warn_once` point at the user's own line."""
+    level, frame = 1, inspect.currentframe()
+    frame = frame.f_back if frame is not None else None  # that of _warn_once
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(
+        ("pcoherence.", "torch.nn.modules.")
+    ):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from .. import distances, objectives, reference, soft_ranks
@@ -45,7 +46,8 @@ class OperatorBackend:
     def supports(self, spec: LossSpec, inputs: LossInputs) -> str | None:
         """Names that the kernels know, on tensors that they can take; any metric will do."""
         return (
-            self.refuses(inputs.student)
+            _transformed(inputs.student)
+            or self.refuses(inputs.student)
             or self._unknown("scale", spec.scale)
             or self._unknown("objective", spec.objective)
             or self._unknown("method", spec.method)
@@ -53,7 +55,7 @@ class OperatorBackend:
 
     def supports_soft_rank(self, values: Tensor, method: str) -> str | None:
         """Methods that the kernels know, on tensors that they can take."""
-        return self.refuses(values) or self._unknown("method", method)
+        return _transformed(values) or self.refuses(values) or self._unknown("method", method)
 
     def _unknown(self, option: str, name: str) -> str | None:
         """A name that has not been ported yet."""
@@ -86,6 +88,19 @@ class OperatorBackend:
         rows = values.reshape(-1, n).contiguous()
         ranks: Tensor = self.operators().soft_rank(rows, weights, temperature, method)
         return ranks.reshape(values.shape)
+
+
+def _transformed(tensor: Tensor) -> str | None:
+    """Derivatives other than the usual backward pass, which the operators do not have."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.maybe_get_level(tensor) != -1:
+        return "torch.func transforms need the reference"
+    if forward_ad._current_level < 0:
+        return None
+    if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        return "forward-mode derivatives need the reference"
+    return None
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -145,9 +160,9 @@ def _loss_by_blocks(ops: Operators, spec: LossSpec, inputs: LossInputs) -> Tenso
         student = _student_distances(spec, inputs, start, stop)
         teacher = _teacher_distances(spec, inputs, start, stop)
         if student_mean is not None:
-            student = distances.safe_ratio(student, student_mean)
+            student = distances.over_mean(student, student_mean)
         if teacher_mean is not None:
-            teacher = distances.safe_ratio(teacher, teacher_mean)
+            teacher = distances.over_mean(teacher, teacher_mean)
         student, teacher = student.contiguous(), teacher.contiguous()
         index = None if inputs.self_index is None else inputs.self_index[start:stop].contiguous()
         weights = _contiguous(inputs.candidate_weights), index

@@ -1,0 +1,69 @@
+"""Anchors drawn at random: an unbiased estimate for batches too large for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import objectives
+from .inputs import LossInputs
+from .spec import LossSpec
+
+
+def estimate(
+    spec: LossSpec,
+    inputs: LossInputs,
+    generator: torch.Generator | None,
+    evaluate: Callable[[LossSpec, LossInputs], Tensor],
+) -> Tensor:
+    """The loss by `evaluate`, over all anchors or over those drawn."""
+    part = sample(spec, inputs, generator)
+    if part is None:
+        return evaluate(spec, inputs)
+    loss = evaluate(part.spec, part.inputs)
+    if spec.reduction != "none":
+        return loss
+    return loss.new_zeros(inputs.student.shape[0]).index_put((part.drawn,), loss)
+
+
+class Sample(NamedTuple):
+    """A smaller call whose "sum" has the whole call's loss as its expectation."""
+
+    spec: LossSpec
+    inputs: LossInputs
+    drawn: Tensor  # int64 [k], indices of the anchors
+
+
+def sample(spec: LossSpec, inputs: LossInputs, generator: torch.Generator | None) -> Sample | None:
+    """Draw `spec.num_anchors` of the m anchors without replacement, or None to take all.
+
+    Each anchor is drawn with probability k / m, so sum_{i drawn} (m / k) c_i L_i estimates
+    sum_i c_i L_i without bias. All candidates stay.
+    """
+    m, k = inputs.student.shape[0], spec.num_anchors
+    if k is None or k >= m:
+        return None
+    student = inputs.student
+    where = student.device if generator is None else generator.device
+    index = torch.randperm(m, generator=generator, device=where)[:k].to(student.device)
+    weights = objectives.coefficients(inputs.anchor_weights, student, spec.reduction)
+    square = inputs.student_candidates is None
+    return Sample(
+        dataclasses.replace(
+            spec, num_anchors=None, reduction="none" if spec.reduction == "none" else "sum"
+        ),
+        LossInputs(
+            student[index],
+            student if square else inputs.student_candidates,
+            inputs.teacher[index],
+            inputs.teacher if square else inputs.teacher_candidates,
+            weights[index] * (m / k),
+            inputs.candidate_weights,
+            None if inputs.self_index is None else inputs.self_index[index],
+        ),
+        index,
+    )

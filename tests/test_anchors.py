@@ -1,0 +1,72 @@
+"""num_anchors: an unbiased estimate, of loss and gradient, by anchors drawn at random."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pcoherence import PerceptionCoherenceLoss, perception_coherence_loss, reference
+from pcoherence.testing import make_case, relative_error
+
+M = 6
+STUDENT, TEACHER = make_case("gaussian", M, 3, seed=1), make_case("gaussian", M, 4, seed=2)
+
+
+def value_and_grad(**options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = STUDENT.clone().requires_grad_()
+    loss = perception_coherence_loss(leaf, TEACHER, **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_mean_over_all_draws_is_the_whole_loss(
+    reduction: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over every cyclic shift of one order, each anchor is drawn equally often."""
+    weights = torch.arange(M).double() if weighted else None
+    options: dict[str, Any] = {"reduction": reduction, "anchor_weights": weights}
+    found = []
+    for shift in range(M):
+        order = torch.arange(M).roll(shift)
+        monkeypatch.setattr(torch, "randperm", lambda *a, order=order, **k: order)
+        found.append(value_and_grad(num_anchors=4, **options))
+    loss, gradient = (torch.stack(part).mean(0) for part in zip(*found, strict=True))
+    expected_loss, expected_gradient = value_and_grad(**options)
+    assert relative_error(loss, expected_loss) < 1e-12
+    assert relative_error(gradient, expected_gradient) < 1e-10
+
+
+def test_a_generator_repeats_the_draw_everywhere() -> None:
+    options = {"num_anchors": 3, "reduction": "none"}
+    found = [
+        function(STUDENT, TEACHER, generator=torch.Generator().manual_seed(7), **options)
+        for function in (perception_coherence_loss, reference.perception_coherence_loss)
+    ]
+    found.append(
+        PerceptionCoherenceLoss(**options)(
+            STUDENT, TEACHER, generator=torch.Generator().manual_seed(7)
+        )
+    )
+    assert all(loss.count_nonzero() == 3 for loss in found)
+    torch.testing.assert_close(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_more_than_there_are_takes_all() -> None:
+    assert torch.equal(value_and_grad(num_anchors=M)[0], value_and_grad()[0])
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError)]
+)
+def test_bad_numbers(value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"^num_anchors: expected an int of at least 1; got"):
+        PerceptionCoherenceLoss(num_anchors=value)
+
+
+def test_not_with_the_mean_over_all_anchors() -> None:
+    with pytest.raises(ValueError, match=r'^num_anchors: expected None with scale="batch"'):
+        PerceptionCoherenceLoss(num_anchors=2, scale="batch")

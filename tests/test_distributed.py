@@ -1,0 +1,141 @@
+"""gather=True: several processes together compute what one process does on the whole batch."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import pcoherence
+from pcoherence import CandidateBank, PerceptionCoherenceLoss
+from pcoherence.testing import make_case
+
+SHARDS = {2: [(0, 5), (5, 12)], 3: [(0, 6), (6, 6), (6, 12)]}
+"""Uneven, and one of them empty."""
+CASES = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "weights": {"objective": "cross_entropy"},
+    "bank": {},
+    "callable": {"metric": lambda a, b: torch.cdist(a, b, p=1.0)},
+}
+
+
+def whole() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    images = make_case("gaussian", 12, 6, seed=0)
+    weights = torch.tensor([1.0, 2, 0, 1, 1, 3, 1, 0, 1, 1, 2, 1]).double()
+    return images, make_case("gaussian", 12, 4, seed=1), weights
+
+
+def model() -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(6, 3).double()
+
+
+def train(name: str, rows: slice, gather: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean loss over processes, and the parameters after two steps."""
+    images, teacher, weights = (tensor[rows] for tensor in whole())
+    network: torch.nn.Module = model()
+    parallel = torch.nn.parallel.DistributedDataParallel(network) if gather else network
+    bank = CandidateBank(20) if name == "bank" else None
+    criterion = PerceptionCoherenceLoss(gather=gather, bank=bank, **CASES[name])
+    given = {"anchor_weights": weights, "candidate_weights": weights} if name == "weights" else {}
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.5)
+    for _ in range(2):
+        loss = criterion(parallel(images), teacher, **given)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    value = loss.detach().clone()
+    if gather:
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value, torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def rows_alone(rank: int, size: int) -> None:
+    """reduction "none": a_i L_i of the own rows."""
+    images, teacher, _ = whole()
+    own = slice(*SHARDS[size][rank])
+    found = PerceptionCoherenceLoss(gather=True, reduction="none")(images[own], teacher[own])
+    expected = pcoherence.perception_coherence_loss(images, teacher, reduction="none")[own]
+    torch.testing.assert_close(found, expected)
+
+
+def failures(rank: int) -> None:
+    """Errors reach every process, and the next call works."""
+    images, teacher, _ = whole()
+    criterion = PerceptionCoherenceLoss(gather=True)
+    wrong = images[:, :3] if rank == 1 else images
+    with pytest.raises(RuntimeError, match=r"^gather: expected the same student width on every"):
+        criterion(wrong, teacher)
+    broken = images[:4] if rank == 1 else images
+    expected = (ValueError, r"^teacher: expected as many rows") if rank == 1 else (
+        RuntimeError, r"^gather: process 1 refused its arguments"
+    )  # fmt: skip
+    with pytest.raises(expected[0], match=expected[1]):
+        criterion(broken, teacher)
+    with pytest.raises(ValueError, match=r"^student_candidates: expected None with gather=True"):
+        criterion(images, teacher, student_candidates=images, teacher_candidates=teacher)
+    assert criterion(images, teacher).isfinite()
+
+
+def work(rank: int, size: int, store: str) -> None:
+    """What one process does."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    own = slice(*SHARDS[size][rank])
+    for name in CASES:
+        for found, expected in zip(
+            train(name, own, gather=True), train(name, slice(None), gather=False), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12, msg=name)
+    rows_alone(rank, size)
+    failures(rank)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_equal_one_process(size: int, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(size), str(tmp_path / "store")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    outputs = [process.communicate(timeout=180)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+
+
+def test_without_a_process_group() -> None:
+    with pytest.raises(RuntimeError, match=r"^process_group: expected an initialised one"):
+        PerceptionCoherenceLoss(gather=True)(*whole()[:2])
+
+
+def test_options_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r'^gather: expected False with scale="batch"'):
+        PerceptionCoherenceLoss(gather=True, scale="batch")
+    with pytest.raises(ValueError, match=r"^process_group: expected None without gather=True"):
+        PerceptionCoherenceLoss(process_group=object())  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
