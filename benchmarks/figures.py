@@ -176,10 +176,10 @@ def growth(repeats: int) -> Figure:
     return at_most("growth of time from n 1,024 to 8,192: exponent", slope, 2.2)
 
 
-def memory() -> Figure:
+def memory(n: int) -> Figure:
     """Peak above inputs and gradient."""
-    peak = measure.step_peak_memory(16384, 128) / 2**20
-    return at_most("n 16,384, d 128: peak memory above inputs", peak, 256, " MiB")
+    peak = measure.step_peak_memory(n, 128) / 2**20
+    return at_most(f"n {n:,}, d 128: peak memory above inputs", peak, 256, " MiB")
 
 
 def repeatable() -> Figure:
@@ -207,7 +207,8 @@ def figures(quick: bool) -> Iterator[Figure]:
     yield against_products(4096, 512, 1.5, repeats)
     yield against_products(4096, 128, 2.0, repeats)
     yield growth(repeats)
-    yield memory()
+    yield memory(4096)
+    yield memory(16384)
     yield repeatable()
     for dtype in (torch.float32, torch.float64):
         yield from accuracy(dtype, SIZES[:4] if quick else SIZES)

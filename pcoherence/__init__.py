@@ -5,14 +5,17 @@ from . import reference
 from .backends import available_backends
 from .bank import CandidateBank
 from .loss import PerceptionCoherenceLoss, perception_coherence_loss, soft_rank
+from .metrics import Coherence, coherence
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CandidateBank",
+    "Coherence",
     "PerceptionCoherenceLoss",
     "__version__",
     "available_backends",
+    "coherence",
     "perception_coherence_loss",
     "reference",
     "soft_rank",

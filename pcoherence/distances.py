@@ -32,7 +32,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     Equals 1 - cos for nonzero vectors, and exactly 0 for identical ones. A zero vector is left
     at 0 and gets no gradient.
     """
-    return 0.5 * sqeuclidean(_unit(a), _unit(b))
+    return 0.5 * sqeuclidean(directions(a), directions(b))
 
 
 def cityblock(a: Tensor, b: Tensor) -> Tensor:
@@ -40,7 +40,8 @@ def cityblock(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, None, :] - b[None, :, :]).abs().sum(-1)
 
 
-def _unit(points: Tensor) -> Tensor:
+def directions(points: Tensor) -> Tensor:
+    """X / |x| of every row [n, d]; a zero row stays 0."""
     # Divide by the largest entry first (a constant: it cancels) so that no square over- or
     # underflows.
     largest = points.detach().abs().amax(-1, keepdim=True) if points.shape[-1] else None

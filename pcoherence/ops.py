@@ -295,3 +295,17 @@ class Operators:
 
 
 native = Operators("pcoherence")
+native.library.define(  # type: ignore[no-untyped-call]
+    "rank_agreement(Tensor student_distances, Tensor teacher_distances, Tensor? self_index, "
+    "int nearest) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+rank_agreement = torch.ops.pcoherence.rank_agreement.default
+"""Of rows [m, n] without gradient: [m, 3] float64, see `pcoherence.metrics`."""
+
+
+def _rank_agreement_fake(student_distances: Tensor, *others: Any) -> Tensor:
+    return student_distances.new_empty((student_distances.shape[0], 3), dtype=torch.float64)
+
+
+torch.library.register_fake(rank_agreement, _rank_agreement_fake, lib=native.library)

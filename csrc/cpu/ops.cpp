@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../soft_ranks.h"
+#include "agreement.h"
 #include "pipeline.h"
 
 namespace pcoherence {
@@ -371,6 +372,35 @@ Tensor coherence_rows_from_distances(Tensor student_distances, Tensor teacher_di
   return losses;
 }
 
+// ---------------------------------------------------------------- agreement of ranks
+
+Tensor rank_agreement_rows(Tensor student_distances, Tensor teacher_distances, OptionalTensor self_index,
+                           std::int64_t nearest) {
+  const DistanceInputs inputs{student_distances, teacher_distances, std::nullopt, self_index};
+  inputs.check_shapes(LossSpec{}, std::nullopt);
+  check(nearest >= 1, "nearest: expected at least 1, got ", nearest);
+  const std::int64_t m = inputs.m(), n = inputs.n();
+  const Tensor out = new_tensor({m, 3}, ScalarType::Double);
+  dispatch(inputs.type(), "student_distances", [&](auto zero) {
+    using T = decltype(zero);
+    const T *a = data<T>(student_distances), *b = data<T>(teacher_distances);
+    const auto* self = data<std::int64_t>(self_index);
+    auto* result = mutable_data<double>(out);
+    TorchRuntime<T> runtime;
+    runtime.parallel_for(m, 1, [&](std::int64_t begin, std::int64_t end, int) {
+      AgreementScratch scratch;
+      for (std::int64_t i = begin; i < end; ++i) {
+        const Agreement found = rank_agreement(a + i * n, b + i * n, n, self ? self[i] : -1, nearest, scratch);
+        result[3 * i] = found.kendall;
+        result[3 * i + 1] = found.spearman;
+        result[3 * i + 2] = found.overlap;
+      }
+    });
+    return 0;
+  });
+  return out;
+}
+
 // ---------------------------------------------------------------- soft ranks
 
 // upstream: absent for the ranks themselves.
@@ -420,6 +450,7 @@ STABLE_TORCH_LIBRARY_IMPL(pcoherence, CPU, m) {
   m.impl("coherence_rows", TORCH_BOX(&pcoherence::coherence_rows));
   m.impl("coherence_sum_from_distances", TORCH_BOX(&pcoherence::coherence_sum_from_distances));
   m.impl("coherence_rows_from_distances", TORCH_BOX(&pcoherence::coherence_rows_from_distances));
+  m.impl("rank_agreement", TORCH_BOX(&pcoherence::rank_agreement_rows));
   m.impl("soft_rank", TORCH_BOX(&pcoherence::soft_rank));
   m.impl("soft_rank_backward", TORCH_BOX(&pcoherence::soft_rank_backward));
 }
