@@ -9,7 +9,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
 SOURCES := setup.py pyproject.toml $(CXX_FILES)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format figures clean
+.PHONY: help install demo test lint format figures bench bench-quick clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,21 @@ format: $(VENV)/installed  ## rewrite the files as the linters want them
 
 figures: $(VENV)/installed  ## the measured numbers of the README: accuracy, speed, memory (about 10 minutes)
 	$(BIN)/python -m benchmarks.figures --readme
+
+# Other people's packages, for comparison only: where one does not install, its rows say so.
+# torchsort builds its CUDA part wherever nvcc is found, and fails with a torch that has no CUDA.
+$(VENV)/peers: $(VENV)/installed
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check pykeops
+	-PATH="$(CURDIR)/$(BIN):/usr/bin:/bin" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --no-build-isolation --no-deps torchsort
+	touch $@
+
+bench: $(VENV)/peers  ## how it compares with others, a table and pictures: benchmarks/results/ (about 11 minutes)
+	$(BIN)/python -m benchmarks run
+	$(BIN)/python -m benchmarks page
+
+bench-quick: $(VENV)/installed  ## a small part of it, the table alone (under 2 minutes)
+	$(BIN)/python -m benchmarks run --quick --output .benchmarks/quick.json
 
 clean:  ## remove everything that the targets made
 	rm -rf $(VENV) build dist *.egg-info pcoherence/*.so demo-output

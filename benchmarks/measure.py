@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -19,18 +20,50 @@ import pcoherence
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], object]], repeats: int
+    contestants: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    budget: float = math.inf,
+    at_least: int = 1,
+    warm: bool = True,
+    device: str = "cpu",
 ) -> dict[str, list[float]]:
-    """Seconds of each call, the contestants taking turns: a slow spell hits all of them alike."""
-    for call in contestants.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeats):
-        for name, call in contestants.items():
-            start = time.perf_counter()
+    """Seconds of each call, the contestants taking turns: a slow spell hits all of them alike.
+
+    Args:
+        contestants: calls by name.
+        repeats: of each, at most.
+        budget: seconds after which no other round begins, once there were `at_least`.
+        at_least: rounds.
+        warm: call each once beforehand.
+        device: type of the device on which they compute.
+    """
+    if warm:
+        for call in contestants.values():
             call()
-            seconds[name].append(time.perf_counter() - start)
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    begin = time.perf_counter()
+    for done in range(repeats):
+        if done >= at_least and time.perf_counter() - begin > budget:
+            break
+        for name, call in contestants.items():
+            seconds[name].append(seconds_of(call, device))
     return seconds
+
+
+def seconds_of(call: Callable[[], object], device: str = "cpu") -> float:
+    """One call: by the clock, or on a GPU between two events of its stream."""
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    torch.cuda.synchronize()
+    first, last = (torch.Event(device, enable_timing=True) for _ in range(2))
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) * 1e-3
 
 
 def median_ratio(over: list[float], under: list[float]) -> float:
@@ -51,18 +84,46 @@ def loss_step(n: int, d: int, **options: Any) -> Callable[[], None]:
     return step
 
 
+PRODUCT_ROWS = 4096
+"""Rows that the yardstick multiplies at a time: all of them up to here, 1 GiB at n 65,536."""
+
+
+def products(
+    n: int, d: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The yardsticks of forward, X X^T and Y Y^T, and of forward and backward: V X and V^T X too.
+
+    Into memory allocated beforehand; above PRODUCT_ROWS in blocks of as many rows.
+    """
+    rows = min(n, PRODUCT_ROWS)
+    x, y = (torch.randn(n, d, device=device).to(dtype) for _ in range(2))
+    v = torch.randn(rows, n, device=device).to(dtype)
+    square, tall = v.new_empty(rows, n), v.new_empty(n, d)
+
+    def distances() -> None:
+        for begin in range(0, n, rows):
+            part = slice(begin, min(begin + rows, n))
+            block = square[: part.stop - begin]
+            torch.mm(x[part], x.T, out=block)
+            torch.mm(y[part], y.T, out=block)
+
+    def all_four() -> None:
+        distances()
+        for begin in range(0, n, rows):
+            part = slice(begin, min(begin + rows, n))
+            block = v[: part.stop - begin]
+            torch.mm(block, x, out=tall[part])
+        for begin in range(0, n, rows):
+            part = slice(begin, min(begin + rows, n))
+            block = v[: part.stop - begin]
+            torch.addmm(tall, block.T, x[part], beta=float(begin > 0), out=tall)
+
+    return distances, all_four
+
+
 def four_products(n: int, d: int) -> Callable[[], None]:
     """The yardstick: X X^T, Y Y^T, V X and V^T X in float32, into memory allocated beforehand."""
-    x, y, v = torch.randn(n, d), torch.randn(n, d), torch.randn(n, n)
-    square, tall = torch.empty(n, n), torch.empty(n, d)
-
-    def multiply() -> None:
-        torch.mm(x, x.T, out=square)
-        torch.mm(y, y.T, out=square)
-        torch.mm(v, x, out=tall)
-        torch.mm(v.T, x, out=tall)
-
-    return multiply
+    return products(n, d)[1]
 
 
 def resident_bytes() -> int:
@@ -104,6 +165,18 @@ def step_peak_memory(n: int, d: int) -> int:
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     )
     return int(result.stdout.split()[-1])
+
+
+def device_peak_memory(call: Callable[[], object], device: str) -> int:
+    """Bytes above those in use before the call: resident, or on a GPU allocated by torch."""
+    if device == "cpu":
+        return peak_memory(call)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def environment() -> dict[str, str]:
