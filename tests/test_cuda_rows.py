@@ -1,0 +1,354 @@
+"""The CUDA kernels without a GPU: their source, compiled for the host, on emulated thread blocks.
+
+Every emulated thread is a fiber that runs from barrier to barrier; in which order they take turns
+is permuted by a seed, so that a missing barrier, or a sum that depends on who comes first, shows
+as bits that depend on the seed. The operators' glue and the Python pipeline are those of the GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pcoherence
+from pcoherence import backends, ops, perception_coherence_loss
+from pcoherence.backends import cuda
+from pcoherence.spec import METHODS, OBJECTIVES
+from pcoherence.testing import CASES, make_case, relative_error, tolerances
+
+ROOT = Path(__file__).parent.parent
+Found = tuple[Tensor, Tensor]
+Emulate = Callable[..., None]
+
+
+class Emulated(cuda.CudaBackend):
+    """The backend on CPU tensors."""
+
+    made = None
+
+    def available(self) -> None:
+        return None
+
+    def operators(self) -> ops.Operators:
+        assert self.made is not None
+        return self.made
+
+    def refuses(self, tensor: Tensor) -> None:
+        return None
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels with the emulation in place of the launcher, loaded into torch."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++ to compile the kernels with")
+    folder = tmp_path_factory.mktemp("emulation")
+    root = Path(torch.__file__).parent
+    flags = ["-std=c++20", "-O1", "-g0", "-fPIC", "-Werror=switch", "-DPCOH_EMULATE"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{root / 'include'}"]
+    sources = ["csrc/tables.cpp", "csrc/cuda/ops.cpp", "csrc/cuda/emulate.cpp"]
+    objects = [str(folder / f"{Path(source).stem}.o") for source in sources]
+    jobs = [
+        subprocess.Popen([compiler, *flags, "-c", source, "-o", target], cwd=ROOT)
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    assert [job.wait() for job in jobs] == [0] * len(jobs)
+    path = folder / "emulation.so"
+    libraries = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run([compiler, "-shared", "-o", path, *objects, *libraries], check=True)
+    torch.ops.load_library(str(path))
+    Emulated.made = ops.Operators("pcoherence_emulated")
+    cuda.implement(Emulated.made, "CPU")
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture
+def emulate(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulate]:
+    """Sets the threads of a block, its bytes of shared memory (0: as on a GPU), and the seed."""
+    monkeypatch.setitem(backends.REGISTRY, "cuda", Emulated())
+
+    def configure(threads: int = 0, shared: int = 0, seed: int = 0) -> None:
+        library.pcoherence_emulate(threads, ctypes.c_long(shared), seed, 0)
+
+    configure()
+    yield configure
+    configure()
+
+
+def from_distances(
+    student: Tensor, teacher: Tensor, backend: str = "cuda", **options: Any
+) -> Found:
+    """Loss and gradient w.r.t. distances [m, n], given as features whose metric is themselves."""
+    n = student.shape[1]
+    leaf = student.detach().clone().requires_grad_()
+    nothing = torch.zeros(n, n, dtype=student.dtype)
+    loss = perception_coherence_loss(
+        leaf,
+        teacher,
+        student_candidates=nothing,
+        teacher_candidates=nothing,
+        metric=lambda a, b: a,
+        backend=backend,
+        **options,
+    )
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+def from_features(student: Tensor, teacher: Tensor, backend: str = "cuda", **options: Any) -> Found:
+    leaf = student.detach().clone().requires_grad_()
+    loss = perception_coherence_loss(leaf, teacher, backend=backend, **options)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+def in_double(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in options.items()
+    }
+
+
+def check(
+    evaluate: Callable[..., Found],
+    student: Tensor,
+    teacher: Tensor,
+    methods: tuple[str, ...] = METHODS,
+    **options: Any,
+) -> None:
+    """Every method against the float64 reference, within what the project promises."""
+    truth = evaluate(student.double(), teacher.double(), "reference", **in_double(options))
+    # Losses and gradients of a few points may vanish: they are differences of ranks in (0, 1).
+    floors = 0.1, 1e-3 if student.shape[0] > 33 else 0.1
+    brute = evaluate(student, teacher, "reference", **options)
+
+    def errors(found: Found) -> tuple[float, float]:
+        loss, gradient = map(relative_error, found, truth, floors)
+        return loss, gradient
+
+    allowed = tolerances(student.dtype, errors(brute))
+    for method in methods:
+        found = errors(evaluate(student, teacher, method=method, **options))
+        assert found[0] <= allowed[0], f"{method}: loss errs by {found[0]:.1e} > {allowed[0]:.1e}"
+        assert found[1] <= allowed[1], f"{method}: gradient {found[1]:.1e} > {allowed[1]:.1e}"
+
+
+def rows(n: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Distances of two anchors [2, n]: some of the teacher's tie."""
+    generator = torch.Generator().manual_seed(n + seed)
+    student = torch.rand(2, n, generator=generator, dtype=torch.float64)
+    teacher = torch.rand(2, n, generator=generator, dtype=torch.float64)
+    teacher[1] = (teacher[1] * 8).round() / 8
+    return student.to(dtype), teacher.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("teacher_temperature", [None, 0.2])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_rows(
+    objective: str, teacher_temperature: float | None, dtype: torch.dtype, emulate: Emulate
+) -> None:
+    emulate(threads=64, seed=1)
+    for n, scale in ((2, "anchor"), (3, "none"), (17, "anchor"), (33, "none"), (130, "anchor")):
+        if n == 130 and dtype == torch.float64:
+            continue  # test_long_rows has some
+        check(
+            from_distances,
+            *rows(n, dtype),
+            objective=objective,
+            scale=scale,
+            teacher_temperature=teacher_temperature,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [513, 1030])
+def test_long_rows(n: int, dtype: torch.dtype, emulate: Emulate) -> None:
+    emulate(threads=128, seed=2)
+    for objective in ("mse", "cross_entropy"):
+        check(from_distances, *rows(n, dtype), objective=objective, temperature=0.02)
+
+
+# 1e-4: hundreds of bins or none at all; 10: a single bin.
+@pytest.mark.parametrize("temperature", [1e-4, 1e-3, 1e-2, 1.0, 10.0])
+def test_temperatures(temperature: float, emulate: Emulate) -> None:
+    emulate(threads=96, seed=3)
+    for objective, n in (("mse", 200), ("cross_entropy", 130)):
+        check(
+            from_distances,
+            *rows(n, torch.float32),
+            objective=objective,
+            temperature=temperature,
+        )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_weights(objective: str, emulate: Emulate) -> None:
+    emulate(threads=64, seed=4)
+    student, teacher = rows(70, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(70, generator=generator) < 0.6
+    for weights in (kept * 1.0, kept * torch.rand(70, generator=generator)):
+        check(
+            from_distances,
+            student,
+            teacher,
+            objective=objective,
+            candidate_weights=weights,
+            self_index=torch.tensor([3, -1]),
+        )
+
+
+@pytest.mark.parametrize("case", ["equal", "outlier", "duplicates", "crowded"])
+def test_hostile_rows(case: str, emulate: Emulate) -> None:
+    emulate(threads=64, seed=5)
+    student, teacher = rows(130, torch.float32)
+    if case == "equal":
+        student[0], teacher[0] = 0.7, 0.3
+    elif case == "outlier":
+        student[:, 7], teacher[:, 9] = 1e4, 1e4
+    elif case == "duplicates":
+        student[:, 65:], teacher[:, 65:] = student[:, :65], teacher[:, :65]
+    else:
+        teacher = teacher.pow(40)
+    for objective in ("mse", "spearman", "cross_entropy"):
+        check(from_distances, student, teacher, objective=objective)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_stays_in_its_row(bad: float, emulate: Emulate) -> None:
+    emulate(threads=64)
+    student, teacher = rows(40, torch.float32)
+    student[0, 5] = bad
+    for method in METHODS:
+        loss, gradient = from_distances(student, teacher, method=method)
+        assert loss.isnan()
+        assert gradient[0].isnan().all()
+        assert gradient[1].isfinite().all()
+    weights = torch.zeros(40)
+    loss, gradient = from_distances(*rows(40, torch.float32), candidate_weights=weights)
+    assert loss == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_results_repeat_bit_for_bit(method: str, dtype: torch.dtype, emulate: Emulate) -> None:
+    student, teacher = rows(300, dtype)
+    weights = torch.rand(300, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    for objective, weighted in (("mse", None), ("spearman", weights), ("cross_entropy", None)):
+        options = {"objective": objective, "method": method, "candidate_weights": weighted}
+        options["temperature"] = 0.01  # 67 bins
+        emulate(threads=128)
+        expected = from_distances(student, teacher, **options)
+        # Turns in another order; and all rows, buckets and bins in global memory.
+        for seed, shared in ((1, 0), (2, 0), (0, 4096 + 256), (3, 4096 + 3000)):
+            emulate(threads=128, seed=seed, shared=shared)
+            found = from_distances(student, teacher, **options)
+            assert all(map(torch.equal, found, expected)), (objective, seed, shared)
+
+
+def test_grid_with_too_many_bins_raises(emulate: Emulate) -> None:
+    emulate(threads=64)
+    student, teacher = rows(17, torch.float64)
+    with pytest.raises(RuntimeError, match=r"^method: 'grid' would need too many bins"):
+        from_distances(student, teacher, temperature=1e-9, method="grid")
+    assert from_distances(student, teacher, temperature=1e-9)[0].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_soft_rank(method: str, dtype: torch.dtype, emulate: Emulate) -> None:
+    emulate(threads=64, seed=6)
+    for n in (1, 2, 33, 130):
+        values = rows(n, dtype)[0].requires_grad_()
+        for weights in (None, torch.rand(n, dtype=dtype), torch.rand(2, n, dtype=dtype)):
+            upstream = torch.randn(2, n, dtype=dtype)
+            found, truth = (
+                pcoherence.soft_rank(v, 0.05, weights=w, backend=b, method=m)
+                for v, w, b, m in (
+                    (values, weights, "cuda", method),
+                    (values.double(), None if weights is None else weights.double(),
+                     "reference", "auto"),
+                )
+            )  # fmt: skip
+            assert relative_error(found, truth) <= tolerances(dtype, (0.0, 0.0))[0]
+            (ours,) = torch.autograd.grad(found, values, upstream)
+            (theirs,) = torch.autograd.grad(truth, values, upstream.double())
+            assert relative_error(ours, theirs, 1.0) <= tolerances(dtype, (0.0, 0.0))[1]
+
+
+@pytest.mark.parametrize("by_products", [False, True])
+@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean", "cosine"])
+def test_features(
+    metric: str, by_products: bool, emulate: Emulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(threads=64, seed=7)
+    if by_products:
+        monkeypatch.setattr(cuda, "SMALL_CANDIDATES", 0)
+    for case, scale in zip(CASES, itertools.cycle(("anchor", "batch", "none")), strict=False):
+        if (case, metric) == ("lattice", "cosine"):
+            continue  # directions are on no lattice: in float32 and float64 other distances tie
+        student = make_case(case, 37, 5, dtype=torch.float32)
+        teacher = make_case(case, 37, 40, dtype=torch.float32, seed=1)
+        temperature = 0.1 if scale != "none" else 1.0
+        check(
+            from_features,
+            student,
+            teacher,
+            methods=("auto",),
+            metric=metric,
+            scale=scale,
+            temperature=temperature,
+        )
+
+
+@pytest.mark.parametrize("by_products", [False, True])
+def test_candidates(by_products: bool, emulate: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(threads=64, seed=8)
+    if by_products:
+        monkeypatch.setattr(cuda, "SMALL_CANDIDATES", 0)
+    x, c = make_case("gaussian", 9, 4), make_case("gaussian", 35, 4, seed=1)
+    c[5] = c[4]
+    c[:4] = x[:4] + 1e-9  # near pairs
+    for metric in ("euclidean", "cosine"):
+        found, truth = [], []
+        for backend, to in (("cuda", found), ("reference", truth)):
+            leaves = x.clone().requires_grad_(), c.clone().requires_grad_()
+            loss = perception_coherence_loss(
+                leaves[0],
+                x.flip(1),
+                student_candidates=leaves[1],
+                teacher_candidates=c.flip(1),
+                self_index=None,
+                metric=metric,
+                backend=backend,
+            )
+            to += [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        for ours, theirs in zip(found, truth, strict=True):
+            assert relative_error(ours, theirs) <= 1e-9
+
+
+def test_small_batches_take_two_launches(emulate: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate()
+    x, y = make_case("gaussian", 20, 4), make_case("gaussian", 20, 6, seed=1)
+    called = []
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            called.append(name)
+            return getattr(kernels, name)
+
+    kernels = torch.ops.pcoherence_cuda
+    from_features(x, y)
+    monkeypatch.setattr(torch.ops, "pcoherence_cuda", Recorder())
+    from_features(x, y)
+    assert called == ["small_rows", "small_gradient"]
