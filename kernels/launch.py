@@ -90,7 +90,7 @@ class _Sums:
     def ranks(
         self,
         out: Tensor,
-        normalise: bool,
+        finish: str,
         total: str = "none",
         totals: Tensor | None = None,
         teacher: Tensor | None = None,
@@ -104,7 +104,7 @@ class _Sums:
             self._series,
         )
         totals = self._stats if totals is None else totals
-        options = {"HARD": self._hard, "TOTAL": total, "NORMALISE": normalise}
+        options = {"HARD": self._hard, "TOTAL": total, "FINISH": finish}
         if self._by_pairs:
             soft_ranks.pair_ranks[self._pair_grid](
                 values,
@@ -332,12 +332,13 @@ class TritonRowKernels:
         crosses = entropies = student_stats
         if cross_entropy:
             crosses, entropies = student_stats.new_empty(2, count, sums.total_columns)
+        finish = "sum" if cross_entropy else "mean"
         total = "entropy" if cross_entropy else "none"
-        sums.ranks(teacher_ranks, True, total, entropies)
+        sums.ranks(teacher_ranks, finish, total, entropies)
         ranks = torch.empty_like(student)
         sums = _Sums(ours, student_stats, method, False, spare)
         total = "cross" if cross_entropy else "none"
-        sums.ranks(ranks, True, total, crosses, teacher_ranks)
+        sums.ranks(ranks, finish, total, crosses, teacher_ranks)
 
         losses = student_stats.new_empty(count)
         grid = (cdiv(count, t.row_rows),)
@@ -423,7 +424,7 @@ class TritonRowKernels:
             stats = _row_stats(rows, "none", units)
             sums = _Sums(rows, stats, resolve_method(method, n), False, None)
             if upstream is None:
-                sums.ranks(out[part], False)
+                sums.ranks(out[part], "rank")
             else:
                 sums.pullback(upstream[part], out[part], False)
         return out

@@ -57,8 +57,8 @@ def residual_slope(x, OBJECTIVE: tl.constexpr, DELTA: tl.constexpr, RESOLUTION: 
 
 @triton.jit
 def objective(
-    ranks,  # T [rows, n] in: F^S; out, with GRADIENT: d loss / d F (cross_entropy: g / W at once)
-    teacher,  # T [rows, n] F^T
+    ranks,  # T [rows, n] in: F^S (cross_entropy: R^S); out, with GRADIENT: d loss / d F (g / W)
+    teacher,  # T [rows, n] F^T (cross_entropy: R^T)
     weights,  # T [n]
     own,
     student_stats,
@@ -133,7 +133,7 @@ def objective(
             x = tl.load(ranks + at, mask=live & (k < n), other=0.0)
             x -= tl.load(teacher + at, mask=live & (k < n), other=0.0)
             if OBJECTIVE == "cross_entropy":
-                u = 2.0 * x
+                u = 2.0 * x * per_weight
             else:
                 loss += tl.sum((w * residual_value(x, OBJECTIVE, DELTA)).to(tl.float64), 1)
                 u = residual_slope(x, OBJECTIVE, DELTA, RESOLUTION)

@@ -147,13 +147,15 @@ def decay(a, b, m, HARD: tl.constexpr):
 
 
 @triton.jit
-def finished_ranks(total, stats, r, rows, NORMALISE: tl.constexpr):
-    """R float64 [BR, BK] -> F = R / W; otherwise soft_rank's 1/2 + R, NaN where not finite."""
-    if NORMALISE:
+def finished_ranks(total, stats, r, rows, FINISH: tl.constexpr):
+    """R float64 [BR, BK] -> "sum": R; "mean": F = R / W; "rank": 1/2 + R, NaN where not finite."""
+    if FINISH == "mean":
         return total / load_stat(stats, WEIGHT, r, rows)[:, None]
-    else:
+    elif FINISH == "rank":
         state = load_stat(stats, STATE, r, rows)[:, None]
         return 0.5 + tl.where(state == 1.0, total, state)
+    else:
+        return total
 
 
 @triton.jit
@@ -177,7 +179,7 @@ def pair_ranks(
     weight_stride,
     own,
     stats,
-    teacher,  # T [rows, n] F^T, read with TOTAL "cross"
+    teacher,  # T [rows, n] R^T, read with TOTAL "cross"
     series,  # T [2, M], see tables.py
     out,  # T [rows, n]
     totals,  # float64 [rows, tiles]: one number for each program
@@ -186,7 +188,7 @@ def pair_ranks(
     tiles,
     HARD: tl.constexpr,
     TOTAL: tl.constexpr,
-    NORMALISE: tl.constexpr,
+    FINISH: tl.constexpr,
     DEGREE: tl.constexpr,
     M: tl.constexpr,
     BR: tl.constexpr,
@@ -195,10 +197,11 @@ def pair_ranks(
 ):
     """Ranks of BJ candidates; grid [rows / BR, tiles = n / BJ].
 
-    TOTAL "cross": sum_j w_j [ sum_k w_k softplus(s_j - s_k) - s_j W (2 F^T_j - 1) ], the cross
+    TOTAL "cross": sum_j w_j [ sum_k w_k softplus(s_j - s_k) - s_j (2 R^T_j - W) ], the cross
     entropy of the teacher's comparisons times W^2; "entropy": the same of the ranks themselves.
     With H_j the hard rank, sum_jk w_j w_k max(s_j - s_k, 0) = sum_j w_j s_j (2 H_j - W), so that
-    what cancels is subtracted as ranks, not as products with s.
+    what cancels is subtracted as ranks, not as products with s: counts, for hard ranks and equal
+    weights, which are exact.
     """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     live = (r < rows)[:, None]
@@ -224,7 +227,7 @@ def pair_ranks(
                 logs += tl.sum(w * log1p_series(z, series + M, DEGREE), 2)
                 step = tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0))
                 higher += tl.sum(w * step, 2)
-    ranks = finished_ranks(rank.to(tl.float64), stats, r, rows, NORMALISE)
+    ranks = finished_ranks(rank.to(tl.float64), stats, r, rows, FINISH)
     tl.store(out + r[:, None] * n + j, ranks.to(v.dtype), mask=live & (j < n))
     if TOTAL != "none":
         w_j = load_weights(weights, weight_stride, own, r, j, rows, n).to(tl.float64)
@@ -233,8 +236,8 @@ def pair_ranks(
         else:
             expected = rank.to(tl.float64)
             if TOTAL == "cross":
-                f = tl.load(teacher + r[:, None] * n + j, mask=live & (j < n), other=0.0)
-                expected = f.to(tl.float64) * load_stat(stats, WEIGHT, r, rows)[:, None]
+                expected = tl.load(teacher + r[:, None] * n + j, mask=live & (j < n), other=0.0)
+                expected = expected.to(tl.float64)
             difference = higher.to(tl.float64) - expected
             each = logs.to(tl.float64) + 2.0 * s_j.to(tl.float64) * difference
         total = tl.sum(w_j * each, 1)
@@ -288,7 +291,7 @@ def scan_ranks(
     weight_stride,
     own,
     stats,
-    teacher,  # T [rows, n] F^T, not sorted; read with TOTAL "cross"
+    teacher,  # T [rows, n] R^T, not sorted; read with TOTAL "cross"
     series,  # T [2, M], see tables.py
     partial,  # T [rows, n], sorted: from the walk up to the walk down
     out,  # T [rows, n], not sorted; written by the walk down
@@ -298,7 +301,7 @@ def scan_ranks(
     DOWN: tl.constexpr,
     HARD: tl.constexpr,
     TOTAL: tl.constexpr,
-    NORMALISE: tl.constexpr,
+    FINISH: tl.constexpr,
     M: tl.constexpr,
     BR: tl.constexpr,
     C: tl.constexpr,
@@ -337,7 +340,7 @@ def scan_ranks(
         if DOWN:
             up = tl.load(partial + r[:, None] * n + q, mask=live & inside, other=0.0)
             rank = up.to(tl.float64) - carried.to(tl.float64)
-            ranks = finished_ranks(rank, stats, r, rows, NORMALISE)
+            ranks = finished_ranks(rank, stats, r, rows, FINISH)
             tl.store(out + r[:, None] * n + k, ranks.to(T), mask=live & inside)
             if TOTAL == "entropy" and not HARD:
                 total -= tl.sum(2.0 * w.to(tl.float64) * s.to(tl.float64) * rank, 1)
@@ -358,9 +361,9 @@ def scan_ranks(
                     higher = count[:, None] + tl.sum(w[:, None, :] * before, 2).to(tl.float64)
                     higher += 0.5 * w.to(tl.float64)
                     if TOTAL == "cross":
-                        f = tl.load(teacher + r[:, None] * n + k, mask=live & inside, other=0.0)
-                        f = f.to(tl.float64)
-                        higher -= f * load_stat(stats, WEIGHT, r, rows)[:, None]
+                        at = r[:, None] * n + k
+                        expected = tl.load(teacher + at, mask=live & inside, other=0.0)
+                        higher -= expected.to(tl.float64)
                     each += 2.0 * s.to(tl.float64) * higher
                 total += tl.sum(w.to(tl.float64) * each, 1)
         last = tl.min(s, 1) if DOWN else tl.max(s, 1)
