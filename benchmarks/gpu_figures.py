@@ -35,7 +35,7 @@ def milliseconds(*calls: Callable[[], object], repeats: int = REPEATS) -> list[l
     for _ in range(repeats):
         for call, found in zip(calls, times, strict=True):
             torch.cuda.synchronize()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             call()
             end.record()
@@ -89,7 +89,7 @@ def against_products(backend: str, n: int, d: int, bar: float) -> dict[str, Any]
 def small_latency(backend: str) -> dict[str, Any]:
     """A step at n = 256 replayed from a CUDA graph."""
     call = step(backend, 256, 128)
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -111,7 +111,7 @@ def against_compiled_reference(backend: str, n: int, bar: float) -> dict[str, An
 
     def reference() -> None:
         student.grad = None
-        compiled(student, teacher).backward()
+        compiled(student, teacher).backward()  # type: ignore[no-untyped-call]
 
     name = f"{backend}: n {n:,}, d 128, faster than torch.compile of the reference"
     try:

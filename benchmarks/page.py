@@ -43,6 +43,9 @@ PICTURES = {
     "trade-off": "Error of the gradient against time",
 }
 
+WORDS = ("case", "contestant", "compared with", "then", "what it is")
+"""Columns that hold no numbers."""
+
 FIT_FROM = 1024
 """Exponents are fitted from this n on, where overheads of a call no longer count..."""
 FIT_POINTS = 3
@@ -109,8 +112,8 @@ def _where(row: Row) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown; all columns but the first to the right."""
-    rule = ["---"] + ["---:"] * (len(columns) - 1)
+    """Markdown; numbers to the right, words to the left."""
+    rule = ["---" if column in WORDS else "---:" for column in columns]
     return ["| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -57,7 +58,7 @@ def _curves(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[s
 
 
 def _spread(wanted: Sequence[float], least: float) -> list[float]:
-    """Positions in the same order, `least` apart, as near to the wanted ones as that allows."""
+    """Positions in [0, 1], in the same order, `least` apart, near the wanted ones if possible."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed = sorted(wanted)
     for _ in range(200):
@@ -67,6 +68,7 @@ def _spread(wanted: Sequence[float], least: float) -> list[float]:
                 shift = (least - gap) / 2
                 placed[lower] -= shift
                 placed[lower + 1] += shift
+        placed = [min(max(position, 0.0), 1.0) for position in placed]
     result = [0.0] * len(wanted)
     for i, position in zip(order, placed, strict=True):
         result[i] = position
@@ -124,6 +126,7 @@ def _name_curves(
     axes: Axes, ends: list[tuple[int, float]], names: list[str], rows: Sequence[Row]
 ) -> None:
     """Names beside the right edge, joined to the curves' ends; why a curve stops, with it."""
+    axes.autoscale_view()
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = [float(to_axes.transform(end)[1]) for end in ends]
     for name, end, height in zip(names, ends, _spread(heights, APART), strict=True):
@@ -148,7 +151,7 @@ def _why_it_stops(name: str, rows: Sequence[Row]) -> str:
     if not failures:
         return ""
     first = min(failures, key=lambda row: row.n)
-    return f"\n{first.status} at n {first.n:,}"
+    return f" ({first.status} at {first.n:,})"
 
 
 def _finish(axes: Axes, title: str, unit: str, path: Path) -> None:
@@ -157,7 +160,6 @@ def _finish(axes: Axes, title: str, unit: str, path: Path) -> None:
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    plt.tight_layout()
     plt.savefig(path, dpi=130, bbox_inches="tight")
     plt.close()
 
@@ -168,9 +170,14 @@ def _trade_off(rows: Sequence[Row], path: Path) -> None:
     if not fixed:
         return
     n = fixed[0].n
-    peers = [row for row in rows if row.family == "sizes" and row.n == n and row.dtype == "float32"]
-    taken = {(row.contestant, row.dtype) for row in fixed}
-    points = fixed + [row for row in peers if (row.contestant, row.dtype) not in taken]
+    names = {row.contestant for row in fixed}
+    # "auto" is one of the methods that are there already.
+    points = fixed + [
+        row
+        for row in rows
+        if row.family == "sizes" and row.n == n and row.contestant not in names
+        if not row.contestant.endswith(" auto")
+    ]
     points = [row for row in points if row.step and row.gradient_error and row.status == OK]
     if not points:
         return
@@ -191,31 +198,30 @@ def _trade_off(rows: Sequence[Row], path: Path) -> None:
             markersize=9,
             linestyle="none",
         )
-    axes.margins(0.08, 0.1)
-    _name_points(axes, points, places)
+    for row, place in zip(points, places, strict=True):
+        axes.annotate(
+            LABELS.get(row.contestant, row.contestant),
+            xy=place,
+            xytext=(5, 6),
+            textcoords="offset points",
+            color=STYLES.get(row.contestant, OTHER)[0],
+            fontsize=9,
+            rotation=35,
+        )
+    for dtype in dict.fromkeys(row.dtype for row in points):
+        style: dict[str, Any] = {
+            "marker": "o",
+            "color": "#333333",
+            "linestyle": "none",
+            "markersize": 9,
+        }
+        axes.plot([], [], fillstyle=DTYPES.get(dtype, "full"), label=dtype, **style)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.margins(0.08, 0.15)  # names stand above their points
     axes.set_xlabel("forward + backward, ms")
     axes.xaxis.set_major_formatter(FuncFormatter(_number))
     title = f"What accuracy costs (n {n:,}, d {points[0].d}); lower and further left is better"
     _finish(axes, title, "relative error of the gradient", path)
-
-
-def _name_points(axes: Axes, points: Sequence[Row], places: list[tuple[float, float]]) -> None:
-    """Names in a column at the right, in the order of the points' heights."""
-    to_axes = axes.transData + axes.transAxes.inverted()
-    heights = [float(to_axes.transform(place)[1]) for place in places]
-    for row, place, height in zip(points, places, _spread(heights, APART), strict=True):
-        colour, _ = STYLES.get(row.contestant, OTHER)
-        axes.annotate(
-            f"{LABELS.get(row.contestant, row.contestant)}, {row.dtype}",
-            xy=place,
-            xytext=(1.03, height),
-            textcoords=axes.transAxes,
-            color=colour,
-            fontsize=9,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.4},
-        )
 
 
 def write(rows: Sequence[Row], folder: Path, prefix: str) -> list[str]:
