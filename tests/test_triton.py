@@ -218,6 +218,16 @@ def test_temperatures(temperature: float, method: str) -> None:
     check(leaves, constants, method, temperature=temperature, objective=objective)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_cross_entropy_of_agreement_does_not_cancel(method: str) -> None:
+    """Positions near 1 / temperature would leave 1e-5 of a product with rounded ranks."""
+    points = make_case("duplicates", 33, 24, dtype=torch.float32)
+    options = {"objective": "cross_entropy", "metric": "cosine", "temperature": 1e-3}
+    loss, _ = evaluate([points], {"teacher": points}, method=method, **options)
+    truth, _ = expected([points], {"teacher": points}, **options)
+    assert relative_error(loss, truth, 0.1) <= 5e-6
+
+
 @pytest.mark.parametrize(("method", "scale"), covering(METHODS, SCALES))
 def test_any_upstream_gradient(method: str, scale: str) -> None:
     leaves, constants = problem(17, torch.float64, rectangular=True, weighted=True)
