@@ -9,7 +9,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
 SOURCES := setup.py pyproject.toml $(CXX_FILES)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format figures bench bench-quick clean
+.PHONY: help install demo test lint format figures bench bench-quick gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,7 +32,7 @@ demo: $(VENV)/installed  ## train a teacher and a small student on real images; 
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/installed  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
@@ -62,6 +62,11 @@ bench: $(VENV)/peers  ## how it compares with others, a table and pictures: benc
 
 bench-quick: $(VENV)/installed  ## a small part of it, the table alone (under 2 minutes)
 	$(BIN)/python -m benchmarks run --quick --output .benchmarks/quick.json
+
+# On a GPU machine, with its own python3, torch, triton and nvcc; nothing is installed.
+GPU_OUTPUT ?= benchmarks/results/gpu
+gpu-check:  ## build, test, sanitise and measure on this machine's GPU (about 8 minutes)
+	$(PYTHON) -m benchmarks.gpu_check --output $(GPU_OUTPUT)
 
 clean:  ## remove everything that the targets made
 	rm -rf $(VENV) build dist *.egg-info pcoherence/*.so demo-output

@@ -16,6 +16,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products that rep
 
 import pcoherence
 
+# Several test processes share the cores; tests/test_threads.py sees to more than one thread.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+    torch.set_num_threads(1)
+
 WITHOUT_EXTENSION = os.environ.get("PCOHERENCE_NO_EXTENSION") == "1"
 
 

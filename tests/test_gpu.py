@@ -1,0 +1,375 @@
+"""The GPU backends on a GPU: options, dtypes, odd sizes, streams, graphs, repeatability.
+
+Skipped where there is no GPU: there the same kernels are tested in Triton's interpreter
+(test_triton.py) and with emulated thread blocks (test_cuda_rows.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import pcoherence
+from pcoherence.spec import METRICS, OBJECTIVES, SCALES
+from pcoherence.testing import (
+    CASES,
+    make_case,
+    reference_value_and_grad,
+    relative_error,
+    tolerances,
+)
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+BACKENDS = [name for name in ("cuda", "triton") if pcoherence.available_backends()[name] is None]
+SIZES = (2, 3, 17, 33, 130, 513, 1031)
+LOSS_FLOOR, GRADIENT_FLOOR = 0.1, 0.1
+"""What losses of a few points and gradients that vanish are held to; see relative_error.
+
+Terms of the gradient are of the size 1 / temperature, 0.1 is a hundredth of that or less.
+"""
+
+
+def test_both_backends_are_there() -> None:
+    assert BACKENDS == ["cuda", "triton"], pcoherence.available_backends()
+
+
+def methods(backend: str) -> tuple[str, ...]:
+    return ("auto", "grid", "scan", "pairs") if backend == "cuda" else ("auto", "scan", "pairs")
+
+
+def evaluate(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Loss and gradient on the GPU, given tensors of the CPU."""
+    moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in options.items()}
+    leaf = student.detach().cuda().requires_grad_()
+    loss = pcoherence.perception_coherence_loss(leaf, teacher.cuda(), **moved)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach().cpu(), gradient.cpu()
+
+
+def check(
+    student: Tensor,
+    teacher: Tensor,
+    backend: str,
+    methods: Sequence[str] = ("auto",),
+    **options: Any,
+) -> None:
+    """Against the float64 truth, with twice what brute force in the same dtype errs by."""
+    truth = reference_value_and_grad(student, teacher, **options)[:2]
+    brute = reference_value_and_grad(student, teacher, dtype=student.dtype, **options)[:2]
+    rough = errors(brute, truth)
+    limits = tolerances(student.dtype, rough)
+    for method in methods:
+        found = errors(evaluate(student, teacher, backend=backend, method=method, **options), truth)
+        for what, error, limit in zip(("loss", "gradient"), found, limits, strict=True):
+            assert error <= limit, f"{method} {what}: {error:.2e} > {limit:.2e}"
+
+
+def errors(found: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[float, float]:
+    loss, gradient = (
+        relative_error(*pair)
+        for pair in zip(found, truth, (LOSS_FLOOR, GRADIENT_FLOOR), strict=True)
+    )
+    return loss, gradient
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_method_at_odd_sizes(backend: str, objective: str, n: int) -> None:
+    student = make_case("gaussian", n, 19, dtype=torch.float32, seed=n)
+    teacher = make_case("gaussian", n, 33, dtype=torch.float32, seed=n + 1)
+    anchors = torch.zeros(n)
+    anchors[:: max(1, n // 6)] = 1.0
+    for soft in (None, 0.2):
+        check(
+            student,
+            teacher,
+            backend,
+            methods(backend),
+            objective=objective,
+            teacher_temperature=soft,
+            anchor_weights=anchors,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_metrics_scales_and_weights(
+    backend: str, scale: str, metric: str, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    # A lattice ties; under cosine its directions round, in whatever order a backend divides.
+    case = "gaussian" if metric == "cosine" else "lattice"
+    student, teacher = make_case("gaussian", 37, 5, dtype=dtype), make_case(case, 37, 7, seed=1)
+    weights = torch.randint(3, (37,), generator=generator).to(dtype)
+    for n, options in (
+        (37, {"anchor_weights": weights, "candidate_weights": weights.flip(0)}),
+        (37, {"include_self": True}),
+    ):
+        check(
+            student[:n],
+            teacher[:n].to(dtype),
+            backend,
+            metric=metric,
+            scale=scale,
+            temperature=0.3 if scale != "none" else 1.0,
+            **options,
+        )
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-2, 0.1, 10.0])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hostile_points(backend: str, case: str, temperature: float) -> None:
+    for n in (130, 700):  # the small path of CUDA, and the large
+        student = make_case(case, n, 24, dtype=torch.float32, seed=1)
+        teacher = make_case("gaussian", n, 16, dtype=torch.float32, seed=2)
+        anchors = torch.zeros(n)
+        anchors[:: n // 5] = 1.0
+        check(student, teacher, backend, temperature=temperature, anchor_weights=anchors)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o != "l1"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend: str, objective: str, scale: str) -> None:
+    student = make_case("gaussian", 7, 3).cuda().requires_grad_()
+    teacher = make_case("gaussian", 7, 4, seed=1).cuda()
+    for method in methods(backend):
+        assert gradcheck(
+            lambda x, method=method: pcoherence.perception_coherence_loss(
+                x,
+                teacher,
+                objective=objective,
+                scale=scale,
+                method=method,
+                backend=backend,
+                temperature=0.3,
+                reduction="none",
+            ),
+            student,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rectangular_with_gradients_to_candidates(backend: str) -> None:
+    student, teacher = make_case("gaussian", 21, 5), make_case("gaussian", 21, 6, seed=1)
+    more = make_case("gaussian", 50, 5, seed=2), make_case("gaussian", 50, 6, seed=3)
+    index = torch.randint(-1, 50, (21,), generator=torch.Generator().manual_seed(0))
+    given = {"student_candidates": more[0], "teacher_candidates": more[1], "self_index": index}
+    _, expected, expected_candidates = reference_value_and_grad(student, teacher, **given)
+    leaves = [x.cuda().requires_grad_() for x in (student, more[0])]
+    loss = pcoherence.perception_coherence_loss(
+        leaves[0],
+        teacher.cuda(),
+        student_candidates=leaves[1],
+        teacher_candidates=more[1].cuda(),
+        self_index=index.cuda(),
+        backend=backend,
+    )
+    found = torch.autograd.grad(loss, leaves)
+    assert relative_error(found[0].cpu(), expected) < 1e-9
+    assert expected_candidates is not None
+    assert relative_error(found[1].cpu(), expected_candidates) < 1e-9
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_longer_than_shared_memory(backend: str) -> None:
+    """A few anchors against 70,000 candidates, compared with the CPU backend in float64."""
+    n, m = 70_001, 5
+    student = make_case("gaussian", n, 8, dtype=torch.float32)
+    teacher = make_case("gaussian", n, 9, dtype=torch.float32, seed=1)
+    for temperature in (0.1, 1e-4):
+        options = {"temperature": temperature, "self_index": torch.arange(m)}
+        found = evaluate(
+            student[:m],
+            teacher[:m],
+            student_candidates=student,
+            teacher_candidates=teacher,
+            backend=backend,
+            **options,
+        )
+        leaf = student[:m].double().requires_grad_()
+        loss = pcoherence.perception_coherence_loss(
+            leaf,
+            teacher[:m].double(),
+            student_candidates=student.double(),
+            teacher_candidates=teacher.double(),
+            backend="cpu",
+            **options,
+        )
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        assert relative_error(found[0], loss) < 5e-6
+        # At 1e-4 near ties decide; float32 distances cannot do better than this.
+        assert relative_error(found[1], gradient) < (2e-5 if temperature == 0.1 else 2e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_and_infinity_stay_with_their_anchor(backend: str) -> None:
+    for bad, n in itertools.product((float("nan"), float("inf")), (33, 700)):
+        student, teacher = make_case("gaussian", n, 3), make_case("gaussian", n, 3, seed=1)
+        student[4, 1] = bad
+        loss, _ = evaluate(student, teacher, backend=backend)
+        assert loss.isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_errs_at_most_twice_as_much_as_torch(
+    backend: str, dtype: torch.dtype
+) -> None:
+    student = make_case("gaussian", 300, 64, dtype=dtype)
+    teacher = make_case("gaussian", 300, 64, dtype=dtype, seed=1)
+    _, truth, _ = reference_value_and_grad(student, teacher)
+
+    def rounded(a: Tensor, b: Tensor) -> Tensor:
+        """Distances as torch gives them in half precision."""
+        return torch.cdist(a.float(), b.float()).to(dtype).float()
+
+    leaf = student.clone().requires_grad_()
+    torch_loss = pcoherence.perception_coherence_loss(leaf, teacher, metric=rounded, backend="cpu")
+    (theirs,) = torch.autograd.grad(torch_loss, leaf)
+    _, ours = evaluate(student, teacher, backend=backend)
+    assert ours.dtype == dtype
+    assert relative_error(ours, truth) <= 2 * relative_error(theirs, truth)
+
+
+def batch(n: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 48, device="cuda"), torch.randn(n, 64, device="cuda")
+
+
+def step(backend: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = student.detach().requires_grad_()
+    loss = pcoherence.perception_coherence_loss(leaf, teacher, backend=backend)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+@pytest.mark.parametrize("n", [100, 1500])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeated_runs_are_equal_bit_for_bit(backend: str, n: int) -> None:
+    points = batch(n)
+    first = step(backend, *points)
+    for _ in range(10):
+        assert all(map(torch.equal, first, step(backend, *points)))
+
+
+@pytest.mark.parametrize("n", [100, 1500])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_stream(backend: str, n: int) -> None:
+    """Work that is still under way on the stream is waited for, and only on that stream."""
+    student, teacher = batch(n)
+    expected = step(backend, student, teacher)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        busy = torch.randn(4096, 4096, device="cuda")
+        for _ in range(20):
+            busy = busy @ busy / 64
+        late = student + 0 * busy[0, 0].nan_to_num()
+        found = step(backend, late, teacher)
+    stream.synchronize()
+    assert all(map(torch.equal, expected, found))
+
+
+def captured(call: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of the call, after a warm-up on a side stream, and the tensors it writes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
+@pytest.mark.parametrize("n", [100, 1500])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cuda_graph(backend: str, n: int) -> None:
+    """Nothing synchronises, and a replay sees new inputs."""
+    student, teacher = batch(n)
+    graph, result = captured(lambda: step(backend, student, teacher))
+    for _ in range(2):
+        student.copy_(torch.randn_like(student))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, step(backend, student, teacher), result))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_equals_eager(backend: str) -> None:
+    student, teacher = batch(200)
+    compiled = torch.compile(
+        lambda x: pcoherence.perception_coherence_loss(x, teacher, backend=backend),
+        fullgraph=True,
+    )
+    leaf = student.clone().requires_grad_()
+    loss = compiled(leaf)
+    loss.backward()
+    expected = step(backend, student, teacher)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(leaf.grad, expected[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_and_grad_scaler(backend: str) -> None:
+    network = torch.nn.Linear(16, 8, device="cuda")
+    images, target = torch.randn(64, 16, device="cuda"), torch.randn(64, 12, device="cuda")
+    scaler = torch.amp.GradScaler("cuda")
+    criterion = pcoherence.PerceptionCoherenceLoss(backend=backend)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    with torch.autocast("cuda", torch.float16):
+        features = network(images)
+        loss = criterion(features, target.to(features.dtype))
+    assert loss.dtype == torch.float32
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(p.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_soft_rank(backend: str) -> None:
+    for n, temperature in itertools.product((2, 33, 1031, 40_001), (1e-3, 0.3, 30.0)):
+        values = torch.randn(3, n, generator=torch.Generator().manual_seed(n))
+        weights = torch.rand(n)
+        upstream = torch.randn(3, n)
+        found = []
+        for device, dtype, name in (
+            ("cpu", torch.float64, "cpu"),
+            ("cuda", torch.float32, backend),
+        ):
+            leaf = values.to(device, dtype).requires_grad_()
+            ranks = pcoherence.soft_rank(
+                leaf, temperature, weights=weights.to(device), backend=name
+            )
+            gradient = torch.autograd.grad(ranks, leaf, upstream.to(device, dtype))[0]
+            found.append((ranks.detach().cpu(), gradient.cpu()))
+        assert relative_error(found[1][0], found[0][0]) < 1e-5
+        # Rounding values / temperature costs epsilons of the largest quotient, about 5 / tau.
+        assert relative_error(found[1][1], found[0][1]) < 1e-5 + 2e-6 / temperature
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_for_the_sanitizer(backend: str) -> None:
+    """What `make gpu-check` runs under compute-sanitizer: every path once, odd and small."""
+    for n in (3, 33, 130, 600):
+        for method, objective in itertools.product(methods(backend), ("mse", "cross_entropy")):
+            student, teacher = torch.randn(n, 5), torch.randn(n, 6)
+            loss, gradient = evaluate(
+                student, teacher, method=method, objective=objective, backend=backend
+            )
+            assert loss.isfinite()
+            assert gradient.isfinite().all()
