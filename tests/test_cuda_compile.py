@@ -20,11 +20,14 @@ NVCC = shutil.which("nvcc")
 if NVCC is None:
     pytest.skip("there is no nvcc to compile with", allow_module_level=True)
 
-REGISTERS = {"row_kernel<float": 64, "row_kernel<double": 128, "stream_kernel<": 128}
-"""Of a thread: two blocks of 512 threads in 64 K registers, one of float64; streams of 256."""
+REGISTERS = {"row_kernel<float": 80, "row_kernel<double": 168, "stream_kernel<": 128}
+"""Of a thread: two blocks of 384 threads in 64 K registers, one of float64; streams of 256."""
 
-SPILLED = 32
-"""Bytes around the calls that float64 division and functions of their own make, not in loops."""
+SPILLED = 128
+"""Bytes, where a function that goes through a row once keeps its values across calls."""
+
+ELEMENT_LOOPS = ("::spread_in_registers<", "::spread_by_lanes<", "::convolve(")
+"""Functions of the grid, whose loops over elements are the kernel's time: nothing is spilled."""
 
 SHARED = 4096
 """Bytes of static shared memory: the scratch of reductions; the rest is asked for at launch."""
@@ -50,12 +53,14 @@ def test_kernels_keep_to_their_budget(tmp_path: Path) -> None:
         (budget,) = (most for kind, most in REGISTERS.items() if kind in name)
         (registers,) = map(int, re.findall(r"Used (\d+) registers", report))
         shared = [int(found) for found in re.findall(r"(\d+) bytes smem", report)]
-        spilled = [int(found) for found in re.findall(r"(\d+) bytes spill stores", report)]
         where = f"{name} for sm_{capability}"
         assert registers <= budget, where
         assert sum(shared) <= SHARED, where
-        assert spilled, where
-        assert max(spilled) <= SPILLED, where
+        uses = re.findall(r"properties for (.*)\n.*?(\d+) bytes spill stores", report)
+        assert uses, where
+        for function, spilled in uses:
+            most = 0 if any(loop in function for loop in ELEMENT_LOOPS) else SPILLED
+            assert int(spilled) <= most, f"{function} of {where}"
         seen.add((name, int(capability)))
     # Two of a row, six others, each in float32 and float64.
     assert len(seen) == 2 * 8 * len(CAPABILITIES)

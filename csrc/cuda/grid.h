@@ -37,7 +37,7 @@ class Grid {
   }
 
   // out[j] = sum_k w_k sigmoid(s_j - s_k)
-  PCOH_DEVICE void ranks(T* out) {
+  PCOH_APART void ranks(T* out) {
     sum_far_moments();
     convolve(tables_.sigmoid, moments_, field_);
     if (bins_ > reach) {
@@ -48,7 +48,7 @@ class Grid {
   }
 
   // sum_jk w_j w_k softplus(s_j - s_k): moments against coefficients, no gather. After ranks().
-  PCOH_DEVICE double softplus_total() {
+  PCOH_APART double softplus_total() {
     g_.sync();  // the field of the ranks has been read
     convolve(tables_.softplus, moments_, field_);
     double sum = 0;
@@ -63,7 +63,7 @@ class Grid {
   }
 
   // out[l] = r_l sum_k w_k slope(s_l - s_k) - w_l sum_j r_j slope(s_l - s_j); out may be r.
-  PCOH_DEVICE void pullback(const T* r, T* out) {
+  PCOH_APART void pullback(const T* r, T* out) {
     spread([r](int k) { return r[k]; }, residual_moments_);
     convolve(tables_.slope, moments_, field_);
     convolve(tables_.slope, residual_moments_, residual_field_);
@@ -100,7 +100,7 @@ class Grid {
   }
 
   template <class V>
-  PCOH_DEVICE void spread_in_registers(V value, T* out) {
+  PCOH_APART void spread_in_registers(V value, T* out) {
     constexpr int window = sizeof(T) == 4 ? 4 : 1;  // 32 registers of sums either way
     constexpr int sums = window * order;
     for (int start = 0; start < bins_; start += window) {
@@ -152,7 +152,7 @@ class Grid {
   // Lane (e, q) of a warp adds value(k) x_k^q of the warp's every e-th element to a cell of its own: cells[warp][bin]
   // [lane], so that neither lanes nor banks collide. As many bins at a time as fit into fast memory.
   template <class V>
-  PCOH_DEVICE void spread_by_lanes(V value, T* out) {
+  PCOH_APART void spread_by_lanes(V value, T* out) {
     constexpr int elements = kWarp / order;
     const int lanes = g_.threads();  // of all warps together
     const std::int64_t fitting = arena_.fast_left() / (lanes * std::int64_t(sizeof(T)));
@@ -191,7 +191,7 @@ class Grid {
   }
 
   // count_[b], first_[b]: sum over bins before b of the moments, and of the points' positions in bins
-  PCOH_DEVICE void sum_far_moments() {
+  PCOH_APART void sum_far_moments() {
     if (bins_ <= reach) return;
     running_sums(
         g_, bins_, [this](int b) { return double(moments_[b * order]); },
@@ -203,7 +203,7 @@ class Grid {
   }
 
   // field[b] = sum over bins b' within reach of table[b - b'] applied to moments[b']
-  PCOH_DEVICE void convolve(const T* table, const T* moments, T* field) {
+  PCOH_APART void convolve(const T* table, const T* moments, T* field) {
     for (int i = g_.thread(); i < bins_ * order; i += g_.threads()) {
       const int b = i / order, q = i % order;
       const int begin = b > reach ? b - reach : 0, end = min_of(b + reach + 1, bins_);

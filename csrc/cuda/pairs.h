@@ -26,14 +26,14 @@ class Pairs {
     g.sync();
   }
 
-  PCOH_DEVICE void ranks(T* out) {
+  PCOH_APART void ranks(T* out) {
     for (int j = g_.thread(); j < n_; j += g_.threads()) {
       const T s = s_[j];
       out[j] = sum([=, this](int k) { return w_[k] * sigmoid(s - s_[k]); });
     }
   }
 
-  PCOH_DEVICE double softplus_total() {
+  PCOH_APART double softplus_total() {
     double result = 0;
     for (int j = g_.thread(); j < n_; j += g_.threads()) {
       const T s = s_[j];
@@ -43,7 +43,7 @@ class Pairs {
   }
 
   // out may be r.
-  PCOH_DEVICE void pullback(const T* r, T* out) {
+  PCOH_APART void pullback(const T* r, T* out) {
     g_.sync();  // r may have been written by others
     for (int l = g_.thread(); l < n_; l += g_.threads()) {
       const T s = s_[l], own = r[l], w = w_[l];

@@ -7,9 +7,9 @@
 
 namespace pcoherence::cuda {
 
-inline constexpr int kMinThreads = 64, kMaxThreads = 512;
-// A block of 512 threads with 128 registers each fills the register file; two blocks with 64 each do, too. float32 is
-// compiled for two, so that one computes while the other waits at a barrier.
+// Two float32 blocks share a multiprocessor, so that one computes while the other waits at a barrier: 2 x 384 threads
+// leave each 80 registers of its 65,536, without which 512 threads spill. float64 needs twice as many, and runs alone.
+inline constexpr int kMinThreads = 64, kMaxThreads = 384;
 template <class T>
 inline constexpr int kBlocksPerMultiprocessor = sizeof(T) == 4 ? 2 : 1;
 

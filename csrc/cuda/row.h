@@ -164,36 +164,34 @@ PCOH_DEVICE Method choose(const Summation<T>& sums, double range, int n) {
   return n <= kFewPairs ? Method::pairs : Method::scan;
 }
 
+// One way to sum. Apart, so that what the caller holds does not take registers from the loops.
+template <class Sums, class T, class G, class F>
+PCOH_APART void run_sums(G& g, const Summation<T>& how, RowView<T> row, const Scaling& scale, Arena arena, F& f) {
+  // Positions in the units of these sums.
+  row.factor = static_cast<T>(scale.per_distance / Sums::unit);
+  row.top = static_cast<T>(scale.range / Sums::unit);
+  Sums sums(g, row, how.tables, arena);
+  f(sums, row);
+}
+
 // Calls f(sums, view) with the kernel sums of one row and the positions that they are about. False: too many bins.
 template <class T, class G, class F>
-PCOH_DEVICE bool with_sums(G& g, const Summation<T>& how, RowView<T> row, const Scaling& scale, Arena arena, F f) {
-  const auto place = [&](double unit) {
-    row.factor = static_cast<T>(scale.per_distance / unit);
-    row.top = static_cast<T>(scale.range / unit);
-  };
+PCOH_DEVICE bool with_sums(G& g, const Summation<T>& how, const RowView<T>& row, const Scaling& scale, Arena arena,
+                           F f) {
   switch (choose(how, scale.range, row.n)) {
-    case Method::grid: {
+    case Method::grid:
       if (scale.range / kBinWidth >= how.most_bins) {
         if (g.thread() == 0) *how.status = 1;
         return false;
       }
-      place(Grid<T, G>::unit);
-      Grid<T, G> grid(g, row, how.tables, arena);
-      f(grid, row);
+      run_sums<Grid<T, G>>(g, how, row, scale, arena, f);
       break;
-    }
-    case Method::scan: {
-      place(Scan<T, G>::unit);
-      Scan<T, G> scan(g, row, how.tables, arena);
-      f(scan, row);
+    case Method::scan:
+      run_sums<Scan<T, G>>(g, how, row, scale, arena, f);
       break;
-    }
-    case Method::pairs: {
-      place(Pairs<T, G>::unit);
-      Pairs<T, G> pairs(g, row, how.tables, arena);
-      f(pairs, row);
+    case Method::pairs:
+      run_sums<Pairs<T, G>>(g, how, row, scale, arena, f);
       break;
-    }
     case Method::automatic:
       PCOH_TRAP();  // choose() has chosen
   }

@@ -40,7 +40,7 @@ class Scan {
     g.sync();
   }
 
-  PCOH_DEVICE void ranks(T* out) {
+  PCOH_APART void ranks(T* out) {
     const auto w = [this](int k) { return double(row_.weight(k)); };
     sweep(w, tables_.sigmoid_series, false, -1.0, up_);
     running_sums(
@@ -49,7 +49,7 @@ class Scan {
   }
 
   // Every pair once, from its upper end: softplus(t) + softplus(-t) = t + 2 log(1 + exp(-t)); k = j counts once.
-  PCOH_DEVICE double softplus_total() {
+  PCOH_APART double softplus_total() {
     const auto w = [this](int k) { return double(row_.weight(k)); };
     sweep(w, tables_.softplus_series, false, 0.0, up_);
     double sum = 0;
@@ -65,7 +65,7 @@ class Scan {
   }
 
   // out may be r.
-  PCOH_DEVICE void pullback(const T* r, T* out) {
+  PCOH_APART void pullback(const T* r, T* out) {
     g_.sync();  // r may have been written by others
     sweep([this](int k) { return double(row_.weight(k)); }, tables_.sigmoid_series, true, 1.0, up_);
     sweep([r](int k) { return double(r[k]); }, tables_.sigmoid_series, true, 1.0, down_);
