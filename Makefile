@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The CPU build of this version is enough everywhere; another torch >= 2.11 works too.
 TORCH ?= torch==2.13.0
 
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 SOURCES := setup.py pyproject.toml $(CXX_FILES)
 
 .DEFAULT_GOAL := help

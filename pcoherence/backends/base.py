@@ -39,33 +39,3 @@ class Backend(Protocol):
     ) -> Tensor:
         """1/2 + sum_k w_k sigmoid((v_j - v_k) / temperature), shaped as values [..., n]."""
         ...
-
-
-class Missing:
-    """A backend whose name is known but which this version does not contain."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        self.name = name
-        self.reason = reason
-
-    def available(self) -> str | None:
-        """Never, and why."""
-        return self.reason
-
-    def supports(self, spec: LossSpec, inputs: LossInputs) -> str | None:
-        """Nothing."""
-        return self.reason
-
-    def supports_soft_rank(self, values: Tensor, method: str) -> str | None:
-        """Nothing."""
-        return self.reason
-
-    def loss(self, spec: LossSpec, inputs: LossInputs) -> Tensor:
-        """Raise."""
-        raise RuntimeError(f"backend {self.name}: {self.reason}")
-
-    def soft_rank(
-        self, values: Tensor, weights: Tensor | None, temperature: float, method: str
-    ) -> Tensor:
-        """Raise."""
-        raise RuntimeError(f"backend {self.name}: {self.reason}")
