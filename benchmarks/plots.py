@@ -216,7 +216,7 @@ def _trade_off(rows: Sequence[Row], path: Path) -> None:
             "markersize": 9,
         }
         axes.plot([], [], fillstyle=DTYPES.get(dtype, "full"), label=dtype, **style)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.1, 1.0))
     axes.margins(0.08, 0.15)  # names stand above their points
     axes.set_xlabel("forward + backward, ms")
     axes.xaxis.set_major_formatter(FuncFormatter(_number))
