@@ -31,6 +31,23 @@ PCOH_INLINE T softplus(T t) {
   return (t > 0 ? t : T(0)) + std::log1p(std::exp(-std::abs(t)));
 }
 
+// Above this range / temperature the positions saturate: neighbours that float32 can tell apart are already
+// hundreds of temperatures away from each other, and exp would overflow long before.
+inline constexpr double kMaxRange = 1e30;
+
+struct Scaling {
+  double per_distance;  // 1 / (mean * temperature)
+  double range;         // of the row, in temperatures
+};
+
+// Of a row of distances from low to high. A mean of 0 or less is no unit (see over_mean in pcoherence/distances.py).
+PCOH_INLINE Scaling scaling(double low, double high, double mean, double inverse_temperature) {
+  double c = inverse_temperature / (mean > 0 ? mean : 1);
+  const double spread = high - low;
+  if (!(c * spread <= kMaxRange)) c = kMaxRange / spread;
+  return {c, c * spread};
+}
+
 // Grid: bins of this width (in units of the temperature) hold polynomials of `order` terms in the local
 // coordinate x in [-1, 1]. The kernels are analytic for |Im t| < pi, so the interpolation error falls like
 // rho^-order with rho = pi/(width/2) + sqrt(1 + (pi/(width/2))^2) = 8.5 at width 1.5. Measured maximum error of

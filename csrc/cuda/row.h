@@ -131,23 +131,6 @@ PCOH_APART Stats<T> stats(G& g, const RowView<T>& row, T* copy) {
 
 // ---------------------------------------------------------------- soft ranks
 
-// Above this range / temperature the positions saturate: neighbours that float32 can tell apart are already
-// hundreds of temperatures away from each other, and exp would overflow long before.
-inline constexpr double kMaxRange = 1e30;
-
-struct Scaling {
-  double per_distance;  // 1 / (mean * temperature)
-  double range;         // of the row, in temperatures
-};
-
-template <class T>
-PCOH_DEVICE Scaling scaling(const Stats<T>& s, double mean, double inverse_temperature) {
-  double c = inverse_temperature / (mean > 0 ? mean : 1);
-  const double spread = double(s.high) - double(s.low);
-  if (!(c * spread <= kMaxRange)) c = kMaxRange / spread;
-  return {c, c * spread};
-}
-
 // Where "auto" leaves the grid: its convolution costs an element 29 * 3 * order operations a bin over n, about what
 // the scan's sort and recurrences cost at one bin for every 8 elements (64-bit: twice the order, slower arithmetic).
 template <class T>
@@ -297,7 +280,7 @@ PCOH_DEVICE Scaling scaling(Scale scale, const Stats<T>& s, const Units& units) 
   double mean = 1;
   if (scale == Scale::anchor) mean = s.mean();
   if (scale == Scale::batch) mean = *units.mean;
-  return scaling(s, mean, units.inverse_temperature ? *units.inverse_temperature : units.value);
+  return pcoherence::scaling(s.low, s.high, mean, units.inverse_temperature ? *units.inverse_temperature : units.value);
 }
 
 // pull [n] times `factor`, the gradient w.r.t. positions (in temperatures) -> what the pipeline stores.
@@ -432,7 +415,7 @@ PCOH_DEVICE void soft_rank_row(G& g, const SoftRankTask<T>& task, std::int64_t r
   if (s.weight == 0) return fill(g, out, task.upstream ? T(0) : T(0.5), n);
   if (!s.finite()) return fill(g, out, std::numeric_limits<T>::quiet_NaN(), n);
   row.low = s.low;
-  const Scaling scale = scaling(s, 1.0, 1 / task.temperature);
+  const Scaling scale = pcoherence::scaling(s.low, s.high, 1.0, 1 / task.temperature);
   T* result = arena.take<T>(n, task.sums.reserve);
   const bool done = with_sums(g, task.sums, row, scale, arena, [&](auto& sums, const RowView<T>&) {
     if (task.upstream == nullptr)
