@@ -123,7 +123,9 @@ def test_sum_without_its_gradient_flag_raises_in_backward() -> None:
         total.backward()
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"metric": quartic}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"metric": quartic}], ids=["mean", "none", "callable"]
+)
 def test_double_backward_raises(options: dict[str, Any]) -> None:
     student = make_case("gaussian", 5, 3).requires_grad_()
     value = loss(student, make_case("gaussian", 5, 3, seed=1), **options).square().sum()

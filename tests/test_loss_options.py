@@ -186,7 +186,9 @@ def quartic(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("rectangular", [False, True])
 @pytest.mark.parametrize(
-    "metrics", [(quartic, None), (quartic, "cosine"), ("cityblock", quartic)], ids=str
+    "metrics",
+    [(quartic, None), (quartic, "cosine"), ("cityblock", quartic)],
+    ids=["both", "student", "teacher"],
 )
 def test_callable_metric_by_blocks(
     cpu_backend: str,
