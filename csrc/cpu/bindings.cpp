@@ -63,16 +63,10 @@ template <class T>
 std::pair<Array<T>, double> hard_ranks(const Array<T>& values, const Array<T>& weights, const std::string& isa) {
   const PaddedRow<T> v(values, 0), w(weights, 0);
   if (v.size != w.size || v.size == 0) throw py::value_error("weights: expected as many as values, at least one");
-  T common = 0;
-  bool uniform = true;
-  for (std::int64_t k = 0; k < w.size; ++k) {
-    if (common == 0) common = w.data[k];
-    uniform = uniform && (w.data[k] == 0 || w.data[k] == common);
-  }
   Workspace ws;
   Buffer buffer;
   T* out = buffer.need<T>(padded(v.size));
-  const double ties = named(isa).of<T>().hard_ranks(v.data, {v.size, w.data, uniform}, out, ws);
+  const double ties = named(isa).of<T>().hard_ranks(v.data, candidate_weights<T>(w.data, w.size), out, ws);
   return {Array<T>(v.size, out), ties};
 }
 

@@ -194,39 +194,38 @@ void Features<T>::products(T* block, std::int64_t begin, std::int64_t rows, Runt
 // Half of the multiplications, in slabs of rows from the diagonal on. An eighth of the rows at a time wastes 1/16 on
 // the diagonal blocks; products of fewer than 64 rows are slow, and more than 512 gain nothing.
 constexpr std::int64_t kMinSlab = 64, kMaxSlab = 512;
+static_assert(kMinSlab % kSymmetricStrip == 0);
+// A matrix of more bytes than this is not found in the cache when its rows are read (last-level caches: 32 MiB and up
+// for all cores together; two such matrices are held).
+constexpr std::int64_t kCachedBytes = 16 << 20;
 
 template <class T>
 void Features<T>::symmetric_products(T* block, Runtime<T>& runtime) const {
   const std::int64_t n = input_.n, ld = padded(n), width = input_.width;
-  const std::int64_t slab = std::clamp(padded(n / 8), kMinSlab, kMaxSlab);
-  for (std::int64_t begin = 0; begin < n; begin += slab)
-    runtime.multiply_nt(block + begin * ld + begin, ld, anchors_ + begin * width, anchors_ + begin * width,
-                        std::min(slab, n - begin), n - begin, width);
-  symmetrize(block, n, false, runtime);
+  const std::int64_t rows = std::clamp(n / 8 / kSymmetricStrip * kSymmetricStrip, kMinSlab, kMaxSlab);
+  const bool beyond_cache = ld * ld * static_cast<std::int64_t>(sizeof(T)) > kCachedBytes;
+  for (std::int64_t begin = 0; begin < n; begin += rows) {
+    const std::int64_t end = std::min(n, begin + rows), first = begin / kSymmetricStrip;
+    // In square pieces, which stay in the cache until they are mirrored: 1 MiB of float32 at most.
+    for (std::int64_t column = begin; column < n; column += kMaxSlab)
+      runtime.multiply_nt(block + begin * ld + column, ld, anchors_ + begin * width, anchors_ + column * width,
+                          end - begin, std::min(kMaxSlab, n - column), width);
+    runtime.parallel_for((end - 1) / kSymmetricStrip + 1 - first, 1, [&](std::int64_t s, std::int64_t last, int) {
+      for (; s < last; ++s) kernels().of<T>().mirror(block, ld, ld, first + s, beyond_cache);
+    });
+  }
 }
 
 template <class T>
-void symmetrize(T* matrix, std::int64_t n, bool add, Runtime<T>& runtime) {
-  const std::int64_t size = padded(n), strips = (size + kSymmetricStrip - 1) / kSymmetricStrip;
-  // A strip is as long as what is right of it: the first and the last together make an even share.
-  runtime.parallel_for((strips + 1) / 2, 1, [&](std::int64_t begin, std::int64_t end, int) {
-    for (std::int64_t i = begin; i < end; ++i) {
-      kernels().of<T>().symmetrize(matrix, size, size, i, add);
-      if (strips - 1 - i != i) kernels().of<T>().symmetrize(matrix, size, size, strips - 1 - i, add);
-    }
-  });
-}
-template void symmetrize(float*, std::int64_t, bool, Runtime<float>&);
-template void symmetrize(double*, std::int64_t, bool, Runtime<double>&);
-
-template <class T>
-void Features<T>::distances(T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>* close) const {
+void Features<T>::distances(T* products, T* row, std::int64_t anchor, bool order_only,
+                            std::vector<std::int32_t>* close) const {
   if (close != nullptr) close->clear();
   if (!traits().products) {
     kernels().of<T>().cityblock_distances(row, anchors_ + anchor * input_.width, candidates_, input_.n, input_.width);
     return;
   }
   DistanceRow<T> task{};
+  task.products = products;
   task.row = row;
   task.n = input_.n;
   task.anchor_norm = anchor_norms_[anchor];

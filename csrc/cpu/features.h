@@ -11,10 +11,6 @@
 
 namespace pcoherence {
 
-// matrix [padded(n), padded(n)]: the lower triangle from the upper, or with `add` A + A^T from A.
-template <class T>
-void symmetrize(T* matrix, std::int64_t n, bool add, Runtime<T>& runtime);
-
 template <class T>
 struct FeatureInput {
   const T* anchors;     // [m, width]
@@ -40,13 +36,14 @@ class Features {
   // A distance in the given metric = unit() * the distance that distances() gives.
   double unit() const { return unit_; }
 
-  // block [rows, padded(n)]: first the products of all rows, then, row by row and in parallel, the distances.
+  // block [rows, padded(n)]: first the products of all rows, then, row by row, in parallel and in place or not, the
+  // distances.
   void products(T* block, std::int64_t begin, std::int64_t rows, Runtime<T>& runtime) const;
   // All of them at once, where the candidates are the anchors: the upper triangle, mirrored. block [padded(n),
   // padded(n)]
   void symmetric_products(T* block, Runtime<T>& runtime) const;
   // `order_only`: anything with the order of the distances will do. `close`: see RowKernels::finish_distances.
-  void distances(T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>* close) const;
+  void distances(T* products, T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>* close) const;
 
   // Differences of the points as given, in the units of the prepared features: for pairs too close for those.
   Point<T> anchor(std::int64_t i) const { return {input_.anchors + i * input_.width, length(anchor_lengths_, i)}; }

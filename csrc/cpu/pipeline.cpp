@@ -53,17 +53,11 @@ class Team {
 };
 
 template <class T>
-CandidateWeights<T> candidate_weights(const T* given, std::int64_t n, Runtime<T>& runtime) {
+CandidateWeights<T> padded_weights(const T* given, std::int64_t n, Runtime<T>& runtime) {
   T* weights = runtime.allocate(padded(n));
-  T common = 0;
-  bool uniform = true;
-  for (std::int64_t k = 0; k < n; ++k) {
-    weights[k] = given ? given[k] : T(1);
-    if (weights[k] > 0 && common == 0) common = weights[k];
-    uniform = uniform && (weights[k] == 0 || weights[k] == common);
-  }
+  for (std::int64_t k = 0; k < n; ++k) weights[k] = given ? given[k] : T(1);
   std::fill(weights + n, weights + padded(n), T(0));
-  return {n, weights, uniform};
+  return candidate_weights<T>(weights, n);
 }
 
 // Gradient w.r.t. features from blocks of V, by products: sum_j V_ij (x_i - c_j) for the anchors, and the
@@ -102,7 +96,7 @@ class FeatureGradient {
     add_close(block, sums, begin, rows, close, team);
     const std::int64_t ld = padded(n_);
     if (symmetric_) {
-      symmetrize(block, n_, true, runtime_);
+      add_transpose(block);
       team.run(runtime_, rows, 1 + kGrain / n_,
                [&](std::int64_t i, Workspace&) { sums[i] = kernels().of<T>().sum_row(block + i * ld, n_); });
     }
@@ -132,6 +126,17 @@ class FeatureGradient {
   T* candidates() { return candidates_; }
 
  private:
+  void add_transpose(T* block) {
+    const std::int64_t size = padded(n_), strips = (size + kSymmetricStrip - 1) / kSymmetricStrip;
+    // A strip is as long as what is right of it: the first and the last together make an even share.
+    runtime_.parallel_for((strips + 1) / 2, 1, [&](std::int64_t begin, std::int64_t end, int) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        kernels().of<T>().add_transpose(block, size, size, i);
+        if (strips - 1 - i != i) kernels().of<T>().add_transpose(block, size, size, strips - 1 - i);
+      }
+    });
+  }
+
   void add_anchors(const T* block, const std::vector<double>& sums, std::int64_t begin, std::int64_t rows) {
     if (products_ == nullptr) products_ = runtime_.allocate(rows * width_);  // the first block is the largest
     runtime_.multiply_nn(products_, block, padded(n_), features_.candidates(), rows, n_, width_);
@@ -230,7 +235,7 @@ class Coherence {
         runtime_(runtime),
         student_(student, runtime),
         teacher_(teacher, runtime),
-        candidates_(candidate_weights(weights.candidates, student.n, runtime)),
+        candidates_(padded_weights(weights.candidates, student.n, runtime)),
         team_(runtime.threads()),
         m_(student.m),
         n_(student.n),
@@ -267,8 +272,11 @@ class Coherence {
       products(teacher_, teacher_block_, begin, count);
       team_.run(runtime_, count, 1 + kGrain / n_, [&](std::int64_t i, Workspace& ws) {
         rows[i] = anchor_row(begin + i, i, want, student_mean.mean, teacher_mean.mean);
-        student_.distances(rows[i].student, begin + i, false, &close_[i]);
-        teacher_.distances(rows[i].teacher, begin + i, !spec_.soft_teacher(), nullptr);
+        student_.distances(rows[i].student, rows[i].student, begin + i, false, &close_[i]);
+        // Out of place: they are read once, and need not go back to memory.
+        T* products = rows[i].teacher;
+        rows[i].teacher = ws.teacher.need<T>(padded(n_));
+        teacher_.distances(products, rows[i].teacher, begin + i, !spec_.soft_teacher(), nullptr);
         kernels().of<T>().anchor(spec_, candidates_, rows[i], ws);
       });
       for (std::int64_t i = 0; i < count; ++i) {
@@ -332,7 +340,7 @@ class Coherence {
       products(features, block, begin, count);
       team_.run(runtime_, count, 1 + kGrain / n_, [&](std::int64_t i, Workspace&) {
         T* row = block + i * padded(n_);
-        features.distances(row, begin + i, false, gradient != nullptr ? &close_[i] : nullptr);
+        features.distances(row, row, begin + i, false, gradient != nullptr ? &close_[i] : nullptr);
         row_sums[i] = kernels().of<T>().sum(row, candidates_, self(begin + i));
         if (gradient != nullptr) sums_[i] = weights_to_gradient(features, row, begin + i);
       });
@@ -394,7 +402,7 @@ template <class T>
 Status coherence_from_distances(const LossSpec& spec, const T* student, const T* teacher, std::int64_t m,
                                 std::int64_t n, const Weights<T>& weights, T* losses, T* gradient, double& total,
                                 Runtime<T>& runtime) {
-  const auto candidates = candidate_weights(weights.candidates, n, runtime);
+  const auto candidates = padded_weights(weights.candidates, n, runtime);
   Team team(runtime.threads());
   const std::int64_t ld = padded(n);
   std::vector<double> row_losses(m);

@@ -14,17 +14,38 @@ namespace pcoherence {
 inline constexpr std::int64_t kRowPadding = 16;
 inline std::int64_t padded(std::int64_t n) { return (n + kRowPadding - 1) / kRowPadding * kRowPadding; }
 
-// Rows that RowKernels::symmetrize takes together: the pages of as many mirrored columns are then used 4 times.
+// Rows of a square matrix that RowKernels::mirror and add_transpose take together: the pages of as many mirrored
+// columns are then used 4 times.
 inline constexpr std::int64_t kSymmetricStrip = 64;
 
 enum class Status { ok, too_many_bins };
+
+struct Weighed {
+  double total = 0;  // W: sum of weights
+  int count = 0;     // how many are > 0
+};
 
 template <class T>
 struct CandidateWeights {
   std::int64_t n;    // candidates, before padding
   const T* weights;  // [padded(n)], the padding 0
   bool uniform;      // all weights > 0 are equal
+  Weighed weighed;
 };
+
+template <class T>
+CandidateWeights<T> candidate_weights(const T* weights, std::int64_t n) {
+  CandidateWeights<T> c{n, weights, true, {}};
+  T common = 0;
+  for (std::int64_t k = 0; k < n; ++k) {
+    if (weights[k] == 0) continue;
+    if (common == 0) common = weights[k];
+    c.uniform = c.uniform && weights[k] == common;
+    c.weighed.total += double(weights[k]);
+    ++c.weighed.count;
+  }
+  return c;
+}
 
 // A point as it was given: x / length is what its distances are about (length 1, or |x| for cosine).
 template <class T>
@@ -33,10 +54,11 @@ struct Point {
   double length;
 };
 
-// Squared or plain distances of one anchor from the products of features, in place.
+// Squared or plain distances of one anchor from the products of features, in place or not.
 template <class T>
 struct DistanceRow {
-  T* row;  // [padded(n)] in: a . c_j; out: distances
+  T* products;  // [padded(n)] a . c_j
+  T* row;       // [padded(n)] out: distances
   std::int64_t n;
   double anchor_norm;             // |a|^2
   const double* candidate_norms;  // [padded(n)] |c_j|^2
@@ -107,9 +129,11 @@ struct RowKernels {
   // out_f += sum_k v[k * stride] sign(x_f - others_kf): the gradient of cityblock distances
   void (*accumulate_signs)(T* out, const T* x, const T* others, const T* v, std::int64_t stride, std::int64_t count,
                            std::int64_t width);
-  // One strip of rows of a square matrix, each its own and what mirrors it; size a multiple of kRowPadding, rows ld
-  // apart. Copies the upper triangle to the lower, or with `add` makes A + A^T of A.
-  void (*symmetrize)(T* matrix, std::int64_t size, std::int64_t ld, std::int64_t strip, bool add);
+  // Of a square matrix, 64-byte aligned, size and ld (how far rows lie apart) multiples of kRowPadding: one strip of
+  // rows from the diagonal on, copied to its mirror image; beyond_cache: the matrix is too large to stay in the cache.
+  void (*mirror)(T* matrix, std::int64_t size, std::int64_t ld, std::int64_t strip, bool beyond_cache);
+  // The same, with A + A^T in place of A.
+  void (*add_transpose)(T* matrix, std::int64_t size, std::int64_t ld, std::int64_t strip);
   double (*sum_row)(const T* row, std::int64_t n);
   void (*anchor)(const LossSpec&, const CandidateWeights<T>&, AnchorRow<T>&, Workspace&);
   Status (*soft_rank)(const SoftRankRow<T>&, Workspace&);

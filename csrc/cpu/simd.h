@@ -50,6 +50,22 @@ inline void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
+// A store that goes past the caches, where the instruction set has one for a whole vector: for what is too large to be
+// found there when it is read again. p: 64-byte aligned. Other threads see it after stream_fence().
+template <class V, class T>
+inline void stream(T* p, V v) {
+#if defined(PCOH_AVX512)
+  _mm512_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m512>(v));
+#else
+  store(p, v);
+#endif
+}
+inline void stream_fence() {
+#if defined(PCOH_AVX512)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 inline vec_t<T> splat(T x) {
   return vec_t<T>{} + x;
