@@ -12,6 +12,8 @@ from pcoherence.testing import make_case
 
 PEERS = ("reference", "compile", "keops", "torchsort")
 LIMITS = ("products", "cdist")
+TRANSPORT = "transport"
+"""The objective of the cases that match neurons instead of ranking points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,7 @@ class Case:
         family: what the case is for; a table of the page holds one family.
         n, d: points, and features of both sides.
         dtype: of the inputs, a name in torch.
-        objective: as in `perception_coherence_loss`.
+        objective: as in `perception_coherence_loss`, or "transport": `optimal_transport_loss`.
         tau: the student's temperature.
         methods: of ours, by which every backend computes it.
         others: peers and limits that compute it too.
@@ -46,7 +48,7 @@ class Case:
         """Unique, and made of what differs from the ordinary case."""
         parts = [self.family, f"n{self.n}", f"d{self.d}"]
         parts += [self.dtype] if self.dtype != "float32" else []
-        parts += [self.objective] if self.objective != "mse" else []
+        parts += [self.objective] if self.objective not in ("mse", self.family) else []
         parts += [f"tau{self.tau:g}"] if self.tau != 0.1 else []
         return "-".join(parts)
 
@@ -108,6 +110,17 @@ CASES: tuple[Case, ...] = (
             others=("reference",),
         )
         for dtype in ("float32", "float64", "bfloat16")
+    ),
+    *(
+        Case(
+            family="transport",
+            n=1024,
+            d=d,
+            objective=TRANSPORT,
+            methods=(),
+            others=("transport exact", "POT"),
+        )
+        for d in (128, 512)
     ),
 )
 

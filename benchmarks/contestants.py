@@ -157,6 +157,26 @@ def _torchsort(case: Case) -> Loss:
     return loss
 
 
+# --- transport ---------------------------------------------------------------------------------
+
+
+def _transport(case: Case) -> Loss:
+    return lambda student, teacher, _: pcoherence.optimal_transport_loss(student, teacher)
+
+
+def pot_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """`optimal_transport_loss` with its defaults, by POT alone; any dtype."""
+    try:
+        import ot
+    except ImportError as error:
+        raise UnavailableError(f"{error}; pip install '.[transport]'") from error
+    columns = [(x - x.mean(0)) / x.std(0, correction=0) for x in (student, teacher)]
+    costs = ot.dist(columns[0].T, columns[1].T) / len(student)
+    uniform = [costs.new_full((size,), 1 / size) for size in costs.shape]
+    cost: Tensor = ot.emd2(*uniform, costs)
+    return cost
+
+
 # --- limits ------------------------------------------------------------------------------------
 
 
@@ -203,6 +223,17 @@ _KNOWN = (
         note="`torchsort.soft_rank` of the same distances: another operator, time alone compares",
         build=_torchsort,
         check=OTHER,
+    ),
+    Contestant(
+        name="transport exact",
+        note="`OptimalTransportLoss()`: neurons instead of ranks",
+        build=_transport,
+        check=PRECISE,
+    ),
+    Contestant(
+        name="POT",
+        note="the same by `ot.dist` and `ot.emd2` alone",
+        build=lambda case: lambda student, teacher, _: pot_loss(student, teacher),
     ),
 )
 

@@ -35,6 +35,7 @@ FAMILIES = {
     "temperature": "Other temperatures",
     "objective": "Other objectives",
     "precision": "Data types and methods",
+    "transport": "Transfer by optimal transport",
 }
 
 PICTURES = {

@@ -8,9 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure  # without pyplot no display is needed
-from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor
 
@@ -50,32 +48,6 @@ def _plot_levels(axes: Axes, student: Sequence[float], teacher: float) -> None:
         student[0], color=UNTRAINED, linestyle=":", label=f"untrained student: {student[0]:.3f}"
     )
     axes.legend(loc="center right")
-
-
-def plot_ranks(teacher: NDArray[np.float64], students: Mapping[str, NDArray[np.float64]]) -> Figure:
-    """For each student, its ranks [n, n - 1] of all candidates against the teacher's."""
-    figure = Figure(figsize=(5 * len(students) + 0.6, 5), layout="constrained")
-    panels = figure.subplots(1, len(students), sharey=True)
-    cells = 60
-    # 1: what a cell would hold if the student's ranks had nothing to do with the teacher's.
-    chance = teacher.size / cells**2
-    lowest, highest = 0.03, 30
-    for axes, (title, ranks) in zip(panels, students.items(), strict=True):
-        counts, x_edges, y_edges = np.histogram2d(
-            teacher.ravel(), ranks.ravel(), bins=cells, range=[[0, 1], [0, 1]]
-        )
-        density = np.maximum(counts.T / chance, lowest)
-        image = axes.pcolormesh(
-            x_edges, y_edges, density, norm=LogNorm(lowest, highest), cmap="viridis"
-        )
-        axes.plot([0, 1], [0, 1], color="white", linestyle=":", linewidth=1)
-        axes.set(
-            title=title, xlabel="rank by the teacher (0: nearest, 1: farthest)", aspect="equal"
-        )
-    panels[0].set_ylabel("rank by the student")
-    figure.colorbar(image, ax=panels, label="density (1: unrelated ranks)", extend="both")
-    figure.suptitle("Ranks of all test images, seen from every test image")
-    return figure
 
 
 def plot_embeddings(embeddings: Mapping[str, Tensor], labels: Tensor) -> Figure:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 from _images import Images, load_split, with_moves
-from _measures import StepCost, coherence, concordance, errors, knn_accuracy, rank_shares, step_cost
-from _plots import Epoch, plot_embeddings, plot_learning, plot_ranks, save
+from _measures import StepCost, errors, knn_accuracy, step_cost
+from _plots import Epoch, plot_embeddings, plot_learning, save
 from _training import (
     STUDENT_BATCH,
     TEMPERATURE,
@@ -33,6 +33,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pcoherence import coherence
+from pcoherence.plots import rank_agreement
 from pcoherence.testing import ACCURACY
 
 OUTPUT = Path(__file__).resolve().parent.parent / "demo-output"
@@ -55,6 +57,11 @@ class Settings(NamedTuple):
 QUICK = Settings(
     teacher_epochs=2, student_epochs=2, reference_batch=128, large_batch=2048, repeats=1
 )
+
+
+def agreement(student: Tensor, teacher: Tensor) -> float:
+    """The mean over images of the Spearman correlation of distances in both embeddings."""
+    return coherence(student, teacher).spearman.item()
 
 
 class View(NamedTuple):
@@ -131,7 +138,7 @@ def distil(
     bar = tqdm(losses, "student (no labels)", total=epochs, unit="epoch", ncols=BAR_WIDTH)
     for loss in bar:
         now = view(student, train, test)
-        history.append(Epoch(loss, coherence(now.test, test_targets), now.accuracy))
+        history.append(Epoch(loss, agreement(now.test, test_targets), now.accuracy))
         bar.set_postfix(coherence=f"{history[-1].coherence:.3f}")
     return history
 
@@ -153,8 +160,8 @@ def result_table(teacher: View, untrained: View, student: View, sizes: tuple[int
             name,
             f"{count:,}",
             str(row.test.shape[1]),
-            f"{coherence(row.test, teacher.test):.4f}",
-            f"{concordance(row.test, teacher.test):.4f}",
+            f"{coherence(row.test, teacher.test).spearman:.4f}",
+            f"{coherence(row.test, teacher.test).concordance:.4f}",
             f"{row.accuracy:.1%}",
         )
     table.caption = (
@@ -230,19 +237,18 @@ def write_plots(
 ) -> list[Path]:
     """Write the plots; returns their paths, relative where they lie below the current folder."""
     output.mkdir(parents=True, exist_ok=True)
-    start = Epoch(float("nan"), coherence(untrained.test, teacher.test), untrained.accuracy)
+    start = Epoch(float("nan"), agreement(untrained.test, teacher.test), untrained.accuracy)
     students = {"Untrained student": untrained, "Trained student": student}
-    ranks = {
-        f"{name}: coherence {coherence(seen.test, teacher.test):.3f}": rank_shares(seen.test)
-        for name, seen in students.items()
-    }
     embeddings = {
         f"{name}: 5-NN accuracy {seen.accuracy:.1%}": seen.test
         for name, seen in {"Teacher": teacher, **students}.items()
     }
     paths = [
         save(plot_learning(history, start, teacher.accuracy), output / "learning.png"),
-        save(plot_ranks(rank_shares(teacher.test), ranks), output / "ranks.png"),
+        save(
+            rank_agreement({name: seen.test for name, seen in students.items()}, teacher.test),
+            output / "ranks.png",
+        ),
         save(plot_embeddings(embeddings, labels), output / "embeddings.png"),
     ]
     here = Path.cwd()
@@ -251,7 +257,7 @@ def write_plots(
 
 def reading(teacher: View, untrained: View, student: View, sizes: tuple[int, int]) -> str:
     """The result in one sentence."""
-    before, after = (coherence(seen.test, teacher.test) for seen in (untrained, student))
+    before, after = (agreement(seen.test, teacher.test) for seen in (untrained, student))
     return (
         f"In short: without a single label, a student with {sizes[0] / sizes[1]:.0f} times fewer "
         f"parameters went from coherence {before:.2f} to {after:.2f} with its teacher, and from "

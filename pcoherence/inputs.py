@@ -50,9 +50,9 @@ def prepare_inputs(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    _check_points("student", student)
-    _check_points("teacher", teacher, like=student)
-    _check_same_length("teacher", teacher, "student", student)
+    check_points("student", student)
+    check_points("teacher", teacher, like=student)
+    check_same_length("teacher", teacher, "student", student)
     _check_candidates(student, teacher, student_candidates, teacher_candidates)
     m = student.shape[0]
     n = candidates(student, student_candidates).shape[0]
@@ -136,7 +136,7 @@ def _check_device(argument: str, value: Tensor, like: Tensor) -> None:
         raise ValueError(f"{argument}: expected device {like.device}; got {value.device}")
 
 
-def _check_points(argument: str, value: Tensor, like: Tensor | None = None) -> None:
+def check_points(argument: str, value: Tensor, like: Tensor | None = None) -> None:
     """Check a matrix of points; with `like`, also for that tensor's dtype and device."""
     _check_float(argument, value)
     if value.ndim != 2:
@@ -144,7 +144,7 @@ def _check_points(argument: str, value: Tensor, like: Tensor | None = None) -> N
         raise ValueError(f"{argument}: expected 2 dimensions [points, features]; got shape {shape}")
     if like is None:
         return
-    if value.dtype != like.dtype:
+    if value.dtype != like.dtype and not _mixed_by_autocast(value, like):
         raise TypeError(
             f"{argument}: expected the student's dtype {like.dtype}; got {value.dtype} "
             f"(convert it: {argument}.to(student.dtype))"
@@ -152,7 +152,17 @@ def _check_points(argument: str, value: Tensor, like: Tensor | None = None) -> N
     _check_device(argument, value, like)
 
 
-def _check_same_length(argument: str, value: Tensor, other_name: str, other: Tensor) -> None:
+def _mixed_by_autocast(value: Tensor, like: Tensor) -> bool:
+    """Whether float32 meets half precision where autocast makes some tensors half and others not.
+
+    Both are raised to float32 anyway.
+    """
+    dtypes = {value.dtype, like.dtype}
+    return torch.float64 not in dtypes and torch.is_autocast_enabled(like.device.type)
+
+
+def check_same_length(argument: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless both have as many rows."""
     if value.shape[0] != other.shape[0]:
         raise ValueError(
             f"{argument}: expected as many rows as {other_name}, {other.shape[0]}; "
@@ -174,8 +184,8 @@ def _check_candidates(
             f"{missing}: expected a tensor, because student_candidates and teacher_candidates "
             "come together or not at all; got None"
         )
-    _check_points("student_candidates", student_candidates, like=student)
-    _check_points("teacher_candidates", teacher_candidates, like=student)
+    check_points("student_candidates", student_candidates, like=student)
+    check_points("teacher_candidates", teacher_candidates, like=student)
     pairs = (
         ("student_candidates", student_candidates, "student", student),
         ("teacher_candidates", teacher_candidates, "teacher", teacher),
@@ -186,7 +196,7 @@ def _check_candidates(
                 f"{argument}: expected as many columns as {other_name}, {other.shape[1]}; "
                 f"got {value.shape[1]}"
             )
-    _check_same_length(
+    check_same_length(
         "teacher_candidates", teacher_candidates, "student_candidates", student_candidates
     )
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import anchors, distributed
+from . import anchors, diagnostics, distributed
 from .backends import select
 from .bank import CandidateBank
 from .inputs import LossInputs, candidates, check_candidates, prepare_inputs, prepare_values
@@ -41,12 +41,12 @@ def perception_coherence_loss(
     r"""How far the student is from ordering the candidates of each anchor as the teacher does.
 
     With the distances d_ij from anchor i to candidate j, scaled, and weights w_k, W_i = sum_k w_k
-    (self excluded), the student's soft rank and the teacher's rank are
+    (self excluded), the student's soft rank and the teacher's rank are::
 
         F^S_ij = 1/W_i sum_k w_k sigmoid((d^S_ij - d^S_ik) / temperature)
         F^T_ij = the same with teacher_temperature, or the step function with ties counted 1/2
 
-    and the loss of an anchor is, by `objective`, with r_j = F^S_ij - F^T_ij,
+    and the loss of an anchor is, by `objective`, with r_j = F^S_ij - F^T_ij::
 
         "mse", "l1"      1/W_i sum_j w_j r_j^2, and of |r_j|: gradient 0 where ranks agree to
                          2^-22 (float64: 2^-36)
@@ -225,6 +225,44 @@ class PerceptionCoherenceLoss(nn.Module):
         if self.bank is not None and self.training:
             self._remember(self.bank, inputs)
         return loss
+
+    def diagnose(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        student_candidates: Tensor | None = None,
+        teacher_candidates: Tensor | None = None,
+        anchor_weights: Tensor | None = None,
+        candidate_weights: Tensor | None = None,
+        self_index: Tensor | str | None = "auto",
+    ) -> diagnostics.Diagnosis:
+        """Examine what this loss makes of a batch; tensors as in forward. Print it to read it.
+
+        Says how many comparisons are saturated, how many ranks the student can tell apart, how
+        large the gradient is and which temperature would suit: see `Diagnosis`. Shares are
+        estimated from at most 256 anchors and 4,096 pairs of candidates each, the same at every
+        call. Trains nothing and remembers nothing; with gather, only this process's batch counts.
+
+        Raises:
+            TypeError, ValueError: as forward; or there are no anchors, or nobody to compare.
+        """
+        inputs = prepare_inputs(
+            student,
+            teacher,
+            student_candidates=student_candidates,
+            teacher_candidates=teacher_candidates,
+            anchor_weights=anchor_weights,
+            candidate_weights=candidate_weights,
+            self_index=self_index,
+            include_self=self.spec.include_self,
+        )
+        if self.bank is not None:
+            inputs = self.bank.extend(inputs)
+        check_candidates(inputs)
+        if student.shape[0] == 0:
+            raise ValueError("student: expected at least 1 anchor (row); got 0")
+        return diagnostics.diagnose(self.spec, inputs, _evaluate)
 
     def _gathered(self, prepare: Callable[[], LossInputs]) -> tuple[LossSpec, LossInputs]:
         distributed.check_group(self.process_group)

@@ -104,8 +104,10 @@ def _agreement(inputs: LossInputs, metric: Metric, teacher_metric: Metric, neare
     parts = [torch.empty(0, 3, dtype=torch.float64)]
     for start in range(0, m, step):
         block = slice(start, start + step)
-        ours = _distances(inputs.student[block], students, metric, "metric")
-        theirs = _distances(inputs.teacher[block], teachers, teacher_metric, "teacher_metric")
+        ours = ordered_distances(inputs.student[block], students, metric, "metric")
+        theirs = ordered_distances(
+            inputs.teacher[block], teachers, teacher_metric, "teacher_metric"
+        )
         index = None if inputs.self_index is None else inputs.self_index[block].cpu().contiguous()
         rows = ours.cpu().contiguous(), theirs.to(ours.dtype).cpu().contiguous()
         compute = ops.rank_agreement if compiled else rank_agreement
@@ -113,8 +115,12 @@ def _agreement(inputs: LossInputs, metric: Metric, teacher_metric: Metric, neare
     return torch.cat(parts)
 
 
-def _distances(a: Tensor, b: Tensor, metric: Metric, argument: str) -> Tensor:
-    """Distances [m, n] by differences, which keep exact ties, or anything in the same order."""
+def ordered_distances(a: Tensor, b: Tensor, metric: Metric, argument: str) -> Tensor:
+    """Distances [m, n] by differences, which keep exact ties, or anything in the same order.
+
+    That is the distance itself, but its root for "sqeuclidean", and the root of twice it for
+    "cosine".
+    """
     p = {"euclidean": 2.0, "sqeuclidean": 2.0, "cityblock": 1.0}.get(str(metric))
     if isinstance(metric, str) and p is not None:
         return torch.cdist(a, b, p=p, compute_mode="donot_use_mm_for_euclid_dist")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import join_group, run_in_processes
 
 import pcoherence
 from pcoherence import CandidateBank, PerceptionCoherenceLoss
@@ -86,15 +83,8 @@ def failures(rank: int) -> None:
     assert criterion(images, teacher).isfinite()
 
 
-def work(rank: int, size: int, store: str) -> None:
+def work(rank: int, size: int) -> None:
     """What one process does."""
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=60),
-    )
     own = slice(*SHARDS[size][rank])
     for name in CASES:
         for found, expected in zip(
@@ -103,26 +93,11 @@ def work(rank: int, size: int, store: str) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12, msg=name)
     rows_alone(rank, size)
     failures(rank)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_equal_one_process(size: int, tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(size), str(tmp_path / "store")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    run_in_processes(__file__, size, tmp_path)
 
 
 def test_without_a_process_group() -> None:
@@ -138,4 +113,4 @@ def test_options_that_cannot_be() -> None:
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    join_group(work)

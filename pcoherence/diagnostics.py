@@ -1,0 +1,164 @@
+"""What a batch says about the temperature: is there a gradient, and where does it come from?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import distances
+from .inputs import LossInputs, candidates
+from .metrics import ordered_distances
+from .spec import LossSpec, Metric
+
+MAX_ANCHORS = 256
+"""Anchors looked at, evenly spread over the batch."""
+
+PAIRS = 4096
+"""Pairs of candidates drawn for each: a share over 256 x 4,096 pairs errs by 0.0005 at most."""
+
+SATURATED = 2 * math.acosh(10)
+"""|z| beyond which sigmoid'(z) = 1 / (4 cosh(z/2)^2) is under 1 % of sigmoid'(0): 5.99."""
+
+SUGGESTED = 2.0
+"""|z| that the suggestion gives the middle misordered pair: sigmoid' is at 42 % of its peak there,
+so that half of the pairs that are wrong lie where the gradient is large."""
+
+
+class Diagnosis(NamedTuple):
+    """What `PerceptionCoherenceLoss.diagnose` found; with z = (d_ij - d_ik) / temperature.
+
+    Attributes:
+        loss: the loss itself.
+        temperature: the loss's own, for comparison.
+        candidates: how many have a weight, on average over anchors: the resolution's upper bound.
+        saturated: share of the pairs of candidates whose comparison passes on less than 1 % of
+            the gradient that it could: ``|z| > 5.99``.
+        resolution: how many ranks the student can tell apart, 1 / mean of 4 sigmoid'(z) over all
+            pairs: 1 (temperature too high: all ranks are one) to the number of candidates (hard
+            ranks).
+        misordered: share of the pairs that student and teacher order differently.
+        gradient_scale: ``|d loss / d x| |x - mean x|`` (Frobenius norms, x the student's
+            features): the change of the loss, to first order, per relative change of the features.
+            Near 0 there is nothing to learn from, or everything has been learnt.
+        suggested_temperature: the temperature at which half of the misordered pairs have
+            ``|z| <= 2``. None where nothing is misordered.
+    """
+
+    loss: float
+    temperature: float
+    candidates: float
+    saturated: float
+    resolution: float
+    misordered: float
+    gradient_scale: float
+    suggested_temperature: float | None
+
+    def __str__(self) -> str:
+        """A line for each, in words."""
+        suggested = self.suggested_temperature
+        return "\n".join(
+            (
+                f"loss                   {self.loss:.4g}",
+                f"misordered pairs       {self.misordered:.1%}",
+                f"saturated comparisons  {self.saturated:.1%}",
+                f"resolution             {self.resolution:.1f} of {self.candidates:.0f} ranks",
+                f"gradient scale         {self.gradient_scale:.3g}",
+                f"temperature            {self.temperature:.3g}",
+                f"suggested              {'-' if suggested is None else format(suggested, '.2g')}",
+            )
+        )
+
+
+class _Pairs(NamedTuple):
+    """Comparisons of two candidates of an anchor, [anchors, PAIRS] each."""
+
+    student: Tensor  # scaled d_ij - d_ik
+    teacher: Tensor  # sign of d_ij - d_ik
+    distinct: Tensor  # whether j and k are two candidates
+
+
+def diagnose(
+    spec: LossSpec, inputs: LossInputs, evaluate: Callable[[LossSpec, LossInputs], Tensor]
+) -> Diagnosis:
+    """Examine one batch; `evaluate` computes the loss of one call."""
+    spec = dataclasses.replace(spec, reduction="mean", num_anchors=None)
+    loss, gradient_scale = _gradient(spec, inputs, evaluate)
+    weights, pairs = _draw(spec, inputs)
+    z = pairs.student / spec.temperature
+    wrong = pairs.distinct & (pairs.student.sign() != pairs.teacher)
+    count = max(1, int(pairs.distinct.sum()))
+    middle = pairs.student[wrong].abs().median().item() if bool(wrong.any()) else 0.0
+    return Diagnosis(
+        loss=loss,
+        temperature=spec.temperature,
+        candidates=(weights > 0).double().sum(1).mean().item(),
+        saturated=int((pairs.distinct & (z.abs() > SATURATED)).sum()) / count,
+        resolution=1 / (1 / torch.cosh(z.double() / 2).square()).mean().item(),
+        misordered=int(wrong.sum()) / count,
+        gradient_scale=gradient_scale,
+        suggested_temperature=middle / SUGGESTED if middle > 0 else None,
+    )
+
+
+def _gradient(
+    spec: LossSpec, inputs: LossInputs, evaluate: Callable[[LossSpec, LossInputs], Tensor]
+) -> tuple[float, float]:
+    """The loss and its gradient times the spread of the features."""
+    student = inputs.student.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = evaluate(spec, inputs._replace(student=student))
+    (gradient,) = torch.autograd.grad(loss, student)
+    spread = student.detach() - student.detach().mean(0)
+    return loss.item(), (gradient.double().norm() * spread.double().norm()).item()
+
+
+@torch.no_grad()
+def _draw(spec: LossSpec, inputs: LossInputs) -> tuple[Tensor, _Pairs]:
+    """Weights [anchors, n] and pairs, both candidates drawn by weight; the same at every call."""
+    m = inputs.student.shape[0]
+    rows = torch.linspace(0, m - 1, min(m, MAX_ANCHORS), device=inputs.student.device).long()
+    student = _distances(
+        inputs.student[rows],
+        candidates(inputs.student, inputs.student_candidates),
+        spec.metric,
+        "metric",
+    )
+    teacher = ordered_distances(
+        inputs.teacher[rows],
+        candidates(inputs.teacher, inputs.teacher_candidates),
+        spec.resolved_teacher_metric,
+        "teacher_metric",
+    )
+    index = None if inputs.self_index is None else inputs.self_index[rows]
+    weights = distances.pair_weights(student, inputs.candidate_weights, index)
+    anchor_weights = None if inputs.anchor_weights is None else inputs.anchor_weights[rows]
+    student = distances.scaled(student, weights, anchor_weights, spec.scale)
+    # An anchor that has nobody to compare says nothing; neither does padding.
+    used = weights.sum(1) > 0
+    if anchor_weights is not None:
+        used &= anchor_weights > 0
+    if not bool(used.any()):
+        raise ValueError("candidate_weights: expected an anchor with weighted candidates; got none")
+    student, teacher, weights = student[used], teacher[used], weights[used]
+    generator = torch.Generator(student.device).manual_seed(0)
+    j, k = (
+        torch.multinomial(weights, PAIRS, replacement=True, generator=generator) for _ in range(2)
+    )
+    return weights, _Pairs(
+        student.gather(1, j) - student.gather(1, k),
+        (teacher.gather(1, j) - teacher.gather(1, k)).sign(),
+        j != k,
+    )
+
+
+def _distances(a: Tensor, b: Tensor, metric: Metric, argument: str) -> Tensor:
+    """The metric's distances [m, n], without a tensor of size [m, n, d]."""
+    ordered = ordered_distances(a.detach(), b.detach(), metric, argument)
+    if metric == "sqeuclidean":
+        return ordered.square()
+    return ordered.square() / 2 if metric == "cosine" else ordered

@@ -1,0 +1,111 @@
+"""Pictures of how far students agree with their teacher; needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .loss import soft_rank
+from .metrics import coherence, ordered_distances
+from .spec import Metric, check_metric
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_POINTS = 2048
+"""More points than this are thinned out evenly: 4 million ranks show all there is to see."""
+
+CELLS = 60
+LOWEST, HIGHEST = 0.03, 30
+"""The range of densities shown; 1 is what unrelated ranks would give everywhere."""
+
+HARD = 1e-5
+"""A temperature, in mean distances, at which soft ranks are hard ones."""
+
+
+def rank_agreement(
+    students: Tensor | Mapping[str, Tensor],
+    teacher: Tensor,
+    *,
+    metric: Metric = "euclidean",
+    teacher_metric: Metric | None = None,
+) -> Figure:
+    """Draw, seen from every point, each student's ranks of the others against the teacher's.
+
+    Perfect agreement is the diagonal; ranks that have nothing to do with each other fill the square
+    evenly. The title of each panel gives the mean Spearman correlation (see `coherence`).
+
+    Args:
+        students: [n, ds], or several by name; any dtype and device that `coherence` takes.
+        teacher: [n, dt]. Of more than 2,048 points, as many are shown, evenly spread.
+        metric: a name or a callable, as in `perception_coherence_loss`.
+        teacher_metric: likewise; None: the same.
+
+    Returns:
+        A matplotlib figure, which knows nothing of a display: `figure.savefig("ranks.png")`.
+
+    Raises:
+        ImportError: matplotlib is not there.
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_metric("metric", metric)
+    theirs = metric if teacher_metric is None else teacher_metric
+    check_metric("teacher_metric", theirs)
+    named = {"student": students} if isinstance(students, Tensor) else dict(students)
+    if not named:
+        raise ValueError("students: expected at least one; got none")
+    Figure, LogNorm = _matplotlib()  # noqa: N806
+    agreement = {
+        name: coherence(student, teacher, metric=metric, teacher_metric=teacher_metric).spearman
+        for name, student in named.items()
+    }
+    across = _rank_shares(teacher, theirs, "teacher_metric")
+    figure = Figure(figsize=(5 * len(named) + 0.6, 5), layout="constrained")
+    panels = figure.subplots(1, len(named), sharey=True, squeeze=False)[0]
+    # What a cell would hold if the student's ranks had nothing to do with the teacher's.
+    chance = across.size / CELLS**2
+    for axes, (name, student) in zip(panels, named.items(), strict=True):
+        up = _rank_shares(student, metric, "metric")
+        counts, x_edges, y_edges = np.histogram2d(
+            across.ravel(), up.ravel(), bins=CELLS, range=[[0, 1], [0, 1]]
+        )
+        density = np.maximum(counts.T / chance, LOWEST)
+        image = axes.pcolormesh(x_edges, y_edges, density, norm=LogNorm(LOWEST, HIGHEST))
+        axes.plot([0, 1], [0, 1], color="white", linestyle=":", linewidth=1)
+        axes.set(
+            title=f"{name}: coherence {agreement[name]:.3f}",
+            xlabel="rank by the teacher (0: nearest, 1: farthest)",
+            aspect="equal",
+        )
+    panels[0].set_ylabel("rank by the student")
+    figure.colorbar(image, ax=list(panels), label="density (1: unrelated ranks)", extend="both")
+    return figure
+
+
+@torch.no_grad()
+def _rank_shares(points: Tensor, metric: Metric, argument: str) -> NDArray[np.float64]:
+    """For every point, the ranks of the others by distance, [n, n - 1], scaled to (0, 1)."""
+    n = points.shape[0]
+    points = points[torch.linspace(0, n - 1, min(n, MAX_POINTS)).long()].double()
+    full = ordered_distances(points, points, metric, argument).cpu()
+    others = full[~torch.eye(len(full), dtype=torch.bool)].view(len(full), -1)
+    unit = (others - others.amin()).mean().item() or 1.0
+    ranks = soft_rank(others, temperature=HARD * unit)
+    return np.asarray((ranks - 0.5) / ranks.shape[1])
+
+
+def _matplotlib() -> tuple[type, type]:
+    """Figure, which needs no display, and LogNorm."""
+    try:
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plots: expected matplotlib; got no such package (pip install pcoherence[plot])"
+        ) from error
+    return Figure, LogNorm

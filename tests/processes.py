@@ -1,0 +1,45 @@
+"""Tests that need several processes: a test file runs itself as a script in each of them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+def run_in_processes(script: str, size: int, folder: Path) -> None:
+    """Run `script` in `size` processes; the first failure's output is the error."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(size), str(folder / "store")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    outputs = [process.communicate(timeout=180)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+
+
+def join_group(work: Callable[[int, int], None]) -> None:
+    """In such a script: `work(rank, size)` inside a gloo process group."""
+    rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    work(rank, size)
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,136 @@
+"""diagnose() against its definition over all pairs, and what it says at the limits."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from pcoherence import CandidateBank, PerceptionCoherenceLoss, distances, reference
+from pcoherence.diagnostics import PAIRS, SATURATED
+from pcoherence.spec import METRICS, OBJECTIVES, SCALES
+from pcoherence.testing import make_case
+
+N = 24
+# Five standard deviations of a share estimated from this many draws.
+SHARE = 5 * 0.5 / (N * PAIRS) ** 0.5
+
+
+def batch(n: int = N) -> tuple[Tensor, Tensor]:
+    return make_case("gaussian", n, 5, seed=1), make_case("gaussian", n, 7, seed=2)
+
+
+def all_pairs(
+    student: Tensor, teacher: Tensor, metric: str, scale: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled differences and the teacher's signs over j != k, and differences with j = k too."""
+    others = ~torch.eye(N, dtype=torch.bool)
+    ours = distances.pairwise(student, student, metric)
+    ours = distances.scaled(ours, others.to(ours.dtype), None, scale)
+    ours = ours[others].view(N, N - 1)
+    theirs = distances.pairwise(teacher, teacher, metric)[others].view(N, N - 1)
+    z = ours[:, :, None] - ours[:, None, :]
+    sign = (theirs[:, :, None] - theirs[:, None, :]).sign()
+    distinct = ~torch.eye(N - 1, dtype=torch.bool).expand_as(z)
+    return z[distinct], sign[distinct], z.flatten()
+
+
+@pytest.mark.parametrize("temperature", [0.003, 0.1, 3.0])
+@pytest.mark.parametrize(("metric", "scale"), itertools.product(METRICS, SCALES))
+def test_estimates_equal_all_pairs(metric: str, scale: str, temperature: float) -> None:
+    student, teacher = batch()
+    found = PerceptionCoherenceLoss(temperature=temperature, metric=metric, scale=scale).diagnose(
+        student, teacher
+    )
+    z, sign, every = all_pairs(student, teacher, metric, scale)
+    wrong = z.sign() != sign
+    saturated = (z / temperature).abs().gt(SATURATED)
+    assert found.saturated == pytest.approx(saturated.double().mean().item(), abs=SHARE)
+    assert found.misordered == pytest.approx(wrong.double().mean().item(), abs=SHARE)
+    assert found.candidates == N - 1
+    passed = 1 / torch.cosh(every.double() / temperature / 2).square()
+    assert 1 / found.resolution == pytest.approx(passed.mean().item(), abs=2 * SHARE)
+    # The middle of the estimate lies within as many quantiles of the true middle.
+    gaps = z[wrong].abs().double()
+    margin = 2 * SHARE / wrong.double().mean().item()
+    low, high = torch.quantile(gaps, torch.tensor([0.5 - margin, 0.5 + margin]).double())
+    assert low <= 2 * found.suggested_temperature <= high
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_and_gradient_scale(objective: str) -> None:
+    student, teacher = (t.double() for t in batch())
+    found = PerceptionCoherenceLoss(objective=objective).diagnose(student, teacher)
+    points = student.clone().requires_grad_()
+    loss = reference.perception_coherence_loss(points, teacher, objective=objective)
+    (gradient,) = torch.autograd.grad(loss, points)
+    assert found.loss == pytest.approx(loss.item(), rel=1e-9)
+    expected = gradient.norm() * (student - student.mean(0)).norm()
+    assert found.gradient_scale == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_limits_of_the_temperature() -> None:
+    student, teacher = batch()
+    cold = PerceptionCoherenceLoss(temperature=1e-7).diagnose(student, teacher)
+    hot = PerceptionCoherenceLoss(temperature=1e6).diagnose(student, teacher)
+    # Only j = k passes anything on: one draw in N - 1.
+    assert cold.saturated > 0.999
+    assert cold.resolution == pytest.approx(N - 1, rel=2 * SHARE * N)
+    assert hot.saturated == 0
+    assert hot.resolution == pytest.approx(1)
+    assert hot.gradient_scale < 1e-4 < cold.suggested_temperature == hot.suggested_temperature
+
+
+def test_perfect_student_has_nothing_to_suggest() -> None:
+    points, _ = batch()
+    found = PerceptionCoherenceLoss().diagnose(points, 2 * points)
+    assert found.misordered == 0
+    assert found.suggested_temperature is None
+    assert "suggested              -" in str(found)
+
+
+def test_repeats_and_leaves_no_trace() -> None:
+    student, teacher = batch(300)  # more anchors than are looked at
+    student.requires_grad_()
+    loss = PerceptionCoherenceLoss(bank=CandidateBank(8), num_anchors=4)
+    state = torch.get_rng_state()
+    assert loss.diagnose(student, teacher) == loss.diagnose(student, teacher)
+    assert torch.equal(state, torch.get_rng_state())
+    assert student.grad is None
+    assert loss.bank is not None
+    assert len(loss.bank) == 0
+
+
+def test_padding_does_not_count() -> None:
+    student, teacher = batch()
+    loss = PerceptionCoherenceLoss()
+    weights = torch.ones(N)
+    weights[N // 2 :] = 0
+    far = student.clone()
+    far[N // 2 :] += 100
+    found = loss.diagnose(far, teacher, anchor_weights=weights, candidate_weights=weights)
+    alone = loss.diagnose(student[: N // 2], teacher[: N // 2])
+    assert found.candidates == alone.candidates == N // 2 - 1
+    for name in ("saturated", "misordered"):
+        assert getattr(found, name) == pytest.approx(getattr(alone, name), abs=3 * SHARE)
+    assert found.loss == pytest.approx(alone.loss, rel=1e-5)
+
+
+def test_bank_counts() -> None:
+    student, teacher = batch()
+    bank = CandidateBank(10)
+    bank.push(student[:10], teacher[:10])
+    assert PerceptionCoherenceLoss(bank=bank).diagnose(student, teacher).candidates == N + 9
+
+
+def test_errors() -> None:
+    student, teacher = batch()
+    loss = PerceptionCoherenceLoss()
+    with pytest.raises(ValueError, match=r"^student: expected at least 1 anchor"):
+        loss.diagnose(student[:0], teacher[:0])
+    with pytest.raises(ValueError, match=r"^candidate_weights: expected an anchor"):
+        loss.diagnose(student, teacher, candidate_weights=torch.zeros(N))
+    with pytest.raises(ValueError, match=r"^teacher: expected as many rows"):
+        loss.diagnose(student, teacher[1:])
