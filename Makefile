@@ -9,7 +9,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 SOURCES := setup.py pyproject.toml $(CXX_FILES)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format figures bench bench-quick gpu-check clean
+.PHONY: help install demo test lint format docs figures bench bench-quick gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ format: $(VENV)/installed  ## rewrite the files as the linters want them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+docs: $(VENV)/installed  ## build the documentation: docs/_build/html/index.html
+	$(BIN)/python -m sphinx -q -W --keep-going -n docs docs/_build/html
+
 figures: $(VENV)/installed  ## the measured numbers of the README: accuracy, speed, memory (about 10 minutes)
 	$(BIN)/python -m benchmarks.figures --readme
 
@@ -56,7 +59,7 @@ $(VENV)/peers: $(VENV)/installed
 	    --no-build-isolation --no-deps torchsort
 	touch $@
 
-bench: $(VENV)/peers  ## how it compares with others, a table and pictures: benchmarks/results/ (about 11 minutes)
+bench: $(VENV)/peers  ## how it compares with others, a table and pictures: benchmarks/results/ (about 13 minutes)
 	$(BIN)/python -m benchmarks run
 	$(BIN)/python -m benchmarks page
 
@@ -69,4 +72,4 @@ gpu-check:  ## build, test, sanitise and measure on this machine's GPU (about 8 
 	$(PYTHON) -m benchmarks.gpu_check --output $(GPU_OUTPUT)
 
 clean:  ## remove everything that the targets made
-	rm -rf $(VENV) build dist *.egg-info pcoherence/*.so demo-output
+	rm -rf $(VENV) build dist *.egg-info pcoherence/*.so demo-output docs/_build

@@ -61,7 +61,7 @@ def perception_coherence_loss(
 
     Args:
         student: [m, ds], float16, bfloat16, float32 or float64; the only side with gradients.
-        teacher: [m, dt], same dtype and device; a constant.
+        teacher: [m, dt], same device and, outside autocast, dtype; a constant.
         student_candidates: [n, ds], n >= 2; None: the batch itself.
         teacher_candidates: [n, dt]; given with student_candidates or not at all.
         anchor_weights: [m], any real dtype, >= 0, constant; None: ones. 0 marks padding.
@@ -75,7 +75,7 @@ def perception_coherence_loss(
         teacher_metric: likewise, without gradients; None: the same as `metric`.
         scale: distances are divided by their weighted mean over each anchor's candidates
             ("anchor"), over all anchors by anchor_weights ("batch"), or by nothing ("none"); never
-            by a mean of 0.
+            by a mean of 0 or less.
         objective: "mse", "l1", "huber", "cross_entropy" or "spearman", as above.
         include_self: rank the anchor itself among its candidates.
         reduction: "mean": sum_i a_i L_i / sum_i a_i; "sum"; "none": a_i L_i. An anchor whose

@@ -56,7 +56,7 @@ def coherence(
 
     Args:
         student: [m, ds], any dtype and device that `perception_coherence_loss` takes.
-        teacher: [m, dt], same dtype and device.
+        teacher: [m, dt], same device and, outside autocast, dtype.
         student_candidates: [n, ds], n >= 2; None: the points themselves.
         teacher_candidates: [n, dt]; given with student_candidates or not at all.
         self_index: int64 [m], the candidate that is the anchor itself, -1 for none; "auto".

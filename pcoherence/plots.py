@@ -47,7 +47,7 @@ def rank_agreement(
         teacher_metric: likewise; None: the same.
 
     Returns:
-        A matplotlib figure, which knows nothing of a display: `figure.savefig("ranks.png")`.
+        A matplotlib figure. It needs no display; `figure.savefig("ranks.png")` writes it.
 
     Raises:
         ImportError: matplotlib is not there.

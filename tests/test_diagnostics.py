@@ -38,7 +38,7 @@ def all_pairs(
 
 
 @pytest.mark.parametrize("temperature", [0.003, 0.1, 3.0])
-@pytest.mark.parametrize(("metric", "scale"), itertools.product(METRICS, SCALES))
+@pytest.mark.parametrize(("metric", "scale"), list(itertools.product(METRICS, SCALES)))
 def test_estimates_equal_all_pairs(metric: str, scale: str, temperature: float) -> None:
     student, teacher = batch()
     found = PerceptionCoherenceLoss(temperature=temperature, metric=metric, scale=scale).diagnose(

@@ -29,7 +29,7 @@ def standardized(columns: Tensor) -> np.ndarray:
     return (values - values.mean(0)) / values.std(0)
 
 
-@pytest.mark.parametrize(("cost", "solver"), itertools.product(COSTS, SOLVERS))
+@pytest.mark.parametrize(("cost", "solver"), list(itertools.product(COSTS, SOLVERS)))
 @pytest.mark.parametrize("sizes", [(5, 7), (7, 5), (6, 6), (1, 4)])
 def test_equals_pot(cost: str, solver: str, sizes: tuple[int, int]) -> None:
     student, teacher = features(20, *sizes)
@@ -54,7 +54,7 @@ def test_pots_own_example() -> None:
 
 
 @pytest.mark.parametrize("standardize", [True, False])
-@pytest.mark.parametrize(("cost", "solver"), itertools.product(COSTS, SOLVERS))
+@pytest.mark.parametrize(("cost", "solver"), list(itertools.product(COSTS, SOLVERS)))
 def test_gradcheck_with_the_plan_held_fixed(
     cost: str, solver: str, standardize: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

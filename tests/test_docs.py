@@ -1,0 +1,82 @@
+"""The documentation: it builds without a warning, and everything that it shows runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pcoherence
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")  # it shows the library with its extension
+
+
+def run(*command: str) -> str:
+    """What a Python command prints; its output is the message where it fails."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def build(builder: str, folder: Path) -> str:
+    options = ["-q", "-W", "--keep-going", "-n", "-b", builder]
+    return run("-m", "sphinx", *options, str(DOCS), str(folder / builder))
+
+
+def test_pages_build_without_warnings(tmp_path: Path) -> None:
+    build("html", tmp_path)
+    pages = {path.stem for path in DOCS.glob("*.rst")}
+    assert pages <= {path.stem for path in (tmp_path / "html").glob("*.html")}
+    reference = (tmp_path / "html" / "api.html").read_text()
+    for name in pcoherence.__all__:
+        assert (
+            f'id="pcoherence.{name}"' in reference or f'id="module-pcoherence.{name}"' in reference
+        )
+    adapters = (tmp_path / "html" / "adapters.html").read_text()
+    for path in (DOCS.parent / "pcoherence" / "adapters").glob("[a-z]*.py"):
+        assert f'id="module-pcoherence.adapters.{path.stem}"' in adapters
+    assert pcoherence.__version__ in (tmp_path / "html" / "index.html").read_text()
+
+
+def test_examples_run(tmp_path: Path) -> None:
+    build("doctest", tmp_path)
+    (output,) = (tmp_path / "doctest").glob("output.txt")
+    shown = sum(page.read_text().count(".. testcode::") for page in DOCS.glob("*.rst"))
+    counted = re.search(r"(\d+) tests\n.* 0 failures in tests", output.read_text(), re.DOTALL)
+    assert counted is not None
+    assert int(counted[1]) >= shown
+
+
+def test_every_block_of_python_is_run() -> None:
+    """Python that is only shown would not be noticed when it stops working."""
+    for page in DOCS.glob("*.rst"):
+        found = re.findall(r"^\.\. (?:code-block|code|sourcecode)::.*$", page.read_text(), re.M)
+        assert not found, f"{page.name}: {found}; use testcode"
+
+
+def test_two_processes() -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert "2 processes: the same loss and gradient" in run(
+        *launcher, str(DOCS / "two_processes.py")
+    )
+
+
+def test_version_comes_from_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Sphinx: what conf.py says is what pcoherence says."""
+    monkeypatch.setattr(pcoherence, "__version__", "1.2.3.test")
+    found = runpy.run_path(str(DOCS / "conf.py"))
+    assert found["release"] == found["version"] == "1.2.3.test"
