@@ -9,7 +9,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 SOURCES := setup.py pyproject.toml $(CXX_FILES)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs figures bench bench-quick gpu-check clean
+.PHONY: help install demo demo-sentences test lint format docs figures bench bench-quick gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,13 +23,16 @@ $(VENV)/dependencies: pyproject.toml
 
 $(VENV)/installed: $(VENV)/dependencies $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --no-build-isolation --editable '.[demo,test,bench,lint]'
+	    --no-build-isolation --editable '.[demo,sentences,test,bench,lint]'
 	touch $@
 
 install: $(VENV)/installed  ## set up .venv with the library and everything below
 
 demo: $(VENV)/installed  ## train a teacher and a small student on real images; plots in demo-output/
 	$(BIN)/python examples/demo.py
+
+demo-sentences: $(VENV)/installed  ## distil a sentence encoder on WordNet's definitions
+	$(BIN)/python examples/distil_sentences.py
 
 test: $(VENV)/installed  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist worksteal

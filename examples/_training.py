@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from _images import Images, moved
+from _steps import batches, step
 from torch import Tensor, nn
 
 from pcoherence import PerceptionCoherenceLoss
@@ -67,11 +68,11 @@ def train_teacher(teacher: nn.Module, train: Images, epochs: int) -> Iterator[fl
     for _ in range(epochs):
         teacher.train()
         total = 0.0
-        for rows in _batches(len(train.labels), TEACHER_BATCH):
+        for rows in batches(len(train.labels), TEACHER_BATCH):
             down, right = torch.randint(-2, 3, (2,)).tolist()
             scores = head(teacher(moved(train.pixels[rows], down, right)))
             loss = F.cross_entropy(scores, train.labels[rows])
-            total += _step(loss, optimizer, schedule)
+            total += step(loss, optimizer, schedule)
         yield total / steps
 
 
@@ -88,26 +89,7 @@ def train_student(
     for _ in range(epochs):
         student.train()
         total = 0.0
-        for rows in _batches(len(pixels), STUDENT_BATCH):
+        for rows in batches(len(pixels), STUDENT_BATCH):
             loss = criterion(student(pixels[rows]), targets[rows])
-            total += _step(loss, optimizer, schedule)
+            total += step(loss, optimizer, schedule)
         yield total / steps
-
-
-def _batches(count: int, size: int) -> Iterator[Tensor]:
-    """Row numbers of full batches in random order; what is left over waits for another epoch."""
-    order = torch.randperm(count)
-    for start in range(0, count - size + 1, size):
-        yield order[start : start + size]
-
-
-def _step(
-    loss: Tensor,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> float:
-    optimizer.zero_grad()
-    torch.autograd.backward(loss)
-    optimizer.step()
-    schedule.step()
-    return loss.item()

@@ -206,6 +206,9 @@ def test_import_tries_nothing_heavy_and_starts_no_process(tmp_path: Path) -> Non
     )
     found = set(done.stdout.splitlines())
     assert "import pcoherence" in found  # the hook hears what happens
-    heavy = "triton matplotlib scipy sklearn pandas ot tqdm rich hypothesis pytest setuptools ninja"
+    heavy = (
+        "triton matplotlib scipy sklearn pandas ot tqdm rich hypothesis pytest setuptools ninja "
+        "lightning sentence_transformers pytorch_metric_learning timm torchmetrics"
+    )
     assert found.isdisjoint(f"import {name}" for name in heavy.split())
     assert {event for event in found if not event.startswith("import ")} == set()

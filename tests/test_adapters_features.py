@@ -1,0 +1,156 @@
+"""FeatureExtractor: timm's interface, layers of plain modules, pooling, errors."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pcoherence import perception_coherence_loss
+from pcoherence.adapters.features import FeatureExtractor
+
+
+class TimmLike(nn.Module):
+    """The part of timm's interface that is used, as timm's ConvNets have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, stride=2)
+        self.fc = nn.Linear(6, 10)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu()
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = x.mean((2, 3))
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class TorchvisionLike(nn.Module):
+    """Pooled to [b, c, 1, 1], flattened without a module: as torchvision's ResNets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.avgpool(self.stem(x)).flatten(1))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+IMAGES = torch.rand(5, 3, 9, 9, generator=torch.manual_seed(1))
+
+
+def test_timm_models_are_pooled_by_their_head() -> None:
+    model = TimmLike()
+    found = FeatureExtractor(model)(IMAGES)
+    assert torch.equal(found, model.forward_head(model.forward_features(IMAGES), pre_logits=True))
+    assert torch.equal(model.fc(found), model(IMAGES))
+
+
+def test_a_layer_by_name() -> None:
+    model = TorchvisionLike()
+    found = FeatureExtractor(model, "avgpool")(IMAGES)
+    assert found.shape == (5, 4)
+    assert torch.equal(model.fc(found), model(IMAGES))
+    inner = FeatureExtractor(model, "stem.1")(IMAGES)
+    torch.testing.assert_close(inner, found)  # the mean over pixels
+    assert FeatureExtractor(model, "fc")(IMAGES).shape == (5, 10)
+
+
+def test_pooling() -> None:
+    model = TorchvisionLike()
+    output = model.stem(IMAGES)
+    assert torch.equal(FeatureExtractor(model, "stem", pool="flatten")(IMAGES), output.flatten(1))
+    first = FeatureExtractor(model, "stem", pool=lambda t: t[:, :, 0, 0])(IMAGES)
+    assert torch.equal(first, output[:, :, 0, 0])
+
+
+def test_hooks_do_not_stay() -> None:
+    model = TorchvisionLike()
+    FeatureExtractor(model, "avgpool")(IMAGES)
+    with pytest.raises(RuntimeError, match="to have 3 channels"):
+        FeatureExtractor(model, "avgpool")(IMAGES[:, :2])
+    assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_a_training_step() -> None:
+    student = FeatureExtractor(TorchvisionLike(), "avgpool")
+    teacher = FeatureExtractor(TimmLike()).eval().requires_grad_(False)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    loss = perception_coherence_loss(student(IMAGES), teacher(IMAGES))
+    torch.autograd.backward(loss)
+    assert student.model.stem[0].weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in teacher.parameters())
+    optimizer.step()
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Linear(3, 4)
+        self.unused = nn.Identity()
+        self.recurrent = nn.GRU(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.recurrent(self.blocks(x.flatten(2).transpose(1, 2)))[0]
+
+
+def test_tokens_need_a_word() -> None:
+    model = Tokens()
+    with pytest.raises(ValueError, match=r'^pool: expected "flatten" or a callable .*\(5, 81, 4\)'):
+        FeatureExtractor(model, "blocks")(IMAGES)
+    found = FeatureExtractor(model, "blocks", pool=lambda t: t[:, 0])(IMAGES)
+    assert found.shape == (5, 4)
+    with pytest.raises(TypeError, match=r"^layer: expected a tensor from 'recurrent'.*got tuple"):
+        FeatureExtractor(model, "recurrent")(IMAGES)
+    assert FeatureExtractor(model, "recurrent", pool=lambda t: t[1][0])(IMAGES).shape == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None,), "model: expected a module; got NoneType"),
+        ((nn.Linear(3, 2),), "layer: expected the name of a submodule, because the model has no"),
+        ((TorchvisionLike(), "pool"), "layer: expected the name of a submodule"),
+        ((TorchvisionLike(), 3), "layer: expected the name of a submodule"),
+        ((TorchvisionLike(), "fc", "max"), "pool: expected one of mean, flatten, or a callable"),
+    ],
+    ids=["model", "no layer", "unknown layer", "layer of another type", "pool"],
+)
+def test_bad_arguments(arguments: tuple[Any, ...], message: str) -> None:
+    model, layer, pool = (*arguments, None, "mean")[:3] if len(arguments) < 3 else arguments
+    with pytest.raises((TypeError, ValueError), match="^" + re.escape(message)):
+        FeatureExtractor(model, layer, pool=pool)
+
+
+def test_layers_that_give_no_features() -> None:
+    with pytest.raises(RuntimeError, match=r"^layer: expected the model to call 'unused'"):
+        FeatureExtractor(Tokens(), "unused")(IMAGES)
+    with pytest.raises(ValueError, match=r"^pool: expected features \[batch, width\] .*shape"):
+        FeatureExtractor(TorchvisionLike(), "stem", pool=lambda t: t)(IMAGES)
+
+
+def test_timm_itself() -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet10t", pretrained=False, num_classes=3)
+    found = FeatureExtractor(model.eval())(torch.rand(2, 3, 32, 32))
+    assert found.shape == (2, model.num_features)
+
+
+def test_torchvision_itself() -> None:
+    models = pytest.importorskip("torchvision.models")
+    found = FeatureExtractor(models.resnet18().eval(), "avgpool")(torch.rand(2, 3, 32, 32))
+    assert found.shape == (2, 512)

@@ -1,0 +1,175 @@
+"""DistillationModule and CoherenceCallback in Lightning's Trainer, and the values they log."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pcoherence import coherence, perception_coherence_loss
+from pcoherence.adapters.lightning import CoherenceCallback, DistillationModule
+
+POINTS = torch.randn(41, 4, generator=torch.manual_seed(0))
+LABELS = torch.arange(41)
+
+
+def networks() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(1)
+    teacher = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5))
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), teacher
+
+
+def loader(count: int = 41, **options: Any) -> DataLoader:
+    return DataLoader(TensorDataset(POINTS[:count], LABELS[:count]), batch_size=20, **options)
+
+
+def trainer(**options: Any) -> Any:
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    settings |= {"accelerator": "cpu", "devices": 1, "enable_model_summary": False}
+    return Trainer(**(settings | options))
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its advice on workers and loggers
+        yield
+
+
+def test_training_teaches_the_student_alone() -> None:
+    student, teacher = networks()
+    before = [parameter.clone() for parameter in teacher.parameters()]
+    module = DistillationModule(
+        student, teacher, optimizer=functools.partial(torch.optim.Adam, lr=0.02), temperature=0.05
+    )
+    start = perception_coherence_loss(student(POINTS), teacher(POINTS), temperature=0.05)
+    run = trainer(max_epochs=20, callbacks=[CoherenceCallback()])
+    run.fit(module, loader(drop_last=True, shuffle=True), loader())
+    end = perception_coherence_loss(student(POINTS), teacher(POINTS), temperature=0.05)
+    assert end < 0.5 * start
+    assert not teacher.training
+    for now, then in zip(teacher.parameters(), before, strict=True):
+        assert torch.equal(now, then)
+        assert now.grad is None
+        assert not now.requires_grad
+    expected = coherence(student(POINTS), teacher(POINTS))
+    for name, value in expected._asdict().items():
+        assert run.callback_metrics[f"val_{name}"].item() == pytest.approx(value.item(), abs=1e-6)
+    assert {"train_loss", "val_loss"} <= run.callback_metrics.keys()
+
+
+def test_steps_are_the_direct_loss() -> None:
+    student, teacher = networks()
+    module = DistillationModule(student, teacher, objective="huber")
+    for batch in (POINTS, (POINTS, LABELS), [POINTS]):
+        loss = module.training_step(batch, 0)
+        expected = perception_coherence_loss(student(POINTS), teacher(POINTS), objective="huber")
+        assert torch.equal(loss, expected)
+    assert torch.equal(module(POINTS), student(POINTS))
+
+
+def test_the_teacher_follows_but_is_not_saved(tmp_path: Path) -> None:
+    student, teacher = networks()
+    module = DistillationModule(student, teacher).double().train()
+    assert module.teacher[0].weight.dtype == torch.float64
+    assert not module.teacher.training
+    assert all(key.startswith("student.") for key in module.state_dict())
+    run = trainer(fast_dev_run=True)
+    run.fit(module.float(), loader())
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    again = DistillationModule.load_from_checkpoint(
+        tmp_path / "saved.ckpt", student=networks()[0], teacher=networks()[1], weights_only=False
+    )
+    assert torch.equal(again(POINTS), module.cpu()(POINTS))
+
+
+def test_schedules_and_learned_metrics() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.ones(3))
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return torch.cdist(a * self.weights, b * self.weights)
+
+    def factory(parameters: list[nn.Parameter]) -> dict[str, Any]:
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1),
+        }
+
+    metric = Scaled()
+    module = DistillationModule(
+        *networks(), optimizer=factory, metric=metric, teacher_metric="euclidean"
+    )
+    trainer(fast_dev_run=True).fit(module, loader())
+    assert not torch.equal(metric.weights, torch.ones(3))
+
+
+def test_the_callback_takes_the_first_points_of_each_loader() -> None:
+    student, teacher = networks()
+    run = trainer(callbacks=[CoherenceCallback(25, nearest=3, metric="cosine", prefix="x/")])
+    run.validate(DistillationModule(student, teacher), [loader(), loader(30)], verbose=False)
+    expected = coherence(student(POINTS[:25]), teacher(POINTS[:25]), nearest=3, metric="cosine")
+    for index in (0, 1):
+        found = run.callback_metrics[f"x/overlap/{index}"]
+        assert found.item() == pytest.approx(expected.overlap.item(), abs=1e-6)
+
+
+def test_too_few_points_log_nothing() -> None:
+    run = trainer(callbacks=[CoherenceCallback()])
+    run.validate(DistillationModule(*networks()), loader(1), verbose=False)
+    assert run.callback_metrics == {}
+
+
+def test_the_callback_says_what_it_expects() -> None:
+    class Other(DistillationModule):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return {"loss": torch.zeros(())}
+
+    message = r'^validation_step: expected a dict with "student" and "teacher".*got \[\'loss\'\]'
+    with pytest.raises(TypeError, match=message):
+        trainer(callbacks=[CoherenceCallback()]).validate(Other(*networks()), loader())
+
+
+def test_bad_arguments() -> None:
+    student, teacher = networks()
+    with pytest.raises(TypeError, match=r"^teacher: expected a module; got builtin"):
+        DistillationModule(student, torch.tanh)
+    with pytest.raises(ValueError, match=r"^teacher: expected no parameters of the student's"):
+        DistillationModule(student, nn.Sequential(student))
+    with pytest.raises(TypeError, match=r"^optimizer: expected a function of the parameters.*Adam"):
+        DistillationModule(student, teacher, optimizer=torch.optim.Adam(student.parameters()))
+    with pytest.raises(ValueError, match=r"^objective: expected"):
+        DistillationModule(student, teacher, objective="mae")
+    with pytest.raises(ValueError, match=r"^reduction: expected mean or sum"):
+        DistillationModule(student, teacher, reduction="none")
+    with pytest.raises(ValueError, match=r"^max_points: expected an int of at least 1"):
+        CoherenceCallback(0)
+    with pytest.raises(ValueError, match=r"^metric: expected"):
+        CoherenceCallback(metric="manhattan")
+
+
+def test_a_refused_teacher_is_left_as_it_was() -> None:
+    student, teacher = networks()
+    with pytest.raises(ValueError, match=r"^objective: expected"):
+        DistillationModule(student, teacher.train(), objective="mae")
+    assert teacher.training
+    assert all(p.requires_grad for p in teacher.parameters())
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "pcoherence.adapters.lightning")
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    with pytest.raises(ImportError, match=r"pip install pcoherence\[lightning\]"):
+        importlib.import_module("pcoherence.adapters.lightning")
