@@ -120,8 +120,13 @@ def _gradient(
 @torch.no_grad()
 def _draw(spec: LossSpec, inputs: LossInputs) -> tuple[Tensor, _Pairs]:
     """Weights [anchors, n] and pairs, both candidates drawn by weight; the same at every call."""
-    m = inputs.student.shape[0]
-    rows = torch.linspace(0, m - 1, min(m, MAX_ANCHORS), device=inputs.student.device).long()
+    everybody = inputs.student.new_ones(inputs.student.shape[0])
+    given = inputs.anchor_weights
+    counting = (everybody if given is None else given).nonzero()[:, 0]
+    m = len(counting)
+    if m == 0:
+        raise ValueError("anchor_weights: expected an anchor that weighs more than 0; got none")
+    rows = counting[torch.linspace(0, m - 1, min(m, MAX_ANCHORS), device=counting.device).long()]
     student = _distances(
         inputs.student[rows],
         candidates(inputs.student, inputs.student_candidates),
@@ -138,10 +143,7 @@ def _draw(spec: LossSpec, inputs: LossInputs) -> tuple[Tensor, _Pairs]:
     weights = distances.pair_weights(student, inputs.candidate_weights, index)
     anchor_weights = None if inputs.anchor_weights is None else inputs.anchor_weights[rows]
     student = distances.scaled(student, weights, anchor_weights, spec.scale)
-    # An anchor that has nobody to compare says nothing; neither does padding.
-    used = weights.sum(1) > 0
-    if anchor_weights is not None:
-        used &= anchor_weights > 0
+    used = weights.sum(1) > 0  # an anchor that has nobody to compare says nothing
     if not bool(used.any()):
         raise ValueError("candidate_weights: expected an anchor with weighted candidates; got none")
     student, teacher, weights = student[used], teacher[used], weights[used]

@@ -158,7 +158,9 @@ def _mixed_by_autocast(value: Tensor, like: Tensor) -> bool:
     Both are raised to float32 anyway.
     """
     dtypes = {value.dtype, like.dtype}
-    return torch.float64 not in dtypes and torch.is_autocast_enabled(like.device.type)
+    device = like.device.type
+    known = torch.amp.is_autocast_available(device)
+    return torch.float64 not in dtypes and known and torch.is_autocast_enabled(device)
 
 
 def check_same_length(argument: str, value: Tensor, other_name: str, other: Tensor) -> None:

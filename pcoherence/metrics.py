@@ -119,8 +119,10 @@ def ordered_distances(a: Tensor, b: Tensor, metric: Metric, argument: str) -> Te
     """Distances [m, n] by differences, which keep exact ties, or anything in the same order.
 
     That is the distance itself, but its root for "sqeuclidean", and the root of twice it for
-    "cosine".
+    "cosine"; named metrics in float64, in which no square of a float32 over- or underflows.
     """
+    if isinstance(metric, str):
+        a, b = a.double(), b.double()
     p = {"euclidean": 2.0, "sqeuclidean": 2.0, "cityblock": 1.0}.get(str(metric))
     if isinstance(metric, str) and p is not None:
         return torch.cdist(a, b, p=p, compute_mode="donot_use_mm_for_euclid_dist")

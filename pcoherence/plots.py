@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .loss import soft_rank
+from .inputs import at_least_float32
 from .metrics import coherence, ordered_distances
 from .spec import Metric, check_metric
 
@@ -23,9 +23,6 @@ MAX_POINTS = 2048
 CELLS = 60
 LOWEST, HIGHEST = 0.03, 30
 """The range of densities shown; 1 is what unrelated ranks would give everywhere."""
-
-HARD = 1e-5
-"""A temperature, in mean distances, at which soft ranks are hard ones."""
 
 
 def rank_agreement(
@@ -59,6 +56,8 @@ def rank_agreement(
     named = {"student": students} if isinstance(students, Tensor) else dict(students)
     if not named:
         raise ValueError("students: expected at least one; got none")
+    if len(teacher) < 2:
+        raise ValueError(f"teacher: expected at least 2 points (rows); got {len(teacher)}")
     Figure, LogNorm = _matplotlib()  # noqa: N806
     agreement = {
         name: coherence(student, teacher, metric=metric, teacher_metric=teacher_metric).spearman
@@ -91,12 +90,13 @@ def rank_agreement(
 def _rank_shares(points: Tensor, metric: Metric, argument: str) -> NDArray[np.float64]:
     """For every point, the ranks of the others by distance, [n, n - 1], scaled to (0, 1)."""
     n = points.shape[0]
-    points = points[torch.linspace(0, n - 1, min(n, MAX_POINTS)).long()].double()
+    points = at_least_float32(points[torch.linspace(0, n - 1, min(n, MAX_POINTS)).long()])
     full = ordered_distances(points, points, metric, argument).cpu()
-    others = full[~torch.eye(len(full), dtype=torch.bool)].view(len(full), -1)
-    unit = (others - others.amin()).mean().item() or 1.0
-    ranks = soft_rank(others, temperature=HARD * unit)
-    return np.asarray((ranks - 0.5) / ranks.shape[1])
+    others = full[~torch.eye(len(full), dtype=torch.bool)].view(len(full), -1).contiguous()
+    ordered = others.sort(1).values
+    # Mid-ranks: halfway between the first and the last place that a value could take.
+    places = [torch.searchsorted(ordered, others, right=right) for right in (False, True)]
+    return np.asarray((places[0] + places[1]) / (2 * others.shape[1]))
 
 
 def _matplotlib() -> tuple[type, type]:

@@ -57,7 +57,7 @@ def optimal_transport_loss(
 
     Returns:
         A 0-d tensor; float32 for half precision inputs, otherwise their dtype. Features with NaN or
-        inf give NaN. No points give 0.
+        inf give NaN. No points give 0. Can be differentiated once.
 
     Raises:
         ImportError: POT is not there (pip install pcoherence[transport]).
@@ -73,9 +73,10 @@ def optimal_transport_loss(
     if student.shape[0] == 0:
         return at_least_float32(student).sum()
     x, y = at_least_float32(student), at_least_float32(teacher.detach())
-    if standardize:
-        x, y = _standardized(x), _standardized(y)
-    costs = _costs(x, y, cost)
+    with torch.autocast(x.device.type, enabled=False):
+        if standardize:
+            x, y = _standardized(x), _standardized(y)
+        costs = _costs(x, y, cost)
     if not bool(costs.detach().isfinite().all()):
         return costs.sum() * torch.nan
     plan = _plan(costs.detach(), solver, regularization, max_iterations)
@@ -126,7 +127,11 @@ def _check_options(
 
 def _standardized(columns: Tensor) -> Tensor:
     """Every column [n, d] with mean 0 and, unless it is constant, standard deviation 1."""
-    centred = columns - columns.mean(0)
+    # From the first row on: the mean of equal values may miss them by its rounding.
+    shifted = columns - columns[0]
+    largest = shifted.detach().abs().amax(0)  # no square over- or underflows; it cancels
+    shifted = shifted / torch.where(largest == 0, 1.0, largest)
+    centred = shifted - shifted.mean(0)
     deviation = _root(centred.square().mean(0))
     return centred / torch.where(deviation == 0, 1.0, deviation)
 

@@ -118,6 +118,25 @@ def test_padding_does_not_count() -> None:
     assert found.loss == pytest.approx(alone.loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scale_of_the_features_does_not_matter(scale: float) -> None:
+    student, teacher = (t.float() for t in batch())
+    found = PerceptionCoherenceLoss().diagnose(student * scale, teacher * scale)
+    expected = PerceptionCoherenceLoss().diagnose(student, teacher)
+    for name in ("saturated", "misordered", "resolution", "suggested_temperature"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-3)
+
+
+def test_the_anchors_that_count_are_looked_at() -> None:
+    student, teacher = batch(2000)
+    weights = torch.zeros(2000)
+    weights[1001] = 1
+    found = PerceptionCoherenceLoss().diagnose(student, teacher, anchor_weights=weights)
+    assert 0.3 < found.misordered < 0.7
+    with pytest.raises(ValueError, match=r"^anchor_weights: expected an anchor"):
+        PerceptionCoherenceLoss().diagnose(student, teacher, anchor_weights=0 * weights)
+
+
 def test_bank_counts() -> None:
     student, teacher = batch()
     bank = CandidateBank(10)

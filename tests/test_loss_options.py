@@ -163,6 +163,20 @@ def test_cases(cpu_backend: str, metric: str, case: str, dtype: torch.dtype) -> 
         check(cpu_backend, [student], {"teacher": teacher}, metric=metric, objective=objective)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_collapsed_student_gets_no_gradient(
+    cpu_backend: str, metric: str, dtype: torch.dtype
+) -> None:
+    """Equal points, so many that their mean misses them by rounding."""
+    for n in (64, 130, 700):
+        student = make_case("equal", n, 7, dtype=dtype).requires_grad_()
+        teacher = make_case("gaussian", n, 5, dtype=dtype, seed=3)
+        loss = perception_coherence_loss(student, teacher, metric=metric, backend=cpu_backend)
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert not gradient.any()
+
+
 @pytest.mark.parametrize("case", ["duplicates", "equal", "lattice"])
 def test_tied_teachers(cpu_backend: str, case: str) -> None:
     student = make_case("gaussian", 40, 6, dtype=torch.float32)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from pcoherence import plots
@@ -39,10 +41,31 @@ def test_a_panel_for_each_student_says_its_coherence() -> None:
     assert plots.rank_agreement(points, points).axes[0].get_title().startswith("student")
 
 
+def test_ranks_are_exact_beside_an_outlier_and_with_ties() -> None:
+    points = make_case("gaussian", 60, 3)
+    points[7] = 1e8
+    points[9] = points[8]
+    shares = plots._rank_shares(points, "euclidean", "metric")
+    for i in range(60):
+        apart = (points - points[i]).norm(dim=1)
+        expected = (rankdata(apart[torch.arange(60) != i]) - 0.5) / 59
+        np.testing.assert_allclose(shares[i], expected, atol=1e-7)
+
+
+def test_a_callable_sees_the_dtype_given() -> None:
+    points = make_case("gaussian", 9, 3, dtype=torch.float32)
+    projection = torch.nn.Linear(3, 2)
+    plots.rank_agreement(
+        points, points, metric=lambda a, b: torch.cdist(projection(a), projection(b))
+    )
+
+
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     points = make_case("gaussian", 9, 3)
     with pytest.raises(ValueError, match=r"^students: expected at least one"):
         plots.rank_agreement({}, points)
+    with pytest.raises(ValueError, match=r"^teacher: expected at least 2 points"):
+        plots.rank_agreement(points[:1], points[:1])
     with pytest.raises(ValueError, match=r"^metric: expected one of"):
         plots.rank_agreement(points, points, metric="other")
     monkeypatch.setitem(sys.modules, "matplotlib.colors", None)

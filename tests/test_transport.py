@@ -178,3 +178,32 @@ def test_without_pot(monkeypatch: pytest.MonkeyPatch) -> None:
         optimal_transport_loss(*features())
     with pytest.raises(ImportError, match=r"pcoherence\[transport\]"):
         OptimalTransportLoss()
+
+
+def test_a_constant_column_is_only_shifted() -> None:
+    """0.1 is not the float32 mean of 7 times 0.1."""
+    constant = torch.full((7, 1), 0.1).requires_grad_()
+    teacher = make_case("gaussian", 7, 1, dtype=torch.float32, seed=1)
+    loss = optimal_transport_loss(constant, teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(1, rel=1e-6)
+    assert constant.grad is not None
+    assert constant.grad.abs().max() < 3 * 7
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize("cost", COSTS)
+def test_scale_of_the_features(cost: str, scale: float) -> None:
+    student, teacher = (t.float() for t in features())
+    expected = optimal_transport_loss(student, teacher, cost=cost)
+    torch.testing.assert_close(
+        optimal_transport_loss(scale * student, teacher, cost=cost), expected
+    )
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_autocast_changes_nothing(cost: str) -> None:
+    student, teacher = (t.float() for t in features())
+    expected = optimal_transport_loss(student, teacher, cost=cost)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(optimal_transport_loss(student, teacher, cost=cost), expected)

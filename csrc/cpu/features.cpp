@@ -24,12 +24,13 @@ double length_of(const T* x, const std::vector<double>& zero) {
   return length == 0 ? std::numeric_limits<double>::infinity() : length;
 }
 
-// What the squared distance of equal points to their mean can be: the mean may miss them by its rounding.
-double rounding(const std::vector<double>& centre) {
+// What the squared distance of `count` equal points to their mean can be: the mean may miss them by its rounding, a
+// unit for every point that is added, and a few more.
+double rounding(const std::vector<double>& centre, std::int64_t count) {
   double square = 0;
   for (const double c : centre) square += c * c;
-  constexpr double epsilon = std::numeric_limits<double>::epsilon();
-  return square * (4 * epsilon) * (4 * epsilon);
+  const double error = double(4 + count) * std::numeric_limits<double>::epsilon();
+  return square * error * error;
 }
 
 // Rows of a matrix, evenly spaced, as directions or as they are.
@@ -123,8 +124,8 @@ void Features<T>::choose_centre() {
     const double half = sample.median(sample.mean(0));
     centre_ = sample.mean(half);
     spread = sample.median(centre_);
-    if (!(spread > rounding(centre_))) spread = sample.farthest();
-    if (!(spread <= rounding(centre_))) break;
+    if (!(spread > rounding(centre_, std::min(size, input_.n)))) spread = sample.farthest();
+    if (!(spread <= rounding(centre_, std::min(size, input_.n)))) break;
     sample.copy_first(centre_);
     spread = 0;
   }

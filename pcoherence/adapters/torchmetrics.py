@@ -19,6 +19,8 @@ except ImportError as error:
 from pcoherence.metrics import Coherence, coherence
 from pcoherence.spec import Metric, check_count, check_flag, check_metric
 
+from ._dtypes import same_dtype
+
 
 class CoherenceMetric(_Metric):
     """Keeps the outputs of student and teacher, and measures `coherence` over all of them.
@@ -88,7 +90,7 @@ class CoherenceMetric(_Metric):
                 f"teacher: expected as many rows as student, {len(student)}; got {len(teacher)}"
             )
         self.student.append(student.detach())
-        self.teacher.append(teacher.detach().to(student.dtype))
+        self.teacher.append(teacher.detach())
 
     def compute(self) -> dict[str, Tensor]:
         """The fields of `Coherence`, 0-d, float32; NaN with fewer than 2 points."""
@@ -99,5 +101,5 @@ class CoherenceMetric(_Metric):
         if len(student) < 2:
             nan = torch.tensor(torch.nan, device=self.device)
             return {name: nan for name in Coherence._fields}
-        found = coherence(student, teacher, **self.options)
+        found = coherence(*same_dtype(student, teacher), **self.options)
         return {name: value.float().to(self.device) for name, value in found._asdict().items()}
