@@ -174,7 +174,7 @@ def test_a_collapsed_student_gets_no_gradient(
         teacher = make_case("gaussian", n, 5, dtype=dtype, seed=3)
         loss = perception_coherence_loss(student, teacher, metric=metric, backend=cpu_backend)
         (gradient,) = torch.autograd.grad(loss, student)
-        assert not gradient.any()
+        assert gradient.abs().max() <= torch.finfo(dtype).eps  # of features near 1
 
 
 @pytest.mark.parametrize("case", ["duplicates", "equal", "lattice"])
