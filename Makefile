@@ -51,7 +51,7 @@ format: $(VENV)/installed  ## rewrite the files as the linters want them
 docs: $(VENV)/installed  ## build the documentation: docs/_build/html/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going -n docs docs/_build/html
 
-figures: $(VENV)/installed  ## the measured numbers of the README: accuracy, speed, memory (about 10 minutes)
+figures: $(VENV)/installed  ## the measured numbers of the README: accuracy, speed, memory (about 4 minutes)
 	$(BIN)/python -m benchmarks.figures --readme
 
 # Other people's packages, for comparison only: where one does not install, its rows say so.

@@ -1,5 +1,5 @@
 // The kernel sums behind soft ranks: which functions are summed, and the constants of the two fast
-// algorithms (DESIGN section 2). Shared by every backend; the same names as pcoherence/soft_ranks.py.
+// algorithms (docs/mathematics.rst). Shared by every backend; the same names as pcoherence/soft_ranks.py.
 //
 //   sigmoid(t)  = 1 / (1 + exp(-t))                    R_j = sum_k w_k sigmoid(s_j - s_k)
 //   slope(t)    = sigmoid(t) sigmoid(-t)               derivative of sigmoid, even in t

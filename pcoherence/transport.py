@@ -16,7 +16,27 @@ from .inputs import at_least_float32, check_points, check_same_length
 from .spec import check_count, check_flag, check_name, check_temperature
 
 SOLVERS = ("exact", "sinkhorn")
-COSTS = ("sqeuclidean", "euclidean", "cosine")
+
+
+def _euclidean(x: Tensor, y: Tensor) -> Tensor:
+    """M_ab = |x_.a - y_.b| / sqrt(n); x [n, ds], y [n, dt] -> [ds, dt]."""
+    # By differences: columns that share a large mean do not cancel.
+    apart = torch.cdist(x.T, y.T, compute_mode="donot_use_mm_for_euclid_dist")
+    return apart / len(x) ** 0.5
+
+
+def _sqeuclidean(x: Tensor, y: Tensor) -> Tensor:
+    """M_ab = |x_.a - y_.b|^2 / n; x [n, ds], y [n, dt] -> [ds, dt]."""
+    return _euclidean(x, y).square()
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    """M_ab = 1 - cos(x_.a, y_.b); x [n, ds], y [n, dt] -> [ds, dt]."""
+    return 1 - distances.directions(x.T) @ distances.directions(y.T).T
+
+
+COST_FUNCTIONS = {"sqeuclidean": _sqeuclidean, "euclidean": _euclidean, "cosine": _cosine}
+COSTS = tuple(COST_FUNCTIONS)
 
 
 def optimal_transport_loss(
@@ -76,7 +96,7 @@ def optimal_transport_loss(
     with torch.autocast(x.device.type, enabled=False):
         if standardize:
             x, y = _standardized(x), _standardized(y)
-        costs = _costs(x, y, cost)
+        costs = COST_FUNCTIONS[cost](x, y)
     if not bool(costs.detach().isfinite().all()):
         return costs.sum() * torch.nan
     plan = _plan(costs.detach(), solver, regularization, max_iterations)
@@ -140,15 +160,6 @@ def _root(squares: Tensor) -> Tensor:
     """Square roots; at 0 the derivative is 0."""
     zero = squares == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())
-
-
-def _costs(x: Tensor, y: Tensor, cost: str) -> Tensor:
-    """M [ds, dt] between the columns of x [n, ds] and y [n, dt]."""
-    if cost == "cosine":
-        return 1 - distances.directions(x.T) @ distances.directions(y.T).T
-    # By differences: columns that share a large mean do not cancel.
-    apart = torch.cdist(x.T, y.T, compute_mode="donot_use_mm_for_euclid_dist")
-    return apart.square() / len(x) if cost == "sqeuclidean" else apart / len(x) ** 0.5
 
 
 def _plan(costs: Tensor, solver: str, regularization: float, max_iterations: int) -> Tensor:

@@ -52,7 +52,7 @@ class Features {
   }
   double scale() const { return scale_; }
 
-  // How a gradient w.r.t. distances becomes V of DESIGN section 3: see AnchorRow::chain.
+  // How a gradient w.r.t. distances becomes V (docs/mathematics.rst): see AnchorRow::chain.
   double chain() const { return traits().chain; }
   bool chain_root() const { return traits().root; }
 

@@ -1,4 +1,4 @@
-// Kernel sums on a grid (DESIGN section 2): spread, convolve, gather. Positions are in units of the bin width.
+// Kernel sums on a grid (docs/mathematics.rst): spread, convolve, gather. Positions are in units of the bin width.
 //
 // With x, y the local coordinates in [-1, 1] of two points whose bins differ by D, the kernel is the polynomial
 //   kernel(width * (D + (x - y) / 2)) = sum_qr table[D][r][q] x^q y^r

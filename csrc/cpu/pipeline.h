@@ -1,4 +1,4 @@
-// The loss and its gradient, a block of anchors at a time (DESIGN section 3).
+// The loss and its gradient, a block of anchors at a time (docs/mathematics.rst).
 #pragma once
 
 #include <cstdint>

@@ -15,7 +15,7 @@ inline constexpr std::int64_t kRowPadding = 16;
 inline std::int64_t padded(std::int64_t n) { return (n + kRowPadding - 1) / kRowPadding * kRowPadding; }
 
 // Rows of a square matrix that RowKernels::mirror and add_transpose take together: the pages of as many mirrored
-// columns are then used 4 times.
+// columns are then used once for each vector of a strip, 4 or 8 times.
 inline constexpr std::int64_t kSymmetricStrip = 64;
 
 enum class Status { ok, too_many_bins };
@@ -87,7 +87,7 @@ struct AnchorRow {
   double coefficient;
   bool want_gradient;
   // What a gradient w.r.t. a distance is multiplied by before it is stored: chain, or chain / distance (0 where
-  // the distance is 0). With the latter, V of DESIGN section 3 comes out for metrics that are roots of squares.
+  // the distance is 0). With the latter, V (docs/mathematics.rst) comes out for metrics that are roots of squares.
   double chain;
   bool chain_root;
   // results

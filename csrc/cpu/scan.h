@@ -1,4 +1,4 @@
-// Kernel sums by recurrences along the sorted row (DESIGN section 2). Positions are in units of the temperature.
+// Kernel sums by recurrences along the sorted row (docs/mathematics.rst). Positions are in units of the temperature.
 //
 // With z = exp(-(s_j - s_k)), k below j: sigmoid(s_j - s_k) = 1 + sum_m c_m z^m, and every power decays from one
 // sorted position to the next:  up_m(j) = e^m (w_{j-1} + up_m(j - 1)),  down_m(j) = e'^m (w_{j+1} + down_m(j + 1)),

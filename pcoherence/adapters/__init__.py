@@ -6,6 +6,7 @@
     torchmetrics            CoherenceMetric
     features                FeatureExtractor, for timm, torchvision and any other module
 
-Nothing is imported here, and `import pcoherence` imports none of them. Each has an extra that
-installs its package: pip install pcoherence[lightning], and so on.
+Nothing is imported here, and `import pcoherence` imports none of them. Extras
+install their packages: [sentence-transformers], [lightning], [metric-learning], [torchmetrics], and
+[timm] for features.
 """
