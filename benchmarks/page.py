@@ -20,8 +20,8 @@ measures them again.
 - **times the limit**: time over that of the four matrix products (X X^T, Y Y^T, V X and V^T X)
   that the loss cannot do without, measured in turn with it; the median of the ratios. Products of
   a symmetric matrix need only half of the work, so less than 1 is possible.
-- The limit is timed beside each row, in the caches that the row left: dividing two rows' times gives
-  other numbers, and so does another command (`make figures` alternates with the reference).
+- The limit is timed beside each row, in the caches that the row left: dividing the times of two
+  rows gives other numbers, and so does another command (`make figures`).
 - Times are of forward and backward, the median and what lies between the 20th and 80th
   percentile; forward is the loss without gradient. Inputs take turns.
 - Nothing is timed before its loss and gradient have been compared with float64. Errors are

@@ -76,7 +76,7 @@ def check_candidates(inputs: LossInputs) -> None:
     square = inputs.student_candidates is None
     if n >= 2 or (m == 0 and square):
         return
-    hint = "; a loader's drop_last=True avoids last batches of one" if square else ""
+    hint = "; a DataLoader's drop_last=True avoids last batches of one" if square else ""
     argument = "student" if square else "student_candidates"
     raise ValueError(f"{argument}: expected at least 2 candidates (rows); got {n}{hint}")
 

@@ -105,7 +105,7 @@ class DistillationModule(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """The features of a batch, for `CoherenceCallback`."""
         student, teacher = self.features(batch)
-        # The last batch may be a single point, with nobody to rank; gathered, all must call the loss.
+        # The last batch may be one point, with nobody to rank; gathered, all must call the loss.
         if self.criterion.gather or len(student) > 1:
             loss = self.criterion(student, teacher)
             self.log("val_loss", loss, prog_bar=True, batch_size=len(student))
