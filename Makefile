@@ -9,7 +9,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 SOURCES := setup.py pyproject.toml $(CXX_FILES)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-sentences test lint format docs figures bench bench-quick gpu-check clean
+.PHONY: help install demo demo-sentences test lint format docs figures bench bench-quick study study-quick gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,12 @@ bench: $(VENV)/peers  ## how it compares with others, a table and pictures: benc
 
 bench-quick: $(VENV)/installed  ## a small part of it, the table alone (under 2 minutes)
 	$(BIN)/python -m benchmarks run --quick --output .benchmarks/quick.json
+
+study: $(VENV)/installed  ## does it transfer representations? all students, tables, pictures (about 50 minutes)
+	$(BIN)/python -m benchmarks.distillation run
+
+study-quick: $(VENV)/installed  ## the same on little data, to see that it works (under 5 minutes)
+	$(BIN)/python -m benchmarks.distillation run --quick
 
 # On a GPU machine, with its own python3, torch, triton and nvcc; nothing is installed.
 GPU_OUTPUT ?= benchmarks/results/gpu

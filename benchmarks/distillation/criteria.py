@@ -1,0 +1,207 @@
+"""The losses that are compared: student's embeddings [n, ds] against what is known of the batch.
+
+Each is written as its source defines it, and is tested against that formula spelt out in loops.
+Criteria with parameters of their own (heads, projectors) train them along with the student.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pcoherence import OptimalTransportLoss, PerceptionCoherenceLoss
+
+CONTRASTIVE_WIDTH = 128
+"""Of the space in which student and teacher meet: that of the source."""
+
+ANGLE_LEAST = 1e-6
+"""Of squared distances in RKD-A: below it lies what float32 leaves of points that coincide."""
+
+
+class Seen(NamedTuple):
+    """What a criterion may look at, of one batch."""
+
+    embeddings: Tensor  # [n, dt], the teacher's
+    logits: Tensor  # [n, classes], of a linear classifier on them
+    labels: Tensor  # [n], int64
+
+
+class Widths(NamedTuple):
+    """What the parameters of a criterion depend on."""
+
+    student: int
+    teacher: int
+    classes: int
+
+
+class Criterion(nn.Module):
+    """A loss of a batch; subclasses say which parts of `Seen` they look at."""
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss of the student's embeddings [n, ds]."""
+        raise NotImplementedError
+
+
+class Labels(Criterion):
+    """No teacher: cross entropy of a linear classifier on the student's embeddings."""
+
+    def __init__(self, widths: Widths) -> None:
+        super().__init__()
+        self.head = nn.Linear(widths.student, widths.classes)
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss."""
+        return functional.cross_entropy(self.head(student), seen.labels)
+
+
+class Logits(Criterion):
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)): Hinton, Vinyals, Dean 2015."""
+
+    def __init__(self, widths: Widths, temperature: float) -> None:
+        super().__init__()
+        self.head = nn.Linear(widths.student, widths.classes)
+        self.temperature = temperature
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss."""
+        ours, theirs = (
+            functional.log_softmax(logits / self.temperature, dim=1)
+            for logits in (self.head(student), seen.logits)
+        )
+        divergence = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        return self.temperature**2 * divergence
+
+
+class Regression(Criterion):
+    """Mean square of projector(student) - teacher: FitNets (Romero et al. 2015)."""
+
+    def __init__(self, widths: Widths, projector: str) -> None:
+        super().__init__()
+        linear = nn.Linear(widths.student, widths.teacher)
+        hidden = (nn.Linear(widths.student, widths.teacher), nn.ReLU())
+        last = nn.Linear(widths.teacher, widths.teacher)
+        self.projector = {"linear": linear, "mlp": nn.Sequential(*hidden, last)}[projector]
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss."""
+        return functional.mse_loss(self.projector(student), seen.embeddings)
+
+
+class RelationalDistance(Criterion):
+    """RKD-D (Park et al. 2019): Huber loss of distances over their mean, over pairs of points."""
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss."""
+        ours, theirs = (torch.pdist(points) for points in (student, seen.embeddings))
+        return functional.smooth_l1_loss(ours / ours.mean(), theirs / theirs.mean())
+
+
+class RelationalAngle(Criterion):
+    """RKD-A (Park et al. 2019): Huber loss of cosines of the angles at j of triples (i, j, k)."""
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss; n^3 cosines."""
+        return functional.smooth_l1_loss(_angles(student), _angles(seen.embeddings))
+
+
+class SimilarityPreserving(Criterion):
+    """SP (Tung and Mori 2019): ||G_S - G_T||^2 / n^2, G the matrix of products, rows normalised."""
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss."""
+        ours, theirs = (
+            functional.normalize(points @ points.T, dim=1) for points in (student, seen.embeddings)
+        )
+        return (ours - theirs).square().mean()
+
+
+class CentredKernelAlignment(Criterion):
+    """1 - linear CKA (Kornblith et al. 2019): |Y^T X|^2 / (|X^T X| |Y^T Y|), columns centred."""
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss."""
+        x, y = (points - points.mean(0) for points in (student, seen.embeddings))
+        return 1 - (y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
+
+
+class Contrastive(Criterion):
+    """In the manner of CRD (Tian et al. 2020): find one's teacher among those of the batch.
+
+    Cross entropy of cosines / temperature, both ways, after linear maps of both sides; the
+    negatives are the batch, where the source keeps a memory.
+    """
+
+    def __init__(self, widths: Widths, temperature: float) -> None:
+        super().__init__()
+        self.student = nn.Linear(widths.student, CONTRASTIVE_WIDTH)
+        self.teacher = nn.Linear(widths.teacher, CONTRASTIVE_WIDTH)
+        self.temperature = temperature
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss."""
+        ours = functional.normalize(self.student(student), dim=1)
+        theirs = functional.normalize(self.teacher(seen.embeddings), dim=1)
+        scores = ours @ theirs.T / self.temperature
+        own = torch.arange(len(scores))
+        return (functional.cross_entropy(scores, own) + functional.cross_entropy(scores.T, own)) / 2
+
+
+class Transport(Criterion):
+    """`pcoherence.OptimalTransportLoss`."""
+
+    def __init__(self, cost: str) -> None:
+        super().__init__()
+        self.loss = OptimalTransportLoss(cost=cost)
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss."""
+        loss: Tensor = self.loss(student, seen.embeddings)
+        return loss
+
+
+class Coherence(Criterion):
+    """`pcoherence.PerceptionCoherenceLoss`."""
+
+    def __init__(self, **options: float | str) -> None:
+        super().__init__()
+        self.loss = PerceptionCoherenceLoss(**options)  # type: ignore[arg-type]
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss."""
+        loss: Tensor = self.loss(student, seen.embeddings)
+        return loss
+
+
+class Grouped(Criterion):
+    """The mean of a criterion over groups of a batch: points are compared within a group only."""
+
+    def __init__(self, criterion: Criterion, size: int) -> None:
+        super().__init__()
+        self.criterion = criterion
+        self.size = size
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss; points that fill no group are left out."""
+        whole = len(student) - len(student) % self.size
+        groups = range(0, whole, self.size)
+        losses = []
+        for start in groups:
+            rows = slice(start, start + self.size)
+            losses.append(self.criterion(student[rows], Seen(*(part[rows] for part in seen))))
+        return torch.stack(losses).mean()
+
+
+def _angles(points: Tensor) -> Tensor:
+    """Cosines [j, i, k] of the angle between points i and k seen from j; points [n, d].
+
+    From products instead of differences [n, n, d]; 0 where i or k is j.
+    """
+    centred = points - points.mean(0)
+    products = centred @ centred.T
+    squares = products.diagonal()
+    seen = products - products[:, :, None] - products[:, None, :] + squares[:, None, None]
+    apart = (squares[:, None] + squares - 2 * products).clamp_min(ANGLE_LEAST).sqrt()
+    return seen / (apart[:, :, None] * apart[:, None, :])

@@ -1,0 +1,87 @@
+"""A student that was trained, and what was measured of it; a file of them, one a line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .methods import Options
+
+Measures = Mapping[str, Mapping[str, float]]
+"""By distance, then by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One student to be trained and measured; equal jobs give equal results.
+
+    Attributes:
+        phase: of the protocol.
+        group: points are compared within groups of this many; 0: over the whole batch.
+        split: what is measured: "validation" or "test".
+        distances: by which.
+    """
+
+    phase: str
+    setting: str
+    student: str
+    method: str
+    options: Options
+    rate: float
+    batch: int
+    seed: int
+    split: str
+    distances: tuple[str, ...]
+    group: int = 0
+
+    @property
+    def key(self) -> str:
+        """What tells jobs apart."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a job."""
+
+    job: Job
+    measures: Measures
+    seconds: float = field(compare=False)
+
+
+def load(path: Path) -> list[Result]:
+    """The results of a file; none if there is no file."""
+    if not path.exists():
+        return []
+    return [_read(line) for line in path.read_text().splitlines()]
+
+
+def append(path: Path, result: Result) -> None:
+    """Add a line, at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(_write(result) + "\n")
+
+
+def save(path: Path, results: list[Result]) -> None:
+    """Replace the file by these results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(_write(result) + "\n" for result in results))
+
+
+def _write(result: Result) -> str:
+    rounded = {
+        distance: {name: float(f"{value:.5g}") for name, value in own.items()}
+        for distance, own in result.measures.items()
+    }
+    content = {"job": dataclasses.asdict(result.job), "measures": rounded}
+    return json.dumps(content | {"seconds": round(result.seconds, 2)})
+
+
+def _read(line: str) -> Result:
+    content = json.loads(line)
+    job = content["job"] | {"distances": tuple(content["job"]["distances"])}
+    return Result(Job(**job), content["measures"], content["seconds"])
