@@ -1,4 +1,4 @@
-"""`python -m benchmarks.distillation run`: train and measure all students."""
+"""`python -m benchmarks.distillation run|page`: train and measure all students; write the page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import protocol, results, runner
+from . import page, protocol, results, runner
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "distillation"
 WORK = Path(__file__).resolve().parents[2] / ".benchmarks" / "study"
@@ -24,13 +24,20 @@ def main() -> None:
     command.add_argument("--work", type=Path, default=WORK, help="folder for data and results")
     command.add_argument("--output", type=Path, help="folder for the page")
     command.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    command = commands.add_parser("page", help="write the page of results that are there")
+    command.add_argument("folder", type=Path, nargs="?", default=RESULTS)
     options = parser.parse_args()
     console = Console(width=100)
+    if options.command == "page":
+        console.print(f"Written: {page.write(options.folder)}")
+        return
     plan = protocol.QUICK if options.quick else protocol.FULL
     output = options.output or (options.work / "quick" if options.quick else RESULTS)
     start = time.perf_counter()
     found = runner.run(plan, options.work, options.processes)
     results.save(output / "results.jsonl", found)
+    page.show(found, console)
+    console.print(f"Written: {page.write(output)}")
     console.print(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes.")
 
 

@@ -184,12 +184,11 @@ class Grouped(Criterion):
         self.size = size
 
     def forward(self, student: Tensor, seen: Seen) -> Tensor:
-        """A 0-d loss; points that fill no group are left out."""
-        whole = len(student) - len(student) % self.size
-        groups = range(0, whole, self.size)
+        """A 0-d loss; points that fill no group are left out, but a small batch is one."""
+        size = min(self.size, len(student))
         losses = []
-        for start in groups:
-            rows = slice(start, start + self.size)
+        for start in range(0, len(student) - size + 1, size):
+            rows = slice(start, start + size)
             losses.append(self.criterion(student[rows], Seen(*(part[rows] for part in seen))))
         return torch.stack(losses).mean()
 
