@@ -109,10 +109,17 @@ def _gradient(
     spec: LossSpec, inputs: LossInputs, evaluate: Callable[[LossSpec, LossInputs], Tensor]
 ) -> tuple[float, float]:
     """The loss and its gradient times the spread of the features."""
-    student = inputs.student.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        # Tensors made in inference mode cannot take part in a gradient; copies of them can.
+        copies = {
+            name: value.clone()
+            for name, value in inputs._asdict().items()
+            if isinstance(value, Tensor) and value.is_inference()
+        }
+        inputs = inputs._replace(**copies)
+        student = inputs.student.detach().requires_grad_()
         loss = evaluate(spec, inputs._replace(student=student))
-    (gradient,) = torch.autograd.grad(loss, student)
+        (gradient,) = torch.autograd.grad(loss, student)
     spread = student.detach() - student.detach().mean(0)
     return loss.item(), (gradient.double().norm() * spread.double().norm()).item()
 

@@ -103,6 +103,20 @@ def test_repeats_and_leaves_no_trace() -> None:
     assert len(loss.bank) == 0
 
 
+@pytest.mark.parametrize("within", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off(within: type) -> None:
+    """The features come from a network in inference mode, say, or only the call is in it."""
+    criterion = PerceptionCoherenceLoss(bank=CandidateBank(64)).double()
+    x, y = batch()
+    criterion(x, y)
+    expected = criterion.diagnose(x, y)
+    with within():
+        assert criterion.diagnose(x, y) == expected
+        made_inside = x + 0, y + 0
+        assert criterion.diagnose(*made_inside) == expected
+    assert criterion.diagnose(*made_inside) == expected
+
+
 def test_padding_does_not_count() -> None:
     student, teacher = batch()
     loss = PerceptionCoherenceLoss()

@@ -10,6 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from pcoherence.spec import LossSpec
+
 from . import plots, results
 from .protocol import CHOSEN_IN, SEARCHED_STUDENT, Choice, choices
 from .results import Result
@@ -25,6 +27,7 @@ from .summary import (
     by_options,
     differs,
     duels,
+    options,
     order,
 )
 
@@ -43,8 +46,8 @@ as many trials in the search. `labels` and `logits` are for orientation: they lo
 the others never see.
 
 - **images**: Fashion-MNIST, 10 classes. A convolutional teacher (220,000 parameters, 64 numbers an
-  image) learnt 30,000 labels. Students of 1,000 to 44,000 parameters (8, 16 and 32 numbers) learn
-  from 20,000 other images without labels; `labels` learns from 5,000 labelled ones.
+  image) learnt 30,000 labels. Students of 1,700, 10,000 and 41,000 parameters (with 8, 16 and 32
+  numbers) learn from 20,000 other images without labels; `labels` learns from 5,000 labelled ones.
 - **sentences**: definitions of WordNet, 45 categories, of which the teacher (MiniLM, 23 million
   parameters, 384 numbers) knows nothing. The student averages hashed words (0.6 million
   parameters, 64 numbers) and learns from 16,000 definitions; `labels` learns from 4,000 labelled
@@ -118,8 +121,7 @@ def _duel(outcomes: Outcomes, duel: Duel) -> list[str]:
         f"{_percent(outcomes.interval(duel.cell, name, duel.measure))} {_short(name)}"
         for name in (duel.ours, duel.theirs)
     )
-    signed = f"{100 * duel.difference.mean:+.1f} ± {100 * duel.difference.half:.1f}"
-    return [MEASURES.get(duel.measure, duel.measure), *values, signed]
+    return [MEASURES.get(duel.measure, duel.measure), *values, _signed(duel.difference)]
 
 
 def _conclusion(outcomes: Outcomes, found: Sequence[Result]) -> list[str]:
@@ -225,11 +227,28 @@ def _effects(found: Sequence[Result]) -> list[str]:
         lines += [*_effect_table(found, "objective", setting, "method", "temperature"), ""]
         lines += ["With the teacher ranked as softly as the student:", ""]
         lines += [*_effect_table(found, "soft teacher", setting, "method", "temperature"), ""]
-    lines += ["### Scale", ""]
+    lines += ["### Defaults", "", *_defaults(found), "", "### Scale", ""]
     for setting in SEARCHED_STUDENT:
         lines += [f"{setting}, coherence mse:", ""]
         lines += [*_effect_table(found, "scale", setting, "scale", "temperature"), ""]
     return lines
+
+
+def _defaults(found: Sequence[Result]) -> list[str]:
+    """Where the library's default stands among objectives and temperatures."""
+    spec = LossSpec()
+    lines = []
+    for option in options(found):
+        name = f"{option.objective}, temperature {option.temperature:g}"
+        if (option.objective, option.temperature) == (spec.objective, spec.temperature):
+            name = f"**{name}** (default)"
+        means = [f"{100 * option.means[own]:.1f}" for own in ("knn", "coherence")]
+        lines.append([name, *means, _signed(option.difference)])
+    return [
+        "Means over images and sentences, those with the most accurate neighbours first.",
+        "",
+        *_markdown(("option", "5-NN", "coherence", "5-NN minus the default's"), lines),
+    ]
 
 
 def _effect_table(
@@ -260,6 +279,12 @@ def _percent(value: Interval) -> str:
     if math.isnan(value.half):
         return f"{100 * value.mean:.1f}"
     return f"{100 * value.mean:.1f} ± {100 * value.half:.1f}"
+
+
+def _signed(value: Interval) -> str:
+    if math.isnan(value.mean):
+        return ""
+    return f"{100 * value.mean:+.1f} ± {100 * value.half:.1f}"
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

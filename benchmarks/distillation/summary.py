@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from pcoherence.spec import LossSpec
+
 from .methods import METHODS, UNTRAINED
 from .protocol import TEACHER
 from .results import Result
@@ -145,6 +147,44 @@ def by_options(
             (measures,) = result.measures.values()
             values.setdefault(key, []).append(measures[measure])
     return {key: interval(own) for key, own in values.items()}
+
+
+class Option(NamedTuple):
+    """An objective at a temperature, over all settings in which options were compared."""
+
+    objective: str
+    temperature: float
+    means: dict[str, float]  # by measure
+    difference: Interval  # of 5-NN, to the library's default
+
+
+def options(results: Iterable[Result]) -> list[Option]:
+    """Those with the most accurate neighbours first; each setting counts as much."""
+    values: dict[tuple[str, float], dict[tuple[str, int], list[float]]] = {}
+    for result in results:
+        job = result.job
+        if job.phase == "objective":
+            key = job.method.removeprefix("coherence "), float(job.options["temperature"])
+            (measures,) = result.measures.values()
+            for name in ("knn", "coherence"):
+                of_seed = values.setdefault(key, {}).setdefault((name, job.seed), [])
+                of_seed.append(measures[name])
+    spec = LossSpec()
+    default = values.get((spec.objective, spec.temperature))
+    found = []
+    for (objective, temperature), own in values.items():
+        means = {
+            name: float(np.mean([x for (of, _), xs in own.items() if of == name for x in xs]))
+            for name in ("knn", "coherence")
+        }
+        seeds = [seed for name, seed in own if name == "knn"]
+        difference = Interval(math.nan, math.nan)
+        if default is not None:
+            difference = interval(
+                [float(np.mean(own["knn", i]) - np.mean(default["knn", i])) for i in seeds]
+            )
+        found.append(Option(objective, temperature, means, difference))
+    return sorted(found, key=lambda option: -option.means["knn"])
 
 
 def order() -> tuple[str, ...]:
