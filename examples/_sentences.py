@@ -61,7 +61,9 @@ def teacher_embeddings(texts: list[str], folder: Path) -> Tensor:
     kept = folder / f"teacher-{len(texts)}-{zlib.crc32(chr(0).join(texts).encode()):08x}.npy"
     if not kept.exists():
         found = _embed(texts, wheel_file(folder, *TEACHER), wheel_file(folder, *TOKENIZER))
-        np.save(kept, found)
+        partial = kept.with_suffix(".part.npy")
+        np.save(partial, found)
+        partial.replace(kept)
     return torch.from_numpy(np.load(kept))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("ot")
+pytest.importorskip("mlxtend")
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 pytest.importorskip("tokenizers")

@@ -9,6 +9,7 @@ settings.py    what a setting is; images.py, sentences.py make them of data and 
 training.py    one student by one method
 evaluation.py  what an embedding is worth
 protocol.py    which students are trained: search, test, effects
+sources.py     what kept results depend on
 runner.py      does it, over processes; keeps every result, so that an interrupted study goes on
 results.py     results as a file; summary.py, page.py, plots.py make of them what people read
 """

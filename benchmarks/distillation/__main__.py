@@ -35,7 +35,7 @@ def main() -> None:
     output = options.output or (options.work / "quick" if options.quick else RESULTS)
     start = time.perf_counter()
     found = runner.run(plan, options.work, options.processes)
-    results.save(output / "results.jsonl", found)
+    results.save(output / f"{plan.name}.jsonl", found)
     page.show(found, console)
     console.print(f"Written: {page.write(output)}")
     console.print(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes.")

@@ -18,7 +18,7 @@ CONTRASTIVE_WIDTH = 128
 """Of the space in which student and teacher meet: that of the source."""
 
 ANGLE_LEAST = 1e-6
-"""Of squared distances in RKD-A: below it lies what float32 leaves of points that coincide."""
+"""Of squared distances in RKD-A, over their mean: what float32 leaves of points that coincide."""
 
 
 class Seen(NamedTuple):
@@ -105,6 +105,20 @@ class RelationalAngle(Criterion):
     def forward(self, student: Tensor, seen: Seen) -> Tensor:
         """A 0-d loss; n^3 cosines."""
         return functional.smooth_l1_loss(_angles(student), _angles(seen.embeddings))
+
+
+class Weighted(Criterion):
+    """The weighted sum of criteria."""
+
+    def __init__(self, *parts: tuple[float, Criterion]) -> None:
+        super().__init__()
+        self.weights = [weight for weight, _ in parts]
+        self.parts = nn.ModuleList(part for _, part in parts)
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss."""
+        losses = [part(student, seen) for part in self.parts]
+        return sum(w * loss for w, loss in zip(self.weights, losses, strict=True))
 
 
 class SimilarityPreserving(Criterion):
@@ -202,5 +216,6 @@ def _angles(points: Tensor) -> Tensor:
     products = centred @ centred.T
     squares = products.diagonal()
     seen = products - products[:, :, None] - products[:, None, :] + squares[:, None, None]
-    apart = (squares[:, None] + squares - 2 * products).clamp_min(ANGLE_LEAST).sqrt()
+    apart = squares[:, None] + squares - 2 * products
+    apart = apart.clamp_min(ANGLE_LEAST * apart.detach().mean()).sqrt()
     return seen / (apart[:, :, None] * apart[:, None, :])

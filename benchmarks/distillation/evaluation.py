@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 
 import torch
@@ -26,28 +25,29 @@ def view(points: Tensor, distance: str) -> Tensor:
     return functional.normalize(points, dim=1) if distance == "cosine" else points
 
 
+MEASURES = ("knn", "probe", "map", "coherence", "overlap")
+QUICK_MEASURES = ("knn", "coherence", "overlap")
+
 Labelled = tuple[Tensor, Tensor]
 """Points [n, d] and their labels [n], int64."""
 
 
 def measure(
-    gallery: Labelled, queries: Labelled, teacher: Tensor, thorough: bool
+    gallery: Labelled, queries: Labelled, teacher: Tensor, distance: str, thorough: bool
 ) -> dict[str, float]:
-    """Measures of the queries' embeddings, by Euclidean distance; NaN after a divergence.
+    """Measures of the queries' embeddings; 0 in all of them after a divergence.
 
-    teacher: [queries, dt]; thorough: those too that take as long as a fifth of the training.
+    Neighbours and retrieval go by the given distance; agreement with the teacher [queries, dt]
+    always by the Euclidean one of both. thorough: also those that take a fifth of the training.
     """
-    names = ("knn", "coherence", "overlap", *(("probe", "map") if thorough else ()))
+    measures = MEASURES if thorough else QUICK_MEASURES
     if not (gallery[0].isfinite().all() and queries[0].isfinite().all()):
-        return dict.fromkeys(names, math.nan)
-    found = {
-        "knn": knn_accuracy(*gallery, *queries),
-        **agreement(queries[0], teacher),
-    }
+        return dict.fromkeys(measures, 0.0)
+    seen = tuple((view(points, distance), labels) for points, labels in (gallery, queries))
+    found = {"knn": knn_accuracy(*seen[0], *seen[1]), **agreement(queries[0], teacher)}
     if thorough:
-        found["probe"] = probe_accuracy(gallery, queries)
-        found["map"] = retrieval(gallery, queries)
-    return found
+        found |= {"probe": probe_accuracy(gallery, queries), "map": retrieval(*seen)}
+    return {name: found[name] for name in measures}
 
 
 def probe_accuracy(gallery: Labelled, queries: Labelled) -> float:
@@ -78,7 +78,12 @@ def agreement(points: Tensor, teacher: Tensor) -> dict[str, float]:
 
 
 def judged(points: Tensor, judgement: Judgement) -> float:
-    """Spearman correlation of people's scores with the nearness of pairs of points [n, d]."""
+    """Spearman correlation of people's scores with the nearness of pairs of points [n, d].
+
+    0 where all pairs are as near, or after a divergence.
+    """
     first, second = (points[column] for column in judgement.pairs.unbind(1))
     near = -(first - second).norm(dim=1)
+    if not near.isfinite().all() or (near == near[0]).all():
+        return 0.0
     return float(spearmanr(near.numpy(), judgement.scores.numpy()).statistic)

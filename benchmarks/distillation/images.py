@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gzip
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,20 +25,23 @@ FILES = tuple(
     for part in ("train", "t10k")
     for kind in ("images-idx3", "labels-idx1")
 )
+PARTS = ("teacher", "labelled", "gallery", "transfer", "validation")
+"""Of the data set's training images; its test images are the last part."""
 CLASSES = 10
 KNOWN = (0, 2, 4, 6, 8)  # T-shirt, pullover, coat, shirt, bag
 NEW = (1, 3, 5, 7, 9)  # trouser, dress, sandal, sneaker, ankle boot
 
 # Channels and width of the embedding; the teacher has 32 channels, a width of 64 and 220,000
 # parameters.
-STUDENTS = {"tiny": (2, 8), "small": (6, 16), "medium": (12, 32)}
+STUDENTS = {"tiny": (2, 8), "small": (6, 16)}
 
 
 class Sizes(NamedTuple):
     """Images in each split, and how long the teacher learns."""
 
-    teacher: int = 30_000
+    teacher: int = 25_000
     labelled: int = 5_000
+    gallery: int = 5_000
     transfer: int = 20_000
     validation: int = 5_000
     test: int = 10_000
@@ -76,12 +78,11 @@ def make_student(channels: int, width: int) -> nn.Module:
 def all_classes(sizes: Sizes, folder: Path) -> Setting:
     """The teacher knows all classes by many labels; of few, and of other images, students learn."""
     parts = _splits(sizes, folder)
-    path = folder / f"images-{_digest(sizes)}.pt"
-    splits = _seen_by_teacher(parts, CLASSES, sizes.teacher_epochs, path)
+    splits = _seen_by_teacher(parts, CLASSES, sizes, folder)
     return Setting(
         labelled=splits["labelled"],
         transfer=splits["transfer"],
-        gallery=splits["labelled"],
+        gallery=splits["gallery"],
         validation=splits["validation"],
         test=splits["test"],
         students=_students(),
@@ -93,15 +94,14 @@ def new_classes(sizes: Sizes, folder: Path) -> Setting:
     """Teacher and students see the classes KNOWN alone, and are judged on the others."""
     parts = _splits(sizes, folder)
     known = {name: _only(parts[name], KNOWN) for name in ("teacher", "labelled", "transfer")}
-    new = {f"new {name}": _only(parts[name], NEW) for name in ("labelled", "validation", "test")}
-    path = folder / f"new-classes-{_digest(sizes)}.pt"
-    splits = _seen_by_teacher(known | new, len(KNOWN), sizes.teacher_epochs, path)
+    new = {name: _only(parts[name], NEW) for name in ("gallery", "validation", "test")}
+    splits = _seen_by_teacher(known | new, len(KNOWN), sizes, folder)
     return Setting(
         labelled=splits["labelled"],
         transfer=splits["transfer"],
-        gallery=splits["new labelled"],
-        validation=splits["new validation"],
-        test=splits["new test"],
+        gallery=splits["gallery"],
+        validation=splits["validation"],
+        test=splits["test"],
         students=_students(),
         classes=len(KNOWN),
     )
@@ -131,10 +131,9 @@ def _splits(sizes: Sizes, folder: Path) -> dict[str, Images]:
     """Parts of the training images at random, and the first of the test images."""
     train, test = load(folder)
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))
-    names = ("teacher", "labelled", "transfer", "validation")
-    counts = (sizes.teacher, sizes.labelled, sizes.transfer, sizes.validation)
-    rows = torch.split(order[: sum(counts)], list(counts))
-    parts = {name: _rows(train, own) for name, own in zip(names, rows, strict=True)}
+    counts = {name: getattr(sizes, name) for name in PARTS}
+    rows = torch.split(order[: sum(counts.values())], list(counts.values()))
+    parts = {name: _rows(train, own) for name, own in zip(counts, rows, strict=True)}
     return parts | {"test": _rows(test, torch.arange(sizes.test))}
 
 
@@ -150,14 +149,14 @@ def _only(images: Images, classes: tuple[int, ...]) -> Images:
 
 
 def _seen_by_teacher(
-    parts: dict[str, Images], classes: int, epochs: int, path: Path
+    parts: dict[str, Images], classes: int, sizes: Sizes, folder: Path
 ) -> dict[str, Split]:
     """The parts with a teacher's outputs; it learns the part "teacher" once, and is kept."""
 
     def make() -> dict[str, Tensor]:
         torch.manual_seed(0)
         teacher = make_teacher()
-        for _ in train_teacher(teacher, parts["teacher"], epochs):
+        for _ in train_teacher(teacher, parts["teacher"], sizes.teacher_epochs):
             pass
         found = {name: embed(teacher, images.pixels) for name, images in parts.items()}
         probe = found["teacher"], parts["teacher"].labels
@@ -165,7 +164,7 @@ def _seen_by_teacher(
             _logits(name): teacher_logits(probe, own, classes) for name, own in found.items()
         }
 
-    outputs = kept(path, make)
+    outputs = kept(folder, "images", (classes, sizes), make)
     return {
         name: Split(Pixels(images.pixels), outputs[name], outputs[_logits(name)], images.labels)
         for name, images in parts.items()
@@ -182,7 +181,3 @@ def _students() -> dict[str, tuple[Callable[[], nn.Module], int]]:
         name: (functools.partial(make_student, channels, width), width)
         for name, (channels, width) in STUDENTS.items()
     }
-
-
-def _digest(sizes: Sizes) -> str:
-    return f"{zlib.crc32(repr(sizes).encode()):08x}"

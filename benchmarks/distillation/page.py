@@ -12,14 +12,17 @@ from rich.table import Table
 
 from pcoherence.spec import LossSpec
 
-from . import plots, results
-from .protocol import CHOSEN_IN, SEARCHED_STUDENT, Choice, choices
-from .results import Result
+from . import images, plots, results, sentences
+from .evaluation import QUERIES
+from .methods import ANGLE_GROUP, AWARE
+from .protocol import BATCHES_IN, PLACES, PLANS, SEARCHED, Choice, Plan, choices
+from .protocol import OURS as PROTOCOL_OURS
+from .results import BATCH_SIZE, COMPARISONS, OBJECTIVE, SCALE, SOFT_TEACHER, Result
 from .summary import (
-    AWARE,
+    AGREEMENT,
+    BASELINES,
     MEASURES,
-    OBJECTIVES,
-    UNAWARE,
+    OURS,
     Cell,
     Duel,
     Interval,
@@ -36,67 +39,112 @@ VERDICTS = {1: "better", 0: "no difference", -1: "worse"}
 HEAD = """\
 # Does it transfer representations?
 
-Written by `python -m benchmarks.distillation page` from `results.jsonl` beside it; do not edit.
-`make study` trains all students again.
+Written by `python -m benchmarks.distillation page` from `{file}` beside it; do not edit. `make
+study` trains all students, and goes on where it was stopped. {trained}
 
 A small student learns from a teacher's embeddings of points without labels; then its own embedding
-is used. Beside the coherence loss, with each of its objectives, stand seven other ways to learn
-from the same points in the same order, from the same initial student, with Adam, as many steps, and
-as many trials in the search. `labels` and `logits` are for orientation: they look at classes, which
-the others never see.
+is used. Beside the coherence loss, with each of its objectives, stand {others} other ways to learn
+from the same points, from the same initial student, with Adam and one cycle of the rate, seeing as
+many points. `labels` and `logits` are for orientation: they look at classes, which the others never
+see. `rkd angle` compares points in groups of {group}: its triples cost n^3. `contrastive` is CRD
+with the batch as its negatives; `rkd both` is distances + 2 angles.
 
 - **images**: Fashion-MNIST, 10 classes. A convolutional teacher (220,000 parameters, 64 numbers an
-  image) learnt 30,000 labels. Students of 1,700, 10,000 and 41,000 parameters (with 8, 16 and 32
-  numbers) learn from 20,000 other images without labels; `labels` learns from 5,000 labelled ones.
-- **sentences**: definitions of WordNet, 45 categories, of which the teacher (MiniLM, 23 million
-  parameters, 384 numbers) knows nothing. The student averages hashed words (0.6 million
-  parameters, 64 numbers) and learns from 16,000 definitions; `labels` learns from 4,000 labelled
-  ones, and `logits` from a linear classifier of the teacher that those trained.
-- **new classes**: Fashion-MNIST again; teacher and student see images of five classes alone and
-  are judged on the five others. Nothing is tuned here: every method keeps what was chosen for
-  the images.
+  image) learnt {images.teacher:,} labels. Students with {students} see {images.transfer:,} other
+  images without labels; `labels` learns from {images.labelled:,} labelled ones. `logits` are of a
+  linear classifier on the teacher's embeddings.
+- **sentences**: definitions of WordNet, {classes} categories, of which the teacher (MiniLM, 23
+  million parameters, 384 numbers) knows nothing. The student averages hashed words (0.6 million
+  parameters, 64 numbers of norm 1) and sees {sentences.transfer:,} definitions; `labels` learns from
+  {sentences.labelled:,} labelled ones, and so did the linear classifier behind `logits`.
+- **new classes**: Fashion-MNIST again; teacher and student see images of five classes alone and are
+  judged on the five others. Nothing is tuned here: every method keeps what was chosen for images.
 
-What is measured, always of points that no one was trained on: **5-NN**, accuracy of nearest
-neighbours among the labelled points; **probe**, accuracy of a linear classifier trained on them;
-**mAP**, mean average precision of retrieving them by class; **coherence**, the mean Spearman
-correlation of the distances from each point with the teacher's; **overlap**, the share of its 10
-nearest points that the teacher finds too. WordSim-353, SimLex-999 and Lee are Spearman correlations
-with people's judgements of words and articles.
+What is measured, of test points ({images.test:,} images, {sentences.test:,} definitions) and a
+gallery of other labelled points: **5-NN**, accuracy of nearest neighbours in the gallery; **probe**,
+accuracy of a linear classifier trained on it; **mAP**, mean average precision of retrieving it by
+class; **coherence**, the mean Spearman correlation of the Euclidean distances from each point with
+the teacher's; **overlap**, the share of its 10 nearest points that the teacher finds too (the last
+three on {queries:,} points). WordSim-353, SimLex-999 and Lee are Spearman correlations with people's
+judgements of words and articles.
 
-**Choices** (rate and the method's own option, six trials each; Euclidean or cosine distance) were
-made by 5-NN on a validation split with one seed. Then the test split was measured, with other
-seeds. Intervals are of 95 % confidence, by Student's t over seeds. Differences are paired by seed.
-Nothing corrects for the number of comparisons: of twenty without a difference, about one seems to
-have one.
+**Choices** ({trials} trials for each method: batch, rate, and its own option if it has one; then
+Euclidean or cosine distance for 5-NN and mAP) were made by 5-NN on a validation split, with one seed
+and one student. Then the test split was measured, once, with other seeds.
+
+**What the intervals mean**: 95 % confidence by Student's t over {seeds} seeds, that is, over initial
+students and orders of the batches: not over test points, nor over teachers. Differences are paired
+by seed. Nothing corrects for the number of comparisons, and those within a student are not
+independent. With one seed the search itself chooses within its noise.
+
+**Known to favour one side**: the coherence loss comes with {objectives} objectives, that is with as
+many times the trials of the others, wherever its best objective is shown; the initial scale of the
+student of sentences was once chosen with the coherence loss, on texts of the same source.
 """
 
 
 def write(folder: Path) -> Path:
-    """The page and the pictures of the results in a folder."""
-    found = results.load(folder / "results.jsonl")
+    """The page and the pictures of the results in a folder, which hold those of one plan."""
+    (path,) = (folder / f"{name}.jsonl" for name in PLANS if (folder / f"{name}.jsonl").exists())
+    found = results.load(path)
     pictures = plots.write(found, folder)
+    page = folder / "README.md"
+    page.write_text(text(PLANS[path.stem], found, pictures))
+    return page
+
+
+def text(plan: Plan, found: Sequence[Result], pictures: Mapping[str, str]) -> str:
+    """The page, in Markdown; pictures: what each file shows."""
     outcomes = Outcomes(found)
     chosen = choices(found)
-    lines = [HEAD, "## Conclusion", "", *_conclusion(outcomes, found), ""]
+    shown = [f"![{text}]({name})" for name, text in pictures.items()]
+    lines = [_head(plan, found), "## Conclusion", "", *_conclusion(outcomes, found), ""]
     lines += ["## Test results", "", *_reading()]
-    for cell in outcomes.cells:
-        lines += [f"### {cell.setting}, {cell.student} student", ""]
-        if cell == next(own for own in outcomes.cells if own.setting == cell.setting):
-            name = f"test-{cell.setting.replace(' ', '-')}.png"
-            lines += [f"![{pictures[name]}]({name})", ""]
-        lines += [*_results_table(outcomes, cell, chosen), ""]
-    lines += ["## Effects, on the validation split", "", *_effects(found)]
-    page = folder / "README.md"
-    page.write_text("\n".join(lines).rstrip() + "\n")
-    return page
+    for name in dict.fromkeys(cell.setting for cell in outcomes.cells):
+        lines += [
+            f"### {name}",
+            "",
+            *(own for own in shown if f"({plots.picture(name)})" in own),
+            "",
+        ]
+        for cell in outcomes.cells:
+            if cell.setting == name:
+                lines += [f"{cell.student} student:", ""]
+                lines += [*_results_table(outcomes, cell, chosen), ""]
+    lines += ["## Effects, on the validation split", "", *_effects(found, shown)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _head(plan: Plan, found: Sequence[Result]) -> str:
+    sizes = [
+        f"{sum(own.numel() for own in images.make_student(*shape).parameters()):,}"
+        for name, shape in images.STUDENTS.items()
+        if name in plan.students["images"]
+    ]
+    widths = [str(images.STUDENTS[name][1]) for name in plan.students["images"]]
+    minutes = sum(result.seconds for result in found) / 60
+    return HEAD.format(
+        file=f"{plan.name}.jsonl",
+        trained=f"Here {len(found):,} students were trained, in {minutes:,.0f} minutes of one core.",
+        others=len(BASELINES) + len(AWARE),
+        group=ANGLE_GROUP,
+        images=plan.images,
+        sentences=plan.sentences,
+        students=f"{' and '.join(sizes)} parameters ({' and '.join(widths)} numbers)",
+        classes=sentences.CLASSES,
+        queries=QUERIES,
+        trials=plan.trials,
+        seeds=len(plan.seeds),
+        objectives=len(OURS),
+    )
 
 
 def ours(found: Sequence[Result]) -> dict[str, str]:
     """By setting, the objective that did best in the search."""
     chosen = choices(found)
     return {
-        setting: max(OBJECTIVES, key=lambda name: chosen[source, name].accuracy)
-        for setting, source in CHOSEN_IN.items()
+        name: max(OURS, key=lambda own: chosen[place.chosen_in, own].accuracy)
+        for name, place in PLACES.items()
     }
 
 
@@ -126,15 +174,27 @@ def _duel(outcomes: Outcomes, duel: Duel) -> list[str]:
 
 def _conclusion(outcomes: Outcomes, found: Sequence[Result]) -> list[str]:
     """Counted, not written: who is better, and by how much."""
-    chosen = ours(found)
-    fought = duels(outcomes, chosen)
-    counted = Counter(VERDICTS[differs(duel.difference)] for duel in fought)
-    lines = [
-        "The coherence loss, with the objective that did best in the search ("
-        + "; ".join(f"{setting}: {_short(name)}" for setting, name in chosen.items())
-        + "), against whichever of the other losses on embeddings tested best, which favours them: "
-        + ", ".join(f"{verdict} in {counted[verdict]}" for verdict in VERDICTS.values())
-        + f" of {len(fought)} comparisons.",
+    default = LossSpec().objective
+    best, usual = ours(found), dict.fromkeys(PLACES, f"coherence {default}")
+    named = "; ".join(f"{setting}: {_short(name)}" for setting, name in best.items())
+    fought = duels(outcomes, best)
+    return [
+        "Against whichever of the other losses on embeddings *tested* best, which favours them, the "
+        "coherence loss is",
+        "",
+        *_markdown(
+            ("objective", "measures", *VERDICTS.values()),
+            [
+                [title, kind, *_counted(duels(outcomes, chosen), names)]
+                for title, chosen in (
+                    (f"the best of the search ({named})", best),
+                    (f"{default}, the default, alone", usual),
+                )
+                for kind, names in (("of use", None), ("agreement with the teacher", AGREEMENT))
+            ],
+        ),
+        "",
+        "With the best objective of the search:",
         "",
         *_markdown(
             ("student", "measure", "coherence", "best baseline", "difference", "verdict"),
@@ -148,24 +208,41 @@ def _conclusion(outcomes: Outcomes, found: Sequence[Result]) -> list[str]:
             ],
         ),
         "",
-        "Against each baseline in turn, over the same comparisons:",
+        "Against each other method in turn, over the same comparisons, with the best objective of the "
+        f"search and with {default} alone:",
         "",
-        *_markdown(("baseline", *VERDICTS.values()), _scores(outcomes, chosen)),
+        *_markdown(
+            (
+                "method",
+                *(f"{verdict}, best" for verdict in VERDICTS.values()),
+                *(f"{verdict}, {default}" for verdict in VERDICTS.values()),
+            ),
+            [
+                [name, *_score(outcomes, best, name), *_score(outcomes, usual, name)]
+                for name in (*BASELINES, *AWARE)
+            ],
+        ),
     ]
-    return lines
 
 
-def _scores(outcomes: Outcomes, chosen: Mapping[str, str]) -> list[list[str]]:
-    """How often ours is better than, like or worse than each other method."""
-    lines = []
-    for name in (*(own for own in UNAWARE if own not in OBJECTIVES), *AWARE):
-        counted = Counter(
-            differs(outcomes.difference(cell, chosen[cell.setting], name, measure))
-            for cell in outcomes.cells
-            for measure in outcomes.measures(cell)
-        )
-        lines.append([name, *(str(counted[verdict]) for verdict in VERDICTS)])
-    return lines
+def _counted(fought: Sequence[Duel], names: Sequence[str] | None) -> list[str]:
+    """Verdicts on these measures, or on all that are not of agreement."""
+    counted = Counter(
+        differs(duel.difference)
+        for duel in fought
+        if (duel.measure in names if names else duel.measure not in AGREEMENT)
+    )
+    return [str(counted[verdict]) for verdict in VERDICTS]
+
+
+def _score(outcomes: Outcomes, chosen: Mapping[str, str], other: str) -> list[str]:
+    """How often ours is better than, like and worse than another method."""
+    counted = Counter(
+        differs(outcomes.difference(cell, chosen[cell.setting], other, measure))
+        for cell in outcomes.cells
+        for measure in outcomes.measures(cell)
+    )
+    return [str(counted[verdict]) for verdict in VERDICTS]
 
 
 def _reading() -> list[str]:
@@ -185,7 +262,7 @@ def _results_table(
         ["teacher", "", *(f"{100 * outcomes.teacher[cell.setting, name]:.1f}" for name in measures)]
     ]
     for method in order():
-        choice = chosen.get((CHOSEN_IN[cell.setting], method))
+        choice = chosen.get((PLACES[cell.setting].chosen_in, method))
         cells = []
         for measure in measures:
             text = _percent(outcomes.interval(cell, method, measure))
@@ -198,56 +275,66 @@ def _results_table(
 def _described(choice: Choice | None) -> str:
     if choice is None:
         return ""
-    options = [f"{name} {value}" for name, value in choice.options.items()]
-    return ", ".join([*options, f"rate {choice.rate:g}", choice.distance])
+    own = [f"{name} {value}" for name, value in choice.options.items()]
+    return ", ".join([*own, f"batch {choice.batch}, rate {choice.rate:g}", choice.distance])
 
 
-def _effects(found: Sequence[Result]) -> list[str]:
+def _effects(found: Sequence[Result], shown: Sequence[str]) -> list[str]:
+    by_batch, by_option = (
+        [own for own in shown if f"({name})" in own] for name in (plots.BATCHES, plots.OPTIONS)
+    )
     lines = [
-        "### Batch size",
+        "All of the Euclidean distance, with three seeds.",
         "",
-        "![Batch size and comparisons](batch-size.png)",
+        f"### Batch size ({BATCHES_IN}, {SEARCHED[BATCHES_IN]} student)",
         "",
-        "Left: batches of different sizes; as many images are seen in all, so large batches make "
-        "fewer steps. The rate is the best of three for each size. Right: the same steps on the "
-        "same batches of the largest size, but points are compared within groups only: what large "
-        "batches buy, and nothing else.",
+        *by_batch,
+        "",
+        "Batches of different sizes, each at the best of three rates, while as many images are seen "
+        "in all: large batches make fewer steps.",
+        "",
+        *_effect_table(found, BATCH_SIZE, BATCHES_IN, "method", "batch"),
+        "",
+        "The same batches and steps, but points are compared within groups only, each at the best of "
+        "three rates: what more comparisons buy when steps are as many.",
+        "",
+        *_effect_table(found, COMPARISONS, BATCHES_IN, "method", "group"),
+        "",
+        "### Objective and temperature",
+        "",
+        *by_option,
         "",
     ]
-    for phase, field in (("batch size", "batch"), ("comparisons", "group")):
-        lines += [*_effect_table(found, phase, "images", "method", field), ""]
-    lines += [
-        "### Objective, temperature, and a soft teacher",
-        "",
-        "![Objective, temperature and teacher](options.png)",
-        "",
-    ]
-    for setting in SEARCHED_STUDENT:
+    for setting in SEARCHED:
         lines += [f"{setting}:", ""]
-        lines += [*_effect_table(found, "objective", setting, "method", "temperature"), ""]
+        lines += [*_effect_table(found, OBJECTIVE, setting, "method", "temperature"), ""]
         lines += ["With the teacher ranked as softly as the student:", ""]
-        lines += [*_effect_table(found, "soft teacher", setting, "method", "temperature"), ""]
-    lines += ["### Defaults", "", *_defaults(found), "", "### Scale", ""]
-    for setting in SEARCHED_STUDENT:
-        lines += [f"{setting}, coherence mse:", ""]
-        lines += [*_effect_table(found, "scale", setting, "scale", "temperature"), ""]
-    return lines
+        lines += [*_effect_table(found, SOFT_TEACHER, setting, "method", "temperature"), ""]
+    lines += ["### Scale", ""]
+    lines += ["Without one, the temperature is in units of the student's own distances.", ""]
+    for setting in SEARCHED:
+        lines += [f"{setting}, {PROTOCOL_OURS}:", ""]
+        lines += [*_effect_table(found, SCALE, setting, "scale", "temperature"), ""]
+    return [*lines, "### Defaults", "", *_defaults(found), ""]
 
 
 def _defaults(found: Sequence[Result]) -> list[str]:
     """Where the library's default stands among objectives and temperatures."""
     spec = LossSpec()
+    columns = [(setting, name) for setting in SEARCHED for name in ("knn", "coherence")]
     lines = []
     for option in options(found):
         name = f"{option.objective}, temperature {option.temperature:g}"
         if (option.objective, option.temperature) == (spec.objective, spec.temperature):
             name = f"**{name}** (default)"
-        means = [f"{100 * option.means[own]:.1f}" for own in ("knn", "coherence")]
-        lines.append([name, *means, _signed(option.difference)])
+        means = [_percent(option.intervals[column]) for column in columns]
+        lines.append([name, f"{option.rank:.1f}", *means])
+    headings = [f"{setting}: {MEASURES[name]}" for setting, name in columns]
     return [
-        "Means over images and sentences, those with the most accurate neighbours first.",
+        "Objectives and temperatures by their mean rank over settings and measures, 1 being the best; "
+        "the rate is each objective's own.",
         "",
-        *_markdown(("option", "5-NN", "coherence", "5-NN minus the default's"), lines),
+        *_markdown(("option", "mean rank", *headings), lines),
     ]
 
 

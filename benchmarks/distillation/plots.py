@@ -8,8 +8,10 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot no display is needed
 
-from .results import Result
-from .summary import AWARE, MEASURES, Cell, Interval, Outcomes, by_options, order
+from .methods import AWARE
+from .protocol import BATCHES_IN, SEARCHED
+from .results import BATCH_SIZE, COMPARISONS, OBJECTIVE, SOFT_TEACHER, Result
+from .summary import MEASURES, Cell, Interval, Outcomes, by_options, order
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 OURS, BASELINE, CLASSES, NOTHING = "#0072B2", "#D55E00", "#009E73", "#888888"
@@ -17,6 +19,7 @@ LINES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SHOWN = ("knn", "probe", "map", "coherence")
 DPI = 120
+BATCHES, OPTIONS = "batch-size.png", "options.png"
 
 
 def write(results: Sequence[Result], folder: Path) -> dict[str, str]:
@@ -25,13 +28,17 @@ def write(results: Sequence[Result], folder: Path) -> dict[str, str]:
     figures: dict[str, tuple[str, Figure]] = {}
     for setting in dict.fromkeys(cell.setting for cell in outcomes.cells):
         cells = [cell for cell in outcomes.cells if cell.setting == setting]
-        name = f"test-{setting.replace(' ', '-')}.png"
-        figures[name] = (f"Test results, {setting}", _tests(outcomes, cells))
-    figures["batch-size.png"] = ("Batch size and comparisons", _batches(results))
-    figures["options.png"] = ("Objective, temperature and teacher", _options(results))
+        figures[picture(setting)] = (f"Test results, {setting}", _tests(outcomes, cells))
+    figures[BATCHES] = ("Batch size and comparisons", _batches(results))
+    figures[OPTIONS] = ("Objective, temperature and teacher", _options(results))
     for name, (_, figure) in figures.items():
         figure.savefig(folder / name, dpi=DPI)
     return {name: text for name, (text, _) in figures.items()}
+
+
+def picture(setting: str) -> str:
+    """The file of a setting's test results."""
+    return f"test-{setting.replace(' ', '-')}.png"
 
 
 def _colour(method: str) -> str:
@@ -120,20 +127,24 @@ def _batches(results: Sequence[Result]) -> Figure:
     figure = Figure(figsize=(12, 8), layout="constrained")
     rows = figure.subplots(2, 2, sharex=True)
     phases = (
-        ("batch size", "batch", "Batch size; the same number of images seen"),
-        ("comparisons", "group", "Points compared with one another, in the largest batch"),
+        (BATCH_SIZE, "batch", "Batch size; the same number of images seen"),
+        (COMPARISONS, "group", "Points compared with one another, in one batch"),
     )
     for column, (phase, field, title) in enumerate(phases):
         for row, measure in enumerate(("knn", "coherence")):
             axes = rows[row][column]
-            _lines(axes, _curves(by_options(results, phase, "images", ("method", field), measure)))
+            _lines(
+                axes, _curves(by_options(results, phase, BATCHES_IN, ("method", field), measure))
+            )
             axes.set_ylabel(f"{MEASURES[measure]}, %")
             if row == 0:
                 axes.set_title(title, fontsize=11)
             else:
                 axes.set_xlabel(field)
     rows[0][0].legend(fontsize=9)
-    figure.suptitle("Images, small student, validation split: means with 95 % intervals")
+    figure.suptitle(
+        f"{BATCHES_IN}, {SEARCHED[BATCHES_IN]} student, validation split: means with 95 % intervals"
+    )
     return figure
 
 
@@ -141,11 +152,11 @@ def _options(results: Sequence[Result]) -> Figure:
     figure = Figure(figsize=(12, 8), layout="constrained")
     rows = figure.subplots(2, 2, sharex=True)
     names = ("method", "temperature")
-    for row, setting in enumerate(("images", "sentences")):
+    for row, setting in enumerate(SEARCHED):
         for column, measure in enumerate(("knn", "coherence")):
             axes = rows[row][column]
-            curves = _curves(by_options(results, "objective", setting, names, measure))
-            soft = by_options(results, "soft teacher", setting, names, measure)
+            curves = _curves(by_options(results, OBJECTIVE, setting, names, measure))
+            soft = by_options(results, SOFT_TEACHER, setting, names, measure)
             _lines(axes, curves | _curves(soft, "{}, soft teacher"))
             axes.set_title(f"{setting}: {MEASURES[measure]}", fontsize=11)
             axes.set_ylabel("%")

@@ -10,6 +10,12 @@ from pathlib import Path
 
 from .methods import Options
 
+SEARCH, TEST = "search", "test"
+OBJECTIVE, SOFT_TEACHER, SCALE = "objective", "soft teacher", "scale"
+BATCH_RATES, BATCH_SIZE = "batch rates", "batch size"
+GROUP_RATES, COMPARISONS = "group rates", "comparisons"
+"""Phases of the protocol."""
+
 Measures = Mapping[str, Mapping[str, float]]
 """By distance, then by name."""
 
@@ -53,10 +59,11 @@ class Result:
 
 
 def load(path: Path) -> list[Result]:
-    """The results of a file; none if there is no file."""
+    """The results of a file, none if there is no file; without a line that was cut off."""
     if not path.exists():
         return []
-    return [_read(line) for line in path.read_text().splitlines()]
+    *lines, _ = path.read_text().split("\n")  # empty, unless a run was cut off
+    return [_read(line) for line in lines]
 
 
 def append(path: Path, result: Result) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import evaluation, protocol, results, training
+from . import evaluation, protocol, results, sources, training
 from .criteria import Grouped, Widths
 from .methods import NAMED
 from .results import Job, Result
@@ -25,17 +25,19 @@ BAR_WIDTH = 80
 
 def run(plan: protocol.Plan, folder: Path, processes: int) -> list[Result]:
     """All stages; jobs whose results the folder already has are not done again."""
-    path = folder / f"{plan.name}.jsonl"
-    done = {result.job.key: result for result in results.load(path)}
+    path = folder / f"{plan.name}-{sources.digest(plan)}.jsonl"
+    found = results.load(path)
+    results.save(path, found)  # without what an interrupted run left unfinished
+    done = {result.job.key: result for result in found}
     context = multiprocessing.get_context("spawn")
     # A student this small gains nothing from a second thread, and gives the same numbers with one.
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes
     torch.set_num_threads(1)
-    for name in plan.students:  # teachers, before several processes would train the same one
+    for name in protocol.PLACES:  # teachers, before several processes would train the same one
         _setting(plan.name, name, folder)
     with ProcessPoolExecutor(processes, context) as pool:
         wanted: list[Result] = []
-        for title, stages in protocol.STAGES:
+        for title, stages in protocol.STAGES.items():
             jobs = [job for stage in stages for job in stage(plan, wanted)]
             missing = [job for job in jobs if job.key not in done]
             futures = [pool.submit(do, plan.name, folder, job) for job in missing]
@@ -59,7 +61,7 @@ def _progress(futures: Sequence[Future[Result]], title: str) -> Iterator[Result]
 
 @functools.cache
 def _setting(plan: str, name: str, folder: Path) -> Setting:
-    return protocol.setting(protocol.PLANS[plan], name, folder)
+    return protocol.PLACES[name].make(protocol.PLANS[plan], folder)
 
 
 def do(plan: str, folder: Path, job: Job) -> Result:
@@ -76,18 +78,20 @@ def do(plan: str, folder: Path, job: Job) -> Result:
         student = trained(protocol.PLANS[plan], setting, job)
         inputs = [setting.gallery.inputs, split.inputs, *(own.inputs for own in judgements)]
         gallery, points, *judged = (training.embed(student, own) for own in inputs)
-    measures = {}
-    for distance in job.distances:
-        view = functools.partial(evaluation.view, distance=distance)
-        measures[distance] = evaluation.measure(
-            (view(gallery), setting.gallery.labels),
-            (view(points), split.labels),
-            view(split.embeddings),
+    measures = {
+        distance: evaluation.measure(
+            (gallery, setting.gallery.labels),
+            (points, split.labels),
+            split.embeddings,
+            distance,
             thorough=test,
-        ) | {
-            judgement.name: evaluation.judged(view(own), judgement)
+        )
+        | {
+            judgement.name: evaluation.judged(evaluation.view(own, distance), judgement)
             for judgement, own in zip(judgements, judged, strict=True)
         }
+        for distance in job.distances
+    }
     return Result(job, measures, time.perf_counter() - start)
 
 
@@ -100,10 +104,13 @@ def trained(plan: protocol.Plan, setting: Setting, job: Job) -> nn.Module:
     if method.learns_from == "nothing":
         return student
     split = setting.labelled if method.learns_from == "labels" else setting.transfer
+    split = training.hidden(split, method.learns_from)
     widths = Widths(width, split.embeddings.shape[1], setting.classes)
     criterion = method.build(widths, **job.options)
     if job.group:
         criterion = Grouped(criterion, job.group)
+    # Whatever numbers the criterion's own parameters took, batches come in the same order.
     torch.manual_seed(job.seed)
-    training.train(student, criterion, split, job.rate, job.batch, protocol.steps(plan, job))
+    steps = protocol.steps(plan, job, len(setting.transfer.inputs))
+    training.train(student, criterion, split, job.rate, job.batch, steps)
     return student

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from .settings import Judgement, Setting, Split, kept, teacher_logits
 
 CLASSES = 45
 # Other texts than the example draws, whose settings were looked at on its test texts.
-SEED = 2
+SEED = 3
 # A sixteenth of the example's table of words: training it takes most of the time.
 BUCKETS, HIDDEN, WIDTH = 2**13, 64, 64
 
@@ -33,9 +32,10 @@ class Sizes(NamedTuple):
     """Texts in each split."""
 
     labelled: int = 4_000
+    gallery: int = 4_000
     transfer: int = 16_000
-    validation: int = 2_000
-    test: int = 2_000
+    validation: int = 4_000
+    test: int = 6_000
 
 
 def glosses(sizes: Sizes, folder: Path) -> Setting:
@@ -50,18 +50,13 @@ def glosses(sizes: Sizes, folder: Path) -> Setting:
         logits = (teacher_logits(probe, own, CLASSES) for own in embeddings)
         return dict(zip(names, logits, strict=True))
 
-    digest = zlib.crc32(repr(sizes).encode())
-    logits = kept(folder / f"sentences-{digest:08x}.pt", make)
-    labelled, transfer, validation, test = (
-        Split(hashed(part.texts, BUCKETS), own, logits[name], part.labels)
+    logits = kept(folder, "sentences", (SEED, sizes), make)
+    splits = {
+        name: Split(hashed(part.texts, BUCKETS), own, logits[name], part.labels)
         for name, part, own in zip(names, parts, embeddings, strict=True)
-    )
+    }
     return Setting(
-        labelled=labelled,
-        transfer=transfer,
-        gallery=labelled,
-        validation=validation,
-        test=test,
+        **splits,
         students={"bags": (_student, WIDTH)},
         classes=CLASSES,
         judgements=(*(_words(name, folder) for name in WORDS), _articles(folder)),

@@ -13,6 +13,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from . import sources
+
 PROBE_STRENGTH = 0.1
 """C of logistic regression: the best power of ten is 1 for the images, 0.01 for the sentences."""
 PROBE_ITERATIONS = 1000
@@ -55,7 +57,7 @@ class Setting:
     Attributes:
         labelled: what the method "labels" learns from.
         transfer: what all others learn from, by the teacher's outputs, never by labels.
-        gallery: points with labels that an evaluation looks up.
+        gallery: other points with labels, which an evaluation looks up.
         validation: for choices; nothing is trained on it.
         test: for the results, after all choices.
         students: networks by name, from the smallest to the largest, with their embedding's width.
@@ -91,8 +93,11 @@ def teacher_logits(labelled: tuple[Tensor, Tensor], points: Tensor, classes: int
     return logits.index_copy(1, known, found)
 
 
-def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What `make` returns, made once: afterwards it is read from the file."""
+def kept(
+    folder: Path, name: str, depends: object, make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What `make` returns, made once for what it depends on: then it is read from a file."""
+    path = folder / f"{name}-{sources.digest(depends)}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")

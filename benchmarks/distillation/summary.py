@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from pcoherence.spec import LossSpec
-
-from .methods import METHODS, UNTRAINED
+from .methods import AWARE, UNAWARE, UNTRAINED
 from .protocol import TEACHER
-from .results import Result
+from .results import OBJECTIVE, TEST, Result
 
 CONFIDENCE = 0.95
 MEASURES = {
@@ -24,11 +22,12 @@ MEASURES = {
     "overlap": "overlap",
 }
 """Of every setting, with their headings; judgements of similarity come after them."""
-AWARE = ("labels", "logits")
-"""Methods of a kind that other embeddings need not have: they look at classes."""
-UNAWARE = tuple(method.name for method in METHODS if method.name not in AWARE)
-OBJECTIVES = tuple(name for name in UNAWARE if name.startswith("coherence "))
-BASELINES = tuple(name for name in UNAWARE if name not in OBJECTIVES)
+TASKS = ("knn", "probe", "map")
+"""What embeddings are used for; people's judgements belong to them too."""
+AGREEMENT = ("coherence", "overlap")
+"""With the teacher: what the coherence loss is made for."""
+OURS = tuple(name for name in UNAWARE if name.startswith("coherence "))
+BASELINES = tuple(name for name in UNAWARE if name not in OURS)
 
 
 class Interval(NamedTuple):
@@ -62,9 +61,9 @@ class Outcomes:
         self.teacher: dict[tuple[str, str], float] = {}
         for result in results:
             job = result.job
-            if job.phase != "test":
+            if job.phase != TEST:
                 continue
-            # Both distances were measured of what nothing was chosen for: the better one counts.
+            # Of what nothing was chosen for, both distances were measured: the better one counts.
             best = max(result.measures.values(), key=lambda own: own["knn"])
             for name, value in best.items():
                 if job.method == TEACHER:
@@ -119,7 +118,7 @@ class Duel(NamedTuple):
     difference: Interval
 
 
-def duels(outcomes: Outcomes, chosen: dict[str, str]) -> list[Duel]:
+def duels(outcomes: Outcomes, chosen: Mapping[str, str]) -> list[Duel]:
     """Our objective was chosen by validation; the baseline is the one that tested best."""
     found = []
     for cell in outcomes.cells:
@@ -150,41 +149,33 @@ def by_options(
 
 
 class Option(NamedTuple):
-    """An objective at a temperature, over all settings in which options were compared."""
+    """An objective at a temperature."""
 
     objective: str
     temperature: float
-    means: dict[str, float]  # by measure
-    difference: Interval  # of 5-NN, to the library's default
+    intervals: dict[tuple[str, str], Interval]  # by setting and measure
+    rank: float  # mean over settings and measures; 1: the best
 
 
 def options(results: Iterable[Result]) -> list[Option]:
-    """Those with the most accurate neighbours first; each setting counts as much."""
-    values: dict[tuple[str, float], dict[tuple[str, int], list[float]]] = {}
+    """Objectives at temperatures where the teacher is ranked hard, by their mean rank."""
+    values: dict[tuple[str, float], dict[tuple[str, str], list[float]]] = {}
     for result in results:
         job = result.job
-        if job.phase == "objective":
+        if job.phase == OBJECTIVE:
             key = job.method.removeprefix("coherence "), float(job.options["temperature"])
             (measures,) = result.measures.values()
             for name in ("knn", "coherence"):
-                of_seed = values.setdefault(key, {}).setdefault((name, job.seed), [])
-                of_seed.append(measures[name])
-    spec = LossSpec()
-    default = values.get((spec.objective, spec.temperature))
-    found = []
-    for (objective, temperature), own in values.items():
-        means = {
-            name: float(np.mean([x for (of, _), xs in own.items() if of == name for x in xs]))
-            for name in ("knn", "coherence")
-        }
-        seeds = [seed for name, seed in own if name == "knn"]
-        difference = Interval(math.nan, math.nan)
-        if default is not None:
-            difference = interval(
-                [float(np.mean(own["knn", i]) - np.mean(default["knn", i])) for i in seeds]
-            )
-        found.append(Option(objective, temperature, means, difference))
-    return sorted(found, key=lambda option: -option.means["knn"])
+                own = values.setdefault(key, {}).setdefault((job.setting, name), [])
+                own.append(measures[name])
+    columns = list(next(iter(values.values())))
+    worth = [[-float(np.mean(own[column])) for column in columns] for own in values.values()]
+    ranks = stats.rankdata(worth, axis=0)
+    found = [
+        Option(*key, {column: interval(seeds) for column, seeds in own.items()}, float(row.mean()))
+        for (key, own), row in zip(values.items(), ranks, strict=True)
+    ]
+    return sorted(found, key=lambda option: option.rank)
 
 
 def order() -> tuple[str, ...]:

@@ -18,7 +18,10 @@ EMBED_BATCH = 1000
 def train(
     student: nn.Module, criterion: Criterion, split: Split, rate: float, batch: int, steps: int
 ) -> None:
-    """Adam with one cycle of the rate, over as many epochs of the split as the steps fill."""
+    """Adam with one cycle of the rate, over as many epochs of the split as the steps fill.
+
+    A split with fewer points than the batch is one batch.
+    """
     parameters = [*student.parameters(), *criterion.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
@@ -26,6 +29,17 @@ def train(
     for rows in itertools.islice(_endless(len(split.inputs), batch), steps):
         seen = Seen(split.embeddings[rows], split.logits[rows], split.labels[rows])
         step(criterion(student(*split.inputs.rows(rows)), seen), optimizer, schedule)
+
+
+def hidden(split: Split, learns_from: str) -> Split:
+    """The split without what a method must not see: NaN and -1 in its place."""
+    nothing = {
+        "embeddings": torch.full_like(split.embeddings, torch.nan),
+        "logits": torch.full_like(split.logits, torch.nan),
+        "labels": torch.full_like(split.labels, -1),
+    }
+    shown = nothing | {learns_from: getattr(split, learns_from)}
+    return Split(split.inputs, **shown)
 
 
 @torch.no_grad()
@@ -37,7 +51,5 @@ def embed(student: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def _endless(count: int, batch: int) -> Iterator[Tensor]:
-    if count < batch:
-        raise ValueError(f"batch: expected at most the {count} points to train on; got {batch}")
     while True:
-        yield from batches(count, batch)
+        yield from batches(count, min(batch, count))
