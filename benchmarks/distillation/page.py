@@ -39,8 +39,9 @@ VERDICTS = {1: "better", 0: "no difference", -1: "worse"}
 HEAD = """\
 # Does it transfer representations?
 
-Written by `python -m benchmarks.distillation page` from `{file}` beside it; do not edit. `make
-study` trains all students, and goes on where it was stopped. {trained}
+Written by `python -m benchmarks.distillation page` from `{file}` beside it; do not edit.
+`make study` trains all students, and goes on where it was stopped.
+Here {count:,} students were trained, in {minutes:,.0f} minutes of one core.
 
 A small student learns from a teacher's embeddings of points without labels; then its own embedding
 is used. Beside the coherence loss, with each of its objectives, stand {others} other ways to learn
@@ -50,31 +51,31 @@ see. `rkd angle` compares points in groups of {group}: its triples cost n^3. `co
 with the batch as its negatives; `rkd both` is distances + 2 angles.
 
 - **images**: Fashion-MNIST, 10 classes. A convolutional teacher (220,000 parameters, 64 numbers an
-  image) learnt {images.teacher:,} labels. Students with {students} see {images.transfer:,} other
-  images without labels; `labels` learns from {images.labelled:,} labelled ones. `logits` are of a
-  linear classifier on the teacher's embeddings.
+  image) learnt {images.teacher:,} labels. Students with {students} see
+  {images.transfer:,} other images without labels; `labels` learns from {images.labelled:,} labelled
+  ones. `logits` are of a linear classifier on the teacher's embeddings.
 - **sentences**: definitions of WordNet, {classes} categories, of which the teacher (MiniLM, 23
   million parameters, 384 numbers) knows nothing. The student averages hashed words (0.6 million
-  parameters, 64 numbers of norm 1) and sees {sentences.transfer:,} definitions; `labels` learns from
-  {sentences.labelled:,} labelled ones, and so did the linear classifier behind `logits`.
+  parameters, 64 numbers of norm 1) and sees {sentences.transfer:,} definitions; `labels` learns
+  from {sentences.labelled:,} labelled ones, and so did the linear classifier behind `logits`.
 - **new classes**: Fashion-MNIST again; teacher and student see images of five classes alone and are
   judged on the five others. Nothing is tuned here: every method keeps what was chosen for images.
 
 What is measured, of test points ({images.test:,} images, {sentences.test:,} definitions) and a
-gallery of other labelled points: **5-NN**, accuracy of nearest neighbours in the gallery; **probe**,
-accuracy of a linear classifier trained on it; **mAP**, mean average precision of retrieving it by
-class; **coherence**, the mean Spearman correlation of the Euclidean distances from each point with
-the teacher's; **overlap**, the share of its 10 nearest points that the teacher finds too (the last
-three on {queries:,} points). WordSim-353, SimLex-999 and Lee are Spearman correlations with people's
-judgements of words and articles.
+gallery of other labelled points: **5-NN**, accuracy of nearest neighbours in the gallery;
+**probe**, accuracy of a linear classifier trained on it; **mAP**, mean average precision of
+retrieving it by class; **coherence**, the mean Spearman correlation of the Euclidean distances from
+each point with the teacher's; **overlap**, the share of its 10 nearest points that the teacher
+finds too (the last three on {queries:,} points). WordSim-353, SimLex-999 and Lee are Spearman
+correlations with people's judgements of words and articles.
 
 **Choices** ({trials} trials for each method: batch, rate, and its own option if it has one; then
-Euclidean or cosine distance for 5-NN and mAP) were made by 5-NN on a validation split, with one seed
-and one student. Then the test split was measured, once, with other seeds.
+Euclidean or cosine distance for 5-NN and mAP) were made by 5-NN on a validation split, with one
+seed and one student. Then the test split was measured, once, with other seeds.
 
-**What the intervals mean**: 95 % confidence by Student's t over {seeds} seeds, that is, over initial
-students and orders of the batches: not over test points, nor over teachers. Differences are paired
-by seed. Nothing corrects for the number of comparisons, and those within a student are not
+**What the intervals mean**: 95 % confidence by Student's t over {seeds} seeds, that is, over
+initial students and orders of the batches: not over test points, nor over teachers. Differences are
+paired by seed. Nothing corrects for the number of comparisons, and those within a student are not
 independent. With one seed the search itself chooses within its noise.
 
 **Known to favour one side**: the coherence loss comes with {objectives} objectives, that is with as
@@ -125,7 +126,8 @@ def _head(plan: Plan, found: Sequence[Result]) -> str:
     minutes = sum(result.seconds for result in found) / 60
     return HEAD.format(
         file=f"{plan.name}.jsonl",
-        trained=f"Here {len(found):,} students were trained, in {minutes:,.0f} minutes of one core.",
+        count=len(found),
+        minutes=minutes,
         others=len(BASELINES) + len(AWARE),
         group=ANGLE_GROUP,
         images=plan.images,
@@ -179,8 +181,8 @@ def _conclusion(outcomes: Outcomes, found: Sequence[Result]) -> list[str]:
     named = "; ".join(f"{setting}: {_short(name)}" for setting, name in best.items())
     fought = duels(outcomes, best)
     return [
-        "Against whichever of the other losses on embeddings *tested* best, which favours them, the "
-        "coherence loss is",
+        "Against whichever of the other losses on embeddings *tested* best, which favours them, "
+        "the coherence loss is",
         "",
         *_markdown(
             ("objective", "measures", *VERDICTS.values()),
@@ -208,8 +210,8 @@ def _conclusion(outcomes: Outcomes, found: Sequence[Result]) -> list[str]:
             ],
         ),
         "",
-        "Against each other method in turn, over the same comparisons, with the best objective of the "
-        f"search and with {default} alone:",
+        "Against each other method in turn, over the same comparisons, with the best objective of "
+        f"the search and with {default} alone:",
         "",
         *_markdown(
             (
@@ -248,7 +250,7 @@ def _score(outcomes: Outcomes, chosen: Mapping[str, str], other: str) -> list[st
 def _reading() -> list[str]:
     return [
         "All in percent. **Bold**: the best of the methods that see no classes, and those that do "
-        "not differ from it.",
+        "not differ from it significantly.",
         "",
     ]
 
@@ -290,13 +292,13 @@ def _effects(found: Sequence[Result], shown: Sequence[str]) -> list[str]:
         "",
         *by_batch,
         "",
-        "Batches of different sizes, each at the best of three rates, while as many images are seen "
-        "in all: large batches make fewer steps.",
+        "Batches of different sizes, each at the best of three rates, while as many images are "
+        "seen in all: large batches make fewer steps.",
         "",
         *_effect_table(found, BATCH_SIZE, BATCHES_IN, "method", "batch"),
         "",
-        "The same batches and steps, but points are compared within groups only, each at the best of "
-        "three rates: what more comparisons buy when steps are as many.",
+        "The same batches and steps, but points are compared within groups only, each at the best "
+        "of three rates: what more comparisons buy when steps are as many.",
         "",
         *_effect_table(found, COMPARISONS, BATCHES_IN, "method", "group"),
         "",
@@ -331,8 +333,8 @@ def _defaults(found: Sequence[Result]) -> list[str]:
         lines.append([name, f"{option.rank:.1f}", *means])
     headings = [f"{setting}: {MEASURES[name]}" for setting, name in columns]
     return [
-        "Objectives and temperatures by their mean rank over settings and measures, 1 being the best; "
-        "the rate is each objective's own.",
+        "Objectives and temperatures by their mean rank over settings and measures, 1 being the "
+        "best; the rate is each objective's own.",
         "",
         *_markdown(("option", "mean rank", *headings), lines),
     ]
