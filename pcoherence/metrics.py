@@ -24,7 +24,7 @@ from torch import Tensor
 from . import distances, ops
 from .backends import available_backends
 from .inputs import LossInputs, candidates, check_candidates, prepare_inputs
-from .spec import Metric, check_count, check_flag, check_metric
+from .spec import Metric, check_count, check_flag, check_metrics
 
 BLOCK_ELEMENTS = 2**22
 """Distances of a block of anchors: 16 MiB in float32."""
@@ -72,9 +72,7 @@ def coherence(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    check_metric("metric", metric)
-    if teacher_metric is not None:
-        check_metric("teacher_metric", teacher_metric)
+    check_metrics(metric, teacher_metric)
     check_flag("include_self", include_self)
     check_count("nearest", nearest)
     if reduction not in ("mean", "none"):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .inputs import at_least_float32
 from .metrics import coherence, ordered_distances
-from .spec import Metric, check_metric
+from .spec import Metric, check_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,9 +50,8 @@ def rank_agreement(
         ImportError: matplotlib is not there.
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    check_metric("metric", metric)
+    check_metrics(metric, teacher_metric)
     theirs = metric if teacher_metric is None else teacher_metric
-    check_metric("teacher_metric", theirs)
     named = {"student": students} if isinstance(students, Tensor) else dict(students)
     if not named:
         raise ValueError("students: expected at least one; got none")

@@ -59,6 +59,13 @@ def check_metric(argument: str, value: object) -> None:
         raise ValueError(f"{argument}: expected one of {known}, or a callable; got {value!r}")
 
 
+def check_metrics(metric: object, teacher_metric: object) -> None:
+    """Raise unless both are known; teacher_metric None: the same as `metric`."""
+    check_metric("metric", metric)
+    if teacher_metric is not None:
+        check_metric("teacher_metric", teacher_metric)
+
+
 def check_count(argument: str, value: object) -> None:
     """Raise unless `value` is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -104,9 +111,7 @@ class LossSpec:
         check_temperature("temperature", self.temperature)
         if self.teacher_temperature is not None:
             check_temperature("teacher_temperature", self.teacher_temperature)
-        check_metric("metric", self.metric)
-        if self.teacher_metric is not None:
-            check_metric("teacher_metric", self.teacher_metric)
+        check_metrics(self.metric, self.teacher_metric)
         check_name("scale", self.scale, SCALES)
         check_name("objective", self.objective, OBJECTIVES)
         check_flag("include_self", self.include_self)

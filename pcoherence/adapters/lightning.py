@@ -18,7 +18,7 @@ except ImportError as error:
 
 from pcoherence.loss import PerceptionCoherenceLoss
 from pcoherence.metrics import Coherence, coherence
-from pcoherence.spec import Metric, check_count, check_metric
+from pcoherence.spec import Metric, check_count, check_metrics
 
 from ._dtypes import same_dtype
 
@@ -149,9 +149,7 @@ class CoherenceCallback(Callback):
     ) -> None:
         super().__init__()
         check_count("max_points", max_points)
-        check_metric("metric", metric)
-        if teacher_metric is not None:
-            check_metric("teacher_metric", teacher_metric)
+        check_metrics(metric, teacher_metric)
         check_count("nearest", nearest)
         if not isinstance(prefix, str):
             raise TypeError(f"prefix: expected a string; got {type(prefix).__name__}")

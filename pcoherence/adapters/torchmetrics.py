@@ -17,7 +17,7 @@ except ImportError as error:
     ) from error
 
 from pcoherence.metrics import Coherence, coherence
-from pcoherence.spec import Metric, check_count, check_flag, check_metric
+from pcoherence.spec import Metric, check_count, check_flag, check_metrics
 
 from ._dtypes import same_dtype
 
@@ -56,9 +56,7 @@ class CoherenceMetric(_Metric):
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        check_metric("metric", metric)
-        if teacher_metric is not None:
-            check_metric("teacher_metric", teacher_metric)
+        check_metrics(metric, teacher_metric)
         check_flag("include_self", include_self)
         check_count("nearest", nearest)
         self.options: dict[str, Any] = {
