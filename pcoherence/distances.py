@@ -76,7 +76,10 @@ def pairwise(a: Tensor, b: Tensor, metric: Metric, argument: str = "metric") -> 
         raise TypeError(f"{argument}: expected floating point distances; got {result.dtype}")
     if tuple(result.shape) != expected:
         shape = tuple(result.shape)
-        raise ValueError(f"{argument}: expected shape {expected} from it; got {shape}")
+        raise ValueError(
+            f"{argument}: expected all distances from it, shape {expected}, as torch.cdist gives "
+            f"them; got shape {shape}"
+        )
     return result.to(a.dtype)
 
 

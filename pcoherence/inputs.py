@@ -126,6 +126,7 @@ def _check_float(argument: str, value: Tensor) -> None:
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{argument}: expected dtype float16, bfloat16, float32 or float64; got {value.dtype}"
+            + ("" if value.is_floating_point() else " (embeddings, not class labels)")
         )
     if value.layout != torch.strided:
         raise TypeError(f"{argument}: expected a dense tensor; got layout {value.layout}")
@@ -141,15 +142,27 @@ def check_points(argument: str, value: Tensor, like: Tensor | None = None) -> No
     _check_float(argument, value)
     if value.ndim != 2:
         shape = tuple(value.shape)
-        raise ValueError(f"{argument}: expected 2 dimensions [points, features]; got shape {shape}")
+        hint = " (pool or flatten it first)" if value.ndim > 2 else ""
+        raise ValueError(
+            f"{argument}: expected 2 dimensions [points, features]; got shape {shape}{hint}"
+        )
     if like is None:
         return
     if value.dtype != like.dtype and not _mixed_by_autocast(value, like):
         raise TypeError(
             f"{argument}: expected the student's dtype {like.dtype}; got {value.dtype} "
-            f"(convert it: {argument}.to(student.dtype))"
+            f"({_dtype_hint(argument, value, like)})"
         )
     _check_device(argument, value, like)
+
+
+def _dtype_hint(argument: str, value: Tensor, like: Tensor) -> str:
+    """What to convert: never the teacher to half precision, which rounds its order away."""
+    if like.dtype not in (torch.float16, torch.bfloat16):
+        return f"convert it: {argument}.to(student.dtype)"
+    if value.dtype == torch.float64:
+        return f"convert both: student.float(), {argument}.float()"
+    return "convert the student: student.float()"
 
 
 def _mixed_by_autocast(value: Tensor, like: Tensor) -> bool:

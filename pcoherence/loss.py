@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,9 @@ from .backends import select
 from .bank import CandidateBank
 from .inputs import LossInputs, candidates, check_candidates, prepare_inputs, prepare_values
 from .spec import BACKENDS, METHODS, LossSpec, Metric, check_flag, check_name, check_temperature
+
+FIXED = frozenset(field.name for field in dataclasses.fields(LossSpec)) - {"temperature"}
+"""Options that a `PerceptionCoherenceLoss` keeps for life: other parts of it follow from them."""
 
 
 def perception_coherence_loss(
@@ -190,6 +195,20 @@ class PerceptionCoherenceLoss(nn.Module):
         for name, function in (("metric", metric), ("teacher_metric", teacher_metric)):
             if isinstance(function, nn.Module):
                 self.add_module(name, function)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED:
+            raise AttributeError(f"{name}: expected to stay as the loss was made; got {value!r}")
+        super().__setattr__(name, value)
+
+    @property
+    def temperature(self) -> float:
+        """The student's temperature, which may be set: to anneal it, say."""
+        return self.spec.temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self.spec = dataclasses.replace(self.spec, temperature=value)
 
     def forward(
         self,

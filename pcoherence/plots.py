@@ -52,6 +52,10 @@ def rank_agreement(
     """
     check_metrics(metric, teacher_metric)
     theirs = metric if teacher_metric is None else teacher_metric
+    if not isinstance(students, (Tensor, Mapping)):
+        raise TypeError(
+            f"students: expected a tensor, or tensors by name; got {type(students).__name__}"
+        )
     named = {"student": students} if isinstance(students, Tensor) else dict(students)
     if not named:
         raise ValueError("students: expected at least one; got none")

@@ -64,6 +64,8 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     points = make_case("gaussian", 9, 3)
     with pytest.raises(ValueError, match=r"^students: expected at least one"):
         plots.rank_agreement({}, points)
+    with pytest.raises(TypeError, match=r"^students: expected a tensor, or tensors by name; got l"):
+        plots.rank_agreement([points], points)
     with pytest.raises(ValueError, match=r"^teacher: expected at least 2 points"):
         plots.rank_agreement(points[:1], points[:1])
     with pytest.raises(ValueError, match=r"^metric: expected one of"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,47 @@ def test_complex_distances() -> None:
         perception_coherence_loss(X, X, metric=lambda a, b: torch.cdist(a, b).to(torch.complex64))
 
 
-def test_a_mixed_dtype_says_how_to_convert() -> None:
-    with pytest.raises(TypeError, match=r"convert it: teacher\.to\(student\.dtype\)"):
-        perception_coherence_loss(X, X.double())
+@pytest.mark.parametrize(
+    ("student", "teacher", "advice"),
+    [
+        (torch.float32, torch.float64, "convert it: teacher.to(student.dtype)"),
+        (torch.float32, torch.float16, "convert it: teacher.to(student.dtype)"),
+        (torch.bfloat16, torch.float32, "convert the student: student.float()"),
+        (torch.float16, torch.bfloat16, "convert the student: student.float()"),
+        (torch.bfloat16, torch.float64, "convert both: student.float(), teacher.float()"),
+    ],
+)
+def test_a_mixed_dtype_says_how_to_convert(
+    student: torch.dtype, teacher: torch.dtype, advice: str
+) -> None:
+    """Never the teacher to half precision: rounding would change its order."""
+    with pytest.raises(TypeError, match=rf"^teacher: .*\({re.escape(advice)}\)$"):
+        perception_coherence_loss(X.to(student), X.to(teacher))
+
+
+def test_what_is_no_embedding() -> None:
+    with pytest.raises(TypeError, match=r"embeddings, not class labels\)$"):
+        perception_coherence_loss(X, torch.arange(len(X)))
+    with pytest.raises(ValueError, match=r"\(pool or flatten it first\)$"):
+        perception_coherence_loss(X, X[:, :, None])
+    with pytest.raises(ValueError, match=r"^metric: expected all distances .* torch\.cdist gives"):
+        perception_coherence_loss(X, X, metric=torch.nn.functional.pairwise_distance)
+
+
+def test_a_temperature_may_be_set() -> None:
+    criterion = PerceptionCoherenceLoss(objective="huber")
+    criterion.temperature = 0.03
+    assert criterion.temperature == 0.03
+    expected = perception_coherence_loss(X, Y, temperature=0.03, objective="huber")
+    assert torch.equal(criterion(X, Y), expected)
+    with pytest.raises(ValueError, match=r"^temperature: expected a finite number above 0; got 0"):
+        criterion.temperature = 0
+    assert criterion.temperature == 0.03
+
+
+@pytest.mark.parametrize("name", ["objective", "scale", "metric", "method", "reduction"])
+def test_other_options_stay(name: str) -> None:
+    """Assigning them would otherwise do nothing, silently."""
+    criterion = PerceptionCoherenceLoss(metric=torch.nn.PairwiseDistance())
+    with pytest.raises(AttributeError, match=rf"^{name}: expected to stay as the loss was made"):
+        setattr(criterion, name, "none")
