@@ -58,7 +58,7 @@ from benchmarks.distillation.summary import (
     options,
 )
 from pcoherence import coherence, optimal_transport_loss, perception_coherence_loss
-from pcoherence.spec import LossSpec
+from pcoherence.spec import OBJECTIVES, LossSpec
 
 N, STUDENT, TEACHER, CLASSES = 7, 3, 5, 4
 WIDTHS = Widths(STUDENT, TEACHER, CLASSES)
@@ -667,19 +667,25 @@ def test_duels_favour_the_baseline() -> None:
         assert outcomes.leaders(duel.cell, duel.measure) == ["coherence spearman"]
 
 
-def test_options_are_ranked() -> None:
+def test_options_are_compared_seed_by_seed() -> None:
     def value(job: Job) -> float:
-        return by_method(job) + float(job.options.get("temperature", 0)) / 1000
+        soft = "teacher_temperature" in job.options
+        return by_method(job) + float(job.options.get("temperature", 0)) / 10 - soft / 100
 
-    found = options(simulated(protocol.QUICK, value))
-    assert [own.rank for own in found] == sorted(own.rank for own in found)
-    assert (found[0].objective, found[0].temperature) == ("spearman", 0.3)
-    assert found[0].rank == 1
-    assert (found[-1].objective, found[-1].temperature) == ("mse", 0.05)
-    assert found[-1].rank == len(found)
-    assert set(found[0].intervals) == set(
-        itertools.product(protocol.SEARCHED, ("knn", "coherence"))
-    )
+    found = options(simulated(protocol.QUICK, value), "mse", 0.1)
+    names = [(own.objective, own.temperature, own.soft_teacher) for own in found]
+    assert names[0] == ("spearman", 0.3, False)
+    assert names[-1] == ("mse", 0.05, True)
+    assert set(names) == {
+        *itertools.product(OBJECTIVES, protocol.QUICK.temperatures, [False]),
+        *(("mse", temperature, True) for temperature in protocol.QUICK.temperatures),
+    }
+    # Seeds scatter alike everywhere, so that nothing is left of it in paired differences.
+    rank = {name: i for i, name in enumerate(NAMED)}
+    first = rank["coherence spearman"] - rank["coherence mse"]
+    for measure in ("knn", "overlap", "coherence"):
+        assert found[0].differences[measure].mean == pytest.approx(first / 100 + 0.02)
+        assert found[0].differences[measure].half == pytest.approx(0, abs=1e-12)
 
 
 def test_the_page_says_what_came(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from .summary import (
     AGREEMENT,
     BASELINES,
     MEASURES,
+    OPTION_MEASURES,
     OURS,
     Cell,
     Duel,
@@ -323,20 +324,19 @@ def _effects(found: Sequence[Result], shown: Sequence[str]) -> list[str]:
 def _defaults(found: Sequence[Result]) -> list[str]:
     """Where the library's default stands among objectives and temperatures."""
     spec = LossSpec()
-    columns = [(setting, name) for setting in SEARCHED for name in ("knn", "coherence")]
+    default = spec.objective, spec.temperature, spec.teacher_temperature is not None
     lines = []
-    for option in options(found):
+    for option in options(found, spec.objective, spec.temperature):
         name = f"{option.objective}, temperature {option.temperature:g}"
-        if (option.objective, option.temperature) == (spec.objective, spec.temperature):
+        name += ", soft teacher" if option.soft_teacher else ""
+        if (option.objective, option.temperature, option.soft_teacher) == default:
             name = f"**{name}** (default)"
-        means = [_percent(option.intervals[column]) for column in columns]
-        lines.append([name, f"{option.rank:.1f}", *means])
-    headings = [f"{setting}: {MEASURES[name]}" for setting, name in columns]
+        lines.append([name, *(_signed(option.differences[own]) for own in OPTION_MEASURES)])
     return [
-        "Objectives and temperatures by their mean rank over settings and measures, 1 being the "
-        "best; the rate is each objective's own.",
+        f"Points more than the default; means over {' and '.join(SEARCHED)}, paired by seed, with "
+        "95 % intervals over seeds. The rate is each objective's own.",
         "",
-        *_markdown(("option", "mean rank", *headings), lines),
+        *_markdown(("option", *(MEASURES[own] for own in OPTION_MEASURES)), lines),
     ]
 
 

@@ -85,7 +85,7 @@ def _tests(outcomes: Outcomes, cells: Sequence[Cell]) -> Figure:
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     panels[0].set_yticks(range(len(methods)), methods)
     if len(cells) > 1:
-        panels[0].legend(fontsize=8, loc="lower left")
+        panels[0].legend(fontsize=8, loc="upper left")
     figure.suptitle(
         f"{cells[0].setting}: means over seeds with 95 % intervals, test split "
         "(blue: coherence; orange: other losses on embeddings; green: by classes)",
@@ -125,7 +125,7 @@ def _curves(found: Mapping[tuple, Interval], label: str = "{}") -> dict[str, dic
 
 def _batches(results: Sequence[Result]) -> Figure:
     figure = Figure(figsize=(12, 8), layout="constrained")
-    rows = figure.subplots(2, 2, sharex=True)
+    rows = figure.subplots(2, 2, sharex="col")
     phases = (
         (BATCH_SIZE, "batch", "Batch size; the same number of images seen"),
         (COMPARISONS, "group", "Points compared with one another, in one batch"),
@@ -150,7 +150,7 @@ def _batches(results: Sequence[Result]) -> Figure:
 
 def _options(results: Sequence[Result]) -> Figure:
     figure = Figure(figsize=(12, 8), layout="constrained")
-    rows = figure.subplots(2, 2, sharex=True)
+    rows = figure.subplots(2, 2, sharex="col")
     names = ("method", "temperature")
     for row, setting in enumerate(SEARCHED):
         for column, measure in enumerate(("knn", "coherence")):

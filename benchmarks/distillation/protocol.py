@@ -41,7 +41,7 @@ TEACHER = "teacher"
 OURS = "coherence mse"
 """In the effects that look at one objective."""
 EFFECT_RATES = (1e-2, 3e-2, 1e-1)
-"""For every batch size and group; the best one lies inside for all sizes."""
+"""For every batch size and group: the middle one is best, or 0.3 points of 5-NN below it."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from scipy import stats
 
 from .methods import AWARE, UNAWARE, UNTRAINED
 from .protocol import TEACHER
-from .results import OBJECTIVE, TEST, Result
+from .results import OBJECTIVE, SOFT_TEACHER, TEST, Result
 
 CONFIDENCE = 0.95
 MEASURES = {
@@ -26,6 +26,8 @@ TASKS = ("knn", "probe", "map")
 """What embeddings are used for; people's judgements belong to them too."""
 AGREEMENT = ("coherence", "overlap")
 """With the teacher: what the coherence loss is made for."""
+OPTION_MEASURES = ("knn", "overlap", "coherence")
+"""By which options are compared, from the nearest neighbours to the whole order."""
 OURS = tuple(name for name in UNAWARE if name.startswith("coherence "))
 BASELINES = tuple(name for name in UNAWARE if name not in OURS)
 
@@ -149,33 +151,42 @@ def by_options(
 
 
 class Option(NamedTuple):
-    """An objective at a temperature."""
+    """An objective at a temperature, against another one, over all settings with such effects."""
 
     objective: str
     temperature: float
-    intervals: dict[tuple[str, str], Interval]  # by setting and measure
-    rank: float  # mean over settings and measures; 1: the best
+    soft_teacher: bool
+    differences: dict[str, Interval]  # by measure; paired by seed, each setting counts as much
 
 
-def options(results: Iterable[Result]) -> list[Option]:
-    """Objectives at temperatures where the teacher is ranked hard, by their mean rank."""
-    values: dict[tuple[str, float], dict[tuple[str, str], list[float]]] = {}
+def options(results: Iterable[Result], objective: str, temperature: float) -> list[Option]:
+    """All that were tried, minus this one with hard ranks; the best for neighbours first."""
+    values: dict[tuple[str, float, bool], dict[tuple[str, int], list[float]]] = {}
     for result in results:
         job = result.job
-        if job.phase == OBJECTIVE:
-            key = job.method.removeprefix("coherence "), float(job.options["temperature"])
+        if job.phase in (OBJECTIVE, SOFT_TEACHER):
+            soft = job.phase == SOFT_TEACHER
+            key = job.method.removeprefix("coherence "), float(job.options["temperature"]), soft
             (measures,) = result.measures.values()
-            for name in ("knn", "coherence"):
-                own = values.setdefault(key, {}).setdefault((job.setting, name), [])
-                own.append(measures[name])
-    columns = list(next(iter(values.values())))
-    worth = [[-float(np.mean(own[column])) for column in columns] for own in values.values()]
-    ranks = stats.rankdata(worth, axis=0)
+            for name in OPTION_MEASURES:
+                own = values.setdefault(key, {}).setdefault((name, job.seed), [])
+                own.append(measures[name])  # of each setting in turn
+    means = {
+        key: {column: float(np.mean(found)) for column, found in own.items()}
+        for key, own in values.items()
+    }
+    base = means[objective, temperature, False]
     found = [
-        Option(*key, {column: interval(seeds) for column, seeds in own.items()}, float(row.mean()))
-        for (key, own), row in zip(values.items(), ranks, strict=True)
+        Option(
+            *key,
+            {
+                name: interval([own[column] - base[column] for column in own if column[0] == name])
+                for name in OPTION_MEASURES
+            },
+        )
+        for key, own in means.items()
     ]
-    return sorted(found, key=lambda option: option.rank)
+    return sorted(found, key=lambda option: -option.differences["knn"].mean)
 
 
 def order() -> tuple[str, ...]:
