@@ -79,15 +79,7 @@ def all_classes(sizes: Sizes, folder: Path) -> Setting:
     """The teacher knows all classes by many labels; of few, and of other images, students learn."""
     parts = _splits(sizes, folder)
     splits = _seen_by_teacher(parts, CLASSES, sizes, folder)
-    return Setting(
-        labelled=splits["labelled"],
-        transfer=splits["transfer"],
-        gallery=splits["gallery"],
-        validation=splits["validation"],
-        test=splits["test"],
-        students=_students(),
-        classes=CLASSES,
-    )
+    return Setting(**splits, judgements=(), students=_students(), classes=CLASSES)
 
 
 def new_classes(sizes: Sizes, folder: Path) -> Setting:
@@ -96,15 +88,7 @@ def new_classes(sizes: Sizes, folder: Path) -> Setting:
     known = {name: _only(parts[name], KNOWN) for name in ("teacher", "labelled", "transfer")}
     new = {name: _only(parts[name], NEW) for name in ("gallery", "validation", "test")}
     splits = _seen_by_teacher(known | new, len(KNOWN), sizes, folder)
-    return Setting(
-        labelled=splits["labelled"],
-        transfer=splits["transfer"],
-        gallery=splits["gallery"],
-        validation=splits["validation"],
-        test=splits["test"],
-        students=_students(),
-        classes=len(KNOWN),
-    )
+    return Setting(**splits, judgements=(), students=_students(), classes=len(KNOWN))
 
 
 def load(folder: Path) -> tuple[Images, Images]:
