@@ -42,25 +42,29 @@ HEAD = """\
 
 Written by `python -m benchmarks.distillation page` from `{file}` beside it; do not edit.
 `make study` trains all students, and goes on where it was stopped.
-Here {count:,} students were trained, in {minutes:,.0f} minutes of one core.
+Here are {count:,} results, of students, untrained ones and teachers, in {minutes:,.0f} minutes of
+one core.
 
 A small student learns from a teacher's embeddings of points without labels; then its own embedding
 is used. Beside the coherence loss, with each of its objectives, stand {others} other ways to learn
-from the same points, from the same initial student, with Adam and one cycle of the rate, seeing as
-many points. `labels` and `logits` are for orientation: they look at classes, which the others never
-see. `rkd angle` compares points in groups of {group}: its triples cost n^3. `contrastive` is CRD
-with the batch as its negatives; `rkd both` is distances + 2 angles.
+from the same points (`labels`: from other, labelled ones), from the same initial student, with Adam
+and one cycle of the rate, seeing as many points. `labels` and `logits` are for orientation: they
+look at classes, which the others never see. `rkd angle` compares points in groups of {group}: its
+triples cost n^3. `contrastive` is CRD with the batch as its negatives; `rkd both` is distances + 2
+angles.
 
 - **images**: Fashion-MNIST, 10 classes. A convolutional teacher (220,000 parameters, 64 numbers an
   image) learnt {images.teacher:,} labels. Students with {students} see
   {images.transfer:,} other images without labels; `labels` learns from {images.labelled:,} labelled
   ones. `logits` are of a linear classifier on the teacher's embeddings.
-- **sentences**: definitions of WordNet, {classes} categories, of which the teacher (MiniLM, 23
-  million parameters, 384 numbers) knows nothing. The student averages hashed words (0.6 million
-  parameters, 64 numbers of norm 1) and sees {sentences.transfer:,} definitions; `labels` learns
-  from {sentences.labelled:,} labelled ones, and so did the linear classifier behind `logits`.
+- **sentences**: definitions of WordNet of up to 12 words, {classes} categories, of which the
+  teacher (MiniLM in int8, 23 million parameters, 384 numbers) knows nothing. The student averages
+  hashed words (0.6 million parameters, 64 numbers of norm 1) and sees {sentences.transfer:,}
+  definitions; `labels` learns from {sentences.labelled:,} labelled ones, and so did the linear
+  classifier behind `logits`.
 - **new classes**: Fashion-MNIST again; teacher and student see images of five classes alone and are
-  judged on the five others. Nothing is tuned here: every method keeps what was chosen for images.
+  judged on the five others. All splits are about half as large. Nothing is tuned here: every method
+  keeps what was chosen for images.
 
 What is measured, of test points ({images.test:,} images, {sentences.test:,} definitions) and a
 gallery of other labelled points: **5-NN**, accuracy of nearest neighbours in the gallery;
@@ -191,7 +195,7 @@ def _conclusion(outcomes: Outcomes, found: Sequence[Result]) -> list[str]:
                 [title, kind, *_counted(duels(outcomes, chosen), names)]
                 for title, chosen in (
                     (f"the best of the search ({named})", best),
-                    (f"{default}, the default, alone", usual),
+                    (f"{default}, the default objective, alone (temperature as chosen)", usual),
                 )
                 for kind, names in (("of use", None), ("agreement with the teacher", AGREEMENT))
             ],
@@ -287,7 +291,7 @@ def _effects(found: Sequence[Result], shown: Sequence[str]) -> list[str]:
         [own for own in shown if f"({name})" in own] for name in (plots.BATCHES, plots.OPTIONS)
     )
     lines = [
-        "All of the Euclidean distance, with three seeds.",
+        "All of the Euclidean distance, with seeds of the tests. Options at one batch size, 512.",
         "",
         f"### Batch size ({BATCHES_IN}, {SEARCHED[BATCHES_IN]} student)",
         "",

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure  # without pyplot no display is needed
 from .methods import AWARE
 from .protocol import BATCHES_IN, SEARCHED
 from .results import BATCH_SIZE, COMPARISONS, OBJECTIVE, SOFT_TEACHER, Result
-from .summary import MEASURES, Cell, Interval, Outcomes, by_options, order
+from .summary import AGREEMENT, MEASURES, Cell, Interval, Outcomes, by_options, order
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 OURS, BASELINE, CLASSES, NOTHING = "#0072B2", "#D55E00", "#009E73", "#888888"
 LINES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-SHOWN = ("knn", "probe", "map", "coherence")
+SHOWN = ("knn", "probe", "map", "overlap", "coherence")
 DPI = 120
 BATCHES, OPTIONS = "batch-size.png", "options.png"
 
@@ -66,20 +66,21 @@ def _tests(outcomes: Outcomes, cells: Sequence[Cell]) -> Figure:
                     capsize=2,
                     label=f"{cell.student} student" if row == 0 else None,
                 )
-        teacher = 100 * outcomes.teacher[cells[0].setting, measure]
-        if measure != "coherence":
-            axes.axvline(teacher, color="#000000", linestyle="--", linewidth=1)
-            axes.set_title(f"{MEASURES[measure]} (teacher {teacher:.1f})", fontsize=10)
+        ends = []
+        if measure in AGREEMENT:
+            axes.set_title(f"{MEASURES[measure]} with the teacher", fontsize=10)
         else:
-            axes.set_title("coherence with the teacher", fontsize=10)
+            ends.append(100 * outcomes.teacher[cells[0].setting, measure])
+            axes.axvline(ends[0], color="#000000", linestyle="--", linewidth=1)
+            axes.set_title(f"{MEASURES[measure]} (teacher {ends[0]:.1f})", fontsize=10)
         # What was not trained would squeeze all others together.
-        trained = [
+        ends += [
             100 * outcomes.interval(cell, method, measure).mean
             for method in methods
             for cell in cells
             if method != "untrained"
         ]
-        low, high = min(trained), max(*trained, teacher if measure != "coherence" else 0.0)
+        low, high = min(ends), max(ends)
         axes.set_xlim(low - 0.08 * (high - low) - 0.2, high + 0.08 * (high - low) + 0.2)
         axes.set_xlabel("%")
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
@@ -87,8 +88,8 @@ def _tests(outcomes: Outcomes, cells: Sequence[Cell]) -> Figure:
     if len(cells) > 1:
         panels[0].legend(fontsize=8, loc="upper left")
     figure.suptitle(
-        f"{cells[0].setting}: means over seeds with 95 % intervals, test split "
-        "(blue: coherence; orange: other losses on embeddings; green: by classes)",
+        f"{cells[0].setting}: means over seeds with 95 % intervals, test split (blue: coherence; "
+        "orange: other losses on embeddings; green: by classes; untrained may lie off the axis)",
         fontsize=11,
     )
     return figure
@@ -128,7 +129,7 @@ def _batches(results: Sequence[Result]) -> Figure:
     rows = figure.subplots(2, 2, sharex="col")
     phases = (
         (BATCH_SIZE, "batch", "Batch size; the same number of images seen"),
-        (COMPARISONS, "group", "Points compared with one another, in one batch"),
+        (COMPARISONS, "group", "Points compared, in batches of the last size (finer scale)"),
     )
     for column, (phase, field, title) in enumerate(phases):
         for row, measure in enumerate(("knn", "coherence")):

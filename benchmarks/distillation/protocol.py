@@ -2,7 +2,7 @@
 
 search   every trial of every method, one student and one seed a setting, on the validation split
 effects  what batch size, comparisons, temperature, objective, scale and the teacher's ranks do,
-         on the validation split; the library's defaults are chosen by these alone
+         on the validation split; the library's defaults are judged by these alone
 test     the best trial of each method, by nearest neighbours in the search, with other seeds, on
          the test split: once
 """
