@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -34,7 +35,11 @@ def main() -> None:
     plan = protocol.QUICK if options.quick else protocol.FULL
     output = options.output or (options.work / "quick" if options.quick else RESULTS)
     start = time.perf_counter()
-    found = runner.run(plan, options.work, options.processes)
+    try:
+        found = runner.run(plan, options.work, options.processes)
+    except KeyboardInterrupt:
+        console.print(f"Interrupted; {options.work} has what was done. The same command goes on.")
+        sys.exit(130)
     results.save(output / f"{plan.name}.jsonl", found)
     page.show(found, console)
     console.print(f"Written: {page.write(output)}")
