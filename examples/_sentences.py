@@ -58,7 +58,8 @@ def load_glosses(folder: Path, sizes: Sequence[int], seed: int = 0) -> list[Glos
 
 def teacher_embeddings(texts: list[str], folder: Path) -> Tensor:
     """The teacher's unit vectors [texts, 384], float32, computed once for the same texts."""
-    kept = folder / f"teacher-{len(texts)}-{zlib.crc32(chr(0).join(texts).encode()):08x}.npy"
+    known = zlib.crc32(chr(0).join([*TEACHER, *TOKENIZER, *texts]).encode())
+    kept = folder / f"teacher-{len(texts)}-{known:08x}.npy"
     if not kept.exists():
         found = _embed(texts, wheel_file(folder, *TEACHER), wheel_file(folder, *TOKENIZER))
         partial = kept.with_suffix(".part.npy")

@@ -160,7 +160,7 @@ def _dtype_hint(argument: str, value: Tensor, like: Tensor) -> str:
     """What to convert: never the teacher to half precision, which rounds its order away."""
     if like.dtype not in (torch.float16, torch.bfloat16):
         return f"convert it: {argument}.to(student.dtype)"
-    if value.dtype == torch.float64:
+    if value.dtype != torch.float32:
         return f"convert both: student.float(), {argument}.float()"
     return "convert the student: student.float()"
 

@@ -197,9 +197,15 @@ class PerceptionCoherenceLoss(nn.Module):
                 self.add_module(name, function)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in FIXED:
+        if name in FIXED and name in self._modules and isinstance(value, nn.Module):
+            # A metric that is wrapped in place, as tools for checkpoints and sharding do.
+            changed: dict[str, Any] = {name: value}
+            self.spec = dataclasses.replace(self.spec, **changed)
+            super().__setattr__(name, value)
+        elif name in FIXED:
             raise AttributeError(f"{name}: expected to stay as the loss was made; got {value!r}")
-        super().__setattr__(name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def temperature(self) -> float:

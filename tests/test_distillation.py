@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -226,6 +227,16 @@ def test_duplicates_leave_angles_finite() -> None:
     points = torch.randn(4, 3).repeat(2, 1) + 100
     x = points.clone().requires_grad_()
     seen = Seen(points, points, torch.zeros(8, dtype=torch.int64))
+    loss = criteria.RelationalAngle()(x, seen)
+    loss.backward()
+    assert x.grad is not None
+    assert loss.isfinite()
+    assert x.grad.isfinite().all()
+
+
+def test_a_collapsed_student_has_angles() -> None:
+    x = torch.ones(5, 3, requires_grad=True)
+    seen = Seen(torch.randn(5, 4), torch.randn(5, 2), torch.zeros(5, dtype=torch.int64))
     loss = criteria.RelationalAngle()(x, seen)
     loss.backward()
     assert x.grad is not None
@@ -514,6 +525,17 @@ def test_agreement_is_euclidean_whatever_neighbours_go_by() -> None:
     assert found["euclidean"]["knn"] != found["cosine"]["knn"]
 
 
+def test_a_common_mean_does_not_matter_to_retrieval() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(80) % 4
+    points = torch.randn(80, 6) + 0.7 * torch.randn(4, 6)[labels]
+    found = [
+        evaluation.retrieval((own[:50], labels[:50]), (own[50:], labels[50:]))
+        for own in (points, (points * 2**10).round() / 2**10 + 4096)
+    ]
+    assert found[1] == pytest.approx(found[0], abs=2e-3)
+
+
 def test_cosine_is_a_view() -> None:
     points = torch.randn(6, 3, dtype=torch.float64)
     seen = torch.pdist(evaluation.view(points, "cosine"))
@@ -580,6 +602,9 @@ def test_sources_are_all_but_what_people_read() -> None:
     assert {"criteria", "methods", "training", "protocol", "_bags", "_sentences"} <= names
     assert not {"page", "plots", "summary"} & names
     assert all(path.exists() for path in sources.FILES)
+    program = "".join(path.read_text() for path in sources.FILES)
+    taken = set(re.findall(r"^from (_[a-z]+) import", program, re.MULTILINE))
+    assert taken <= names
 
 
 def test_image_files(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_complex_distances() -> None:
         (torch.float32, torch.float64, "convert it: teacher.to(student.dtype)"),
         (torch.float32, torch.float16, "convert it: teacher.to(student.dtype)"),
         (torch.bfloat16, torch.float32, "convert the student: student.float()"),
-        (torch.float16, torch.bfloat16, "convert the student: student.float()"),
+        (torch.float16, torch.bfloat16, "convert both: student.float(), teacher.float()"),
         (torch.bfloat16, torch.float64, "convert both: student.float(), teacher.float()"),
     ],
 )
@@ -186,3 +186,19 @@ def test_other_options_stay(name: str) -> None:
     criterion = PerceptionCoherenceLoss(metric=torch.nn.PairwiseDistance())
     with pytest.raises(AttributeError, match=rf"^{name}: expected to stay as the loss was made"):
         setattr(criterion, name, "none")
+
+
+def test_a_metric_may_be_wrapped_in_place() -> None:
+    class Halved(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return torch.cdist(a, b)
+
+    criterion = PerceptionCoherenceLoss(metric=Halved(), temperature=0.3)
+    wrapped = torch.nn.Sequential()
+    wrapped.forward = lambda a, b: torch.cdist(a, b) ** 2  # type: ignore[method-assign]
+    criterion.metric = wrapped
+    assert dict(criterion.named_children()) == {"metric": wrapped}
+    expected = perception_coherence_loss(X, Y, metric=wrapped, temperature=0.3)
+    assert torch.equal(criterion(X, Y), expected)
+    with pytest.raises(AttributeError, match=r"^metric: expected to stay"):
+        criterion.metric = "cosine"

@@ -217,5 +217,6 @@ def _angles(points: Tensor) -> Tensor:
     squares = products.diagonal()
     seen = products - products[:, :, None] - products[:, None, :] + squares[:, None, None]
     apart = squares[:, None] + squares - 2 * products
-    apart = apart.clamp_min(ANGLE_LEAST * apart.detach().mean()).sqrt()
+    least = ANGLE_LEAST * apart.detach().mean() + torch.finfo(apart.dtype).tiny
+    apart = apart.clamp_min(least).sqrt()
     return seen / (apart[:, :, None] * apart[:, None, :])

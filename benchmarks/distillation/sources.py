@@ -8,6 +8,7 @@ from pathlib import Path
 from . import EXAMPLES
 
 HERE = Path(__file__).parent
+TAKEN = ("bags", "images", "measures", "packages", "sentences", "steps", "training")
 # All but what people read; and of the examples, what the study takes from them.
 FILES = (
     *sorted(
@@ -15,7 +16,7 @@ FILES = (
         for path in HERE.glob("*.py")
         if path.stem not in ("__init__", "__main__", "page", "plots", "summary")
     ),
-    *(EXAMPLES / f"_{name}.py" for name in ("bags", "images", "sentences", "steps", "training")),
+    *(EXAMPLES / f"_{name}.py" for name in TAKEN),
 )
 
 
