@@ -22,8 +22,6 @@ MEASURES = {
     "overlap": "overlap",
 }
 """Of every setting, with their headings; judgements of similarity come after them."""
-TASKS = ("knn", "probe", "map")
-"""What embeddings are used for; people's judgements belong to them too."""
 AGREEMENT = ("coherence", "overlap")
 """With the teacher: what the coherence loss is made for."""
 OPTION_MEASURES = ("knn", "overlap", "coherence")
