@@ -28,4 +28,5 @@ dist.all_reduce(mean)
 torch.testing.assert_close(mean / size, whole.detach())
 if rank == 0:
     print(f"{size} processes: the same loss and gradient")
+dist.barrier()  # nobody leaves while another still communicates
 dist.destroy_process_group()
