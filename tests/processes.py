@@ -41,5 +41,8 @@ def join_group(work: Callable[[int, int], None]) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     work(rank, size)
-    dist.barrier()
+    # Not barrier(): it keeps earlier collectives' tensors, which gloo's thread drops when it ends.
+    # DistributedDataParallel keeps the group, and so that thread, alive: it then meets an
+    # interpreter that is ending, and the process aborts.
+    dist.monitored_barrier()
     dist.destroy_process_group()
