@@ -16,6 +16,8 @@ void launch_rows(const Task& task, const Plan& plan, char* workspace) {
   // One block after another, each with the row numbers that it would have on a GPU.
   for (int b = 0; b < plan.blocks; ++b) {
     Block block(plan.threads, emulation);
+    block.shared = reinterpret_cast<const char*>(shared.data());
+    block.shared_bytes = plan.shared;
     std::memset(shared.data(), 0xFF, plan.shared);
     std::memset(workspace + b * plan.workspace, 0xFF, plan.workspace);
     block.team.run([&](int thread) {

@@ -136,10 +136,19 @@ struct Block {
     Team::Barrier barrier;
     alignas(16) char slots[kWarp][64];
   };
+  bool in_fast(const void* p) const {
+    const auto within = [p](const void* begin, std::size_t bytes) {
+      const auto at = reinterpret_cast<std::uintptr_t>(p), first = reinterpret_cast<std::uintptr_t>(begin);
+      return at >= first && at < first + bytes;
+    };
+    return within(shared, shared_bytes) || within(scratch.data(), kScratchBytes);
+  }
   Team team;
   Team::Barrier all;
   std::vector<Warp> warps;
   std::vector<double> scratch;
+  const char* shared = nullptr;  // fast memory besides the scratch
+  std::size_t shared_bytes = 0;
 };
 
 class EmulatedGroup {
@@ -154,6 +163,12 @@ class EmulatedGroup {
   void sync() { block_.team.wait(block_.all); }
   void sync_warp() { block_.team.wait(own().barrier); }
   char* scratch() const { return reinterpret_cast<char*>(block_.scratch.data()); }
+  bool in_fast(const void* p) const { return block_.in_fast(p); }
+  template <class V>
+  V* fast(V* p) const {
+    if (!in_fast(p)) std::abort();  // a GPU would go to an address of something else
+    return p;
+  }
   int add(int* p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 
   template <class V>

@@ -23,8 +23,10 @@ class Grid {
   // What spread_by_lanes() needs at least.
   static constexpr std::int64_t lane_bytes(int threads) { return threads * sizeof(T) + 16; }
 
-  PCOH_DEVICE Grid(G& g, const RowView<T>& row, const DeviceTables<T>& tables, Arena arena)
-      : g_(g), row_(row), tables_(tables), bins_(static_cast<int>(row.top) + 1), arena_(arena) {
+  // row.values: positions from 0 to top.
+  PCOH_DEVICE Grid(G& g, const RowView<T>& row, T top, const DeviceTables<T>& tables, Arena arena)
+      : g_(g), row_(row), tables_(tables), bins_(static_cast<int>(top) + 1), arena_(arena) {
+    fast_ = g.in_fast(row.values) && bytes(bins_) + lane_bytes(g.threads()) <= arena_.fast_left();
     moments_ = arena_.take<T>(bins_ * order);
     residual_moments_ = arena_.take<T>(bins_ * order);
     field_ = arena_.take<T>(bins_ * order);
@@ -33,7 +35,7 @@ class Grid {
       count_ = arena_.take<double>(bins_);
       first_ = arena_.take<double>(bins_);
     }
-    spread([this](int k) { return row_.weight(k); }, moments_);
+    with_weights(row, [this](auto weight) { spread(weight, moments_); });
   }
 
   // out[j] = sum_k w_k sigmoid(s_j - s_k)
@@ -44,7 +46,10 @@ class Grid {
       for (int b = reach + 1 + g_.thread(); b < bins_; b += g_.threads()) field_[b * order] += T(count_[b - reach]);
       g_.sync();
     }
-    for (int k = g_.thread(); k < row_.n; k += g_.threads()) out[k] = evaluate(field_, local(k));
+    if (fast_ && g_.in_fast(out))
+      gather_ranks<true>(out);
+    else
+      gather_ranks<false>(out);
   }
 
   // sum_jk w_j w_k softplus(s_j - s_k): moments against coefficients, no gather. After ranks().
@@ -67,10 +72,10 @@ class Grid {
     spread([r](int k) { return r[k]; }, residual_moments_);
     convolve(tables_.slope, moments_, field_);
     convolve(tables_.slope, residual_moments_, residual_field_);
-    for (int k = g_.thread(); k < row_.n; k += g_.threads()) {
-      const Local at = local(k);
-      out[k] = r[k] * evaluate(field_, at) - row_.weight(k) * evaluate(residual_field_, at);
-    }
+    if (fast_ && g_.in_fast(r) && g_.in_fast(out))
+      gather_pulls<true>(r, out);
+    else
+      gather_pulls<false>(r, out);
   }
 
  private:
@@ -81,49 +86,84 @@ class Grid {
     int bin;
     T x;  // in [-1, 1]
   };
-  PCOH_DEVICE Local local(int k) const {
-    const T t = row_.position(k);
-    const int bin = min_of(static_cast<int>(t), bins_ - 1);
-    return {bin, (t - T(bin)) * T(2) - T(1)};
+  // A point between two bins may come to either: both polynomials hold there.
+  static PCOH_DEVICE Local local(T position) {
+    const Rounded<T> bin(position - T(0.5));
+    return {bin.index(), (position - bin.value()) * T(2) - T(1)};
   }
   static PCOH_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+
+  // The row and all of the grid are in fast memory, or anything may be anywhere.
+  template <bool fast, class V>
+  PCOH_DEVICE V* at(V* p) const {
+    if constexpr (fast)
+      return g_.fast(p);
+    else
+      return p;
+  }
+
+  template <bool fast>
+  PCOH_DEVICE void gather_ranks(T* out) {
+    const T *positions = at<fast>(row_.values), *field = at<fast>(field_);
+    T* to = at<fast>(out);
+    each(g_, row_.n, [=](int k) { to[k] = evaluate(field, local(positions[k])); });
+  }
+
+  template <bool fast>
+  PCOH_DEVICE void gather_pulls(const T* r, T* out) {
+    const T *positions = at<fast>(row_.values), *field = at<fast>(field_), *residual_field = at<fast>(residual_field_);
+    const T* from = at<fast>(r);
+    T* to = at<fast>(out);
+    with_weights(row_, [&](auto weight) {
+      each(g_, row_.n, [=](int k) {
+        const Local here = local(positions[k]);
+        to[k] = from[k] * evaluate(field, here) - weight(k) * evaluate(residual_field, here);
+      });
+    });
+  }
 
   // out[b][q] = sum over k in bin b of value(k) x_k^q
   template <class V>
   PCOH_DEVICE void spread(V value, T* out) {
     g_.sync();  // value() may read what other threads wrote, and `out` may still be read
-    if (bins_ <= kRegisterBins<T>)
-      spread_in_registers(value, out);
-    else
-      spread_by_lanes(value, out);
+    if (bins_ <= kRegisterBins<T>) {
+      if (fast_)
+        spread_in_registers<true>(value, out);
+      else
+        spread_in_registers<false>(value, out);
+    } else {
+      if (fast_)
+        spread_by_lanes<true>(value, out);
+      else
+        spread_by_lanes<false>(value, out);
+    }
     g_.sync();
   }
 
-  template <class V>
+  template <bool fast, class V>
   PCOH_APART void spread_in_registers(V value, T* out) {
     constexpr int window = sizeof(T) == 4 ? 4 : 1;  // 32 registers of sums either way
     constexpr int sums = window * order;
-    for (int start = 0; start < bins_; start += window) {
+    const T* positions = at<fast>(row_.values);
+    const int bins = bins_, n = row_.n, step = g_.threads();
+    for (int start = 0; start < bins; start += window) {
       T sum[sums] = {};
-      for (int k = g_.thread(); k < row_.n; k += g_.threads()) {
-        const Local at = local(k);
-        const T v = value(k);
+      for (int k = g_.thread(); k < n; k += step) {
+        const Local here = local(positions[k]);
+        const T own = value(k);
         T share[window], power = 1;
-        PCOH_UNROLL
-        for (int b = 0; b < window; ++b) share[b] = at.bin == start + b ? v : T(0);
-        PCOH_UNROLL
-        for (int q = 0; q < order; ++q) {
-          PCOH_UNROLL
-          for (int b = 0; b < window; ++b) sum[b * order + q] += share[b] * power;
-          power *= at.x;
-        }
+        unrolled<window>([&](auto b) { share[b] = here.bin == start + b ? own : T(0); });
+        unrolled<order>([&](auto q) {
+          unrolled<window>([&](auto b) { sum[b * order + q] += share[b] * power; });
+          power *= here.x;
+        });
       }
-      total_by_lane<sums>(sum);
+      total_by_lane<sums / 2>(sum);
       T* of_warp = reinterpret_cast<T*>(g_.scratch());
       if (g_.lane() < sums) of_warp[g_.warp() * sums + g_.lane()] = sum[0];
       g_.sync();
       const int i = g_.thread();
-      if (i < sums && start * order + i < bins_ * order) {
+      if (i < sums && start * order + i < bins * order) {
         T all = of_warp[i];
         for (int w = 1; w < g_.warps(); ++w) all += of_warp[w * sums + i];
         out[start * order + i] = all;
@@ -134,32 +174,33 @@ class Grid {
 
   // sum[0] of lane l becomes the warp's total of sum[l]: halving the sums that a lane is responsible for takes `count`
   // shuffles instead of 5 for each sum.
-  template <int count>
+  template <int half, int count>
   PCOH_DEVICE void total_by_lane(T (&sum)[count]) {
-    PCOH_UNROLL
-    for (int half = count / 2; half > 0; half /= 2) {
+    if constexpr (half > 0) {
       const bool upper = g_.lane() & half;
-      PCOH_UNROLL
-      for (int i = 0; i < half; ++i) {
+      unrolled<half>([&](auto i) {
         const T keep = upper ? sum[i + half] : sum[i], give = upper ? sum[i] : sum[i + half];
         sum[i] = keep + g_.shuffle_xor(give, half);
-      }
+      });
+      total_by_lane<half / 2>(sum);
+    } else {
+      PCOH_UNROLL
+      for (int mask = count; mask < kWarp; mask *= 2) sum[0] += g_.shuffle_xor(sum[0], mask);
     }
-    PCOH_UNROLL
-    for (int mask = count; mask < kWarp; mask *= 2) sum[0] += g_.shuffle_xor(sum[0], mask);
   }
 
   // Lane (e, q) of a warp adds value(k) x_k^q of the warp's every e-th element to a cell of its own: cells[warp][bin]
   // [lane], so that neither lanes nor banks collide. As many bins at a time as fit into fast memory.
-  template <class V>
+  template <bool fast, class V>
   PCOH_APART void spread_by_lanes(V value, T* out) {
     constexpr int elements = kWarp / order;
     const int lanes = g_.threads();  // of all warps together
     const std::int64_t fitting = arena_.fast_left() / (lanes * std::int64_t(sizeof(T)));
     const int window = fitting > bins_ ? bins_ : fitting > 1 ? static_cast<int>(fitting) : 1;
     Arena arena = arena_;
-    T* cells = arena.template take<T>(std::int64_t(window) * lanes);
+    T* cells = at<fast>(arena.template take<T>(std::int64_t(window) * lanes));
     T* mine = cells + g_.warp() * window * kWarp + g_.lane();
+    const T* positions = at<fast>(row_.values);
     const int e = g_.lane() / order, q = g_.lane() % order;
     const int share = (row_.n + g_.warps() - 1) / g_.warps();
     const int begin = share * g_.warp(), end = min_of(begin + share, row_.n);
@@ -167,9 +208,9 @@ class Grid {
       const int here = min_of(window, bins_ - start);
       for (int b = 0; b < here; ++b) mine[b * kWarp] = 0;
       for (int k = begin + e; k < end; k += elements) {
-        const Local at = local(k);
-        const int b = at.bin - start;
-        if (b >= 0 && b < here) mine[b * kWarp] += value(k) * power(at.x, q);
+        const Local place = local(positions[k]);
+        const int b = place.bin - start;
+        if (b >= 0 && b < here) mine[b * kWarp] += value(k) * power(place.x, q);
       }
       g_.sync();
       for (int i = g_.thread(); i < here * order; i += g_.threads()) {
@@ -204,9 +245,10 @@ class Grid {
 
   // field[b] = sum over bins b' within reach of table[b - b'] applied to moments[b']
   PCOH_APART void convolve(const T* table, const T* moments, T* field) {
-    for (int i = g_.thread(); i < bins_ * order; i += g_.threads()) {
+    const int bins = bins_;
+    each(g_, bins * order, [=](int i) {
       const int b = i / order, q = i % order;
-      const int begin = b > reach ? b - reach : 0, end = min_of(b + reach + 1, bins_);
+      const int begin = b > reach ? b - reach : 0, end = min_of(b + reach + 1, bins);
       T even = 0, odd = 0;
       for (int c = begin; c < end; ++c) {
         const T* m = moments + c * order;
@@ -218,15 +260,23 @@ class Grid {
         }
       }
       field[i] = even + odd;
-    }
+    });
     g_.sync();
   }
 
-  static PCOH_DEVICE T evaluate(const T* field, const Local& at) {
-    const T* c = field + at.bin * order;
-    T value = c[order - 1];
+  static PCOH_DEVICE T evaluate(const T* field, const Local& here) {
+    constexpr int packed = 16 / sizeof(T);  // of one load
+    struct alignas(16) Pack {
+      T term[packed];
+    };
+    const Pack* packs = reinterpret_cast<const Pack*>(field) + here.bin * (order / packed);
+    T value = 0;
     PCOH_UNROLL
-    for (int q = order - 2; q >= 0; --q) value = value * at.x + c[q];
+    for (int p = order / packed - 1; p >= 0; --p) {
+      const Pack c = packs[p];
+      PCOH_UNROLL
+      for (int q = packed - 1; q >= 0; --q) value = value * here.x + c.term[q];
+    }
     return value;
   }
 
@@ -235,6 +285,7 @@ class Grid {
   const DeviceTables<T>& tables_;
   const int bins_;
   Arena arena_;
+  bool fast_;                                                  // the row and all of the grid lie in fast memory
   T *moments_, *residual_moments_, *field_, *residual_field_;  // [bins, order]
   double *count_ = nullptr, *first_ = nullptr;                 // [bins] if some bins are beyond reach of others
 };

@@ -8,12 +8,16 @@
 //              ballot(condition)                          bit l is set where lane l's condition holds
 //              add(p, v)                                  atomic; returns what was there. Integers only: any order of
 //                                                         additions gives the same sum, so results do not depend on it
-//              scratch()                                  kScratchBytes for the functions of this file
+//              in_fast(p), fast(p)                        whether p lies in fast memory; p, known to lie there: the
+//                                                         compiler then uses shorter addresses and instructions
+//              scratch()                                  kScratchBytes, fast, for the functions of this file
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "../inline.h"
 
@@ -49,7 +53,14 @@ class CudaGroup {
   __device__ int warps() const { return threads() / kWarp; }
   __device__ void sync() const { __syncthreads(); }
   __device__ void sync_warp() const { __syncwarp(); }
-  __device__ char* scratch() const { return scratch_; }
+  __device__ char* scratch() const { return fast(scratch_); }
+  static __device__ bool in_fast(const void* p) { return __isShared(p); }
+  template <class V>
+  static __device__ V* fast(V* p) {
+    asm("" : "+l"(p));  // or the compiler makes one piece of code again of those for fast and for any memory
+    __builtin_assume(__isShared(p));
+    return p;
+  }
   __device__ unsigned ballot(bool condition) const { return __ballot_sync(kAll, condition); }
   __device__ int add(int* p, int v) const { return atomicAdd(p, v); }
 
@@ -199,23 +210,86 @@ PCOH_DEVICE void running_sums(G& g, int count, Load load, Store store) {
   }
 }
 
+// f(0), ..., f(count - 1) with constants: an array indexed by them stays in registers. An unrolled loop does not see to
+// that, since arrays are taken apart before loops are.
+template <int count, class F>
+PCOH_DEVICE void unrolled(F f) {
+  if constexpr (count > 0) {
+    unrolled<count - 1>(f);
+    f(std::integral_constant<int, count - 1>{});
+  }
+}
+
 // ---------------------------------------------------------------- one row
 
-// Candidates of one anchor as the kernel sums see them.
+// f(k) for every k of a thread: neighbours go to neighbours, whose accesses to memory are one.
+template <class G, class F>
+PCOH_DEVICE void each(const G& g, int n, F f) {
+  const int step = g.threads();
+  for (int k = g.thread(); k < n; k += step) f(k);
+}
+
+// Candidates of one anchor.
 template <class T>
 struct RowView {
-  const T* values;   // [n]
+  T* values;         // [n] for the kernel sums: positions, in units of the sums
   const T* weights;  // [n] or null: ones
   int n;
   int self;  // candidate excluded, or -1
-  // Positions (value - low) * factor; only candidates of weight 0 can lie outside of [0, top].
-  T low, factor, top;
 
   PCOH_DEVICE T weight(int k) const { return k == self ? T(0) : weights ? weights[k] : T(1); }
-  PCOH_DEVICE T position(int k) const {
-    const T t = (values[k] - low) * factor;
-    return t > 0 ? (t < top ? t : top) : T(0);
+};
+
+// f(weight), weight(k) as above: one loop for rows without weights and one for the others, instead of a branch an
+// element.
+template <class T, class F>
+PCOH_DEVICE void with_weights(const RowView<T>& row, F f) {
+  const T* weights = row.weights;
+  const int self = row.self;
+  if (weights == nullptr)
+    f([=](int k) { return k == self ? T(0) : T(1); });
+  else
+    f([=](int k) { return k == self ? T(0) : weights[k]; });
+}
+
+// f(p), known to be fast where it is.
+template <class G, class V, class F>
+PCOH_DEVICE void by_memory(G& g, V* p, F f) {
+  if (g.in_fast(p))
+    f(g.fast(p));
+  else
+    f(p);
+}
+
+// t >= 0 rounded to an integer without the conversion unit, which takes 8 times as long as an addition. The float that
+// is added leaves no bits for a fraction.
+template <class T>
+struct Rounded;
+template <>
+struct Rounded<float> {
+  static constexpr float shift = 0x1.8p23f;  // for t up to 2^22
+  static constexpr float limit = 0x1p22f;
+  PCOH_DEVICE explicit Rounded(float t) : shifted(t + shift) {}
+  PCOH_DEVICE float value() const { return shifted - shift; }
+  PCOH_DEVICE int index() const {
+    int bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    return bits - 0x4B400000;  // the bits of `shift`
   }
+  float shifted;
+};
+template <>
+struct Rounded<double> {
+  static constexpr double shift = 0x1.8p52;
+  static constexpr double limit = 0x1p31;  // of the index
+  PCOH_DEVICE explicit Rounded(double t) : shifted(t + shift) {}
+  PCOH_DEVICE double value() const { return shifted - shift; }
+  PCOH_DEVICE int index() const {
+    std::int64_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    return static_cast<int>(bits);  // the low word
+  }
+  double shifted;
 };
 
 }  // namespace pcoherence::cuda

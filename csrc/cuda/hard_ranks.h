@@ -46,47 +46,65 @@ PCOH_DEVICE int start_buckets(G& g, int* counts, int n) {
 
 // Equal weights: buckets of equal width, one a value, then every value is compared with those of its bucket. Values
 // arrive in a bucket in any order, but what is counted does not depend on it. False where a bucket is too crowded.
+// values, counts, sorted: [n] each, the last two to work in.
+template <class T, class G>
+PCOH_DEVICE bool hard_ranks_bucketed(G& g, const RowView<T>& row, const HardRanks<T>& s, const T* values, int* counts,
+                                     T* sorted, T* out, double& ties) {
+  const int n = row.n;
+  const T per_unit = T(n) / (s.high - s.low);
+  if (!(per_unit <= std::numeric_limits<T>::max()) || !(T(n) < Rounded<T>::limit)) return false;
+  const T low = s.low;
+  const auto bucket = [=](T v) {
+    const int b = Rounded<T>((v - low) * per_unit).index();
+    return b < n ? b : n - 1;
+  };
+  each(g, n, [=](int b) { counts[b] = 0; });
+  g.sync();
+  with_weights(row, [&](auto weight) {
+    each(g, n, [&](int k) {
+      if (weight(k) > 0) g.add(&counts[bucket(values[k])], 1);
+    });
+  });
+  g.sync();
+  if (start_buckets(g, counts, n) > kCrowded) return false;
+  with_weights(row, [&](auto weight) {
+    each(g, n, [&](int k) {  // afterwards counts[b] is where bucket b ends
+      if (weight(k) > 0) sorted[g.add(&counts[bucket(values[k])], 1)] = values[k];
+    });
+  });
+  g.sync();
+  const T scale = T(0.5) / T(s.count);
+  int pairs = 0;  // at most kCrowded a value
+  with_weights(row, [&](auto weight) {
+    each(g, n, [&](int k) {
+      if (!(weight(k) > 0)) {
+        out[k] = 0;  // has no rank
+        return;
+      }
+      const T v = values[k];
+      const int b = bucket(v), begin = b > 0 ? counts[b - 1] : 0, end = counts[b];
+      int less = 0, equal = 0;
+      for (int i = begin; i < end; ++i) {
+        less += sorted[i] < v;
+        equal += sorted[i] == v;
+      }
+      out[k] = T(2 * (begin + less) + equal) * scale;
+      pairs += equal;
+    });
+  });
+  const double weight = s.total / s.count;
+  ties = total(g, double(pairs)) * weight * weight;
+  return true;
+}
+
 template <class T, class G>
 PCOH_DEVICE bool hard_ranks_bucketed(G& g, const RowView<T>& row, const HardRanks<T>& s, T* out, double& ties,
                                      Arena arena) {
-  const int n = row.n;
-  const T per_unit = T(n) / (s.high - s.low);
-  if (!(per_unit <= std::numeric_limits<T>::max())) return false;
-  const auto bucket = [&](T v) {
-    const int b = static_cast<int>((v - s.low) * per_unit);
-    return b < n ? b : n - 1;
-  };
-  int* counts = arena.take<int>(n);
-  T* sorted = arena.take<T>(n);
-  for (int b = g.thread(); b < n; b += g.threads()) counts[b] = 0;
-  g.sync();
-  for (int k = g.thread(); k < n; k += g.threads())
-    if (row.weight(k) > 0) g.add(&counts[bucket(row.values[k])], 1);
-  g.sync();
-  if (start_buckets(g, counts, n) > kCrowded) return false;
-  for (int k = g.thread(); k < n; k += g.threads())  // afterwards counts[b] is where bucket b ends
-    if (row.weight(k) > 0) sorted[g.add(&counts[bucket(row.values[k])], 1)] = row.values[k];
-  g.sync();
-  const T scale = T(0.5) / T(s.count);
-  double pairs = 0;
-  for (int k = g.thread(); k < n; k += g.threads()) {
-    if (!(row.weight(k) > 0)) {
-      out[k] = 0;  // has no rank
-      continue;
-    }
-    const T v = row.values[k];
-    const int b = bucket(v), begin = b > 0 ? counts[b - 1] : 0, end = counts[b];
-    int less = 0, equal = 0;
-    for (int i = begin; i < end; ++i) {
-      less += sorted[i] < v;
-      equal += sorted[i] == v;
-    }
-    out[k] = T(2 * (begin + less) + equal) * scale;
-    pairs += equal;
-  }
-  const double weight = s.total / s.count;
-  ties = total(g, pairs) * weight * weight;
-  return true;
+  int* counts = arena.take<int>(row.n);
+  T* sorted = arena.take<T>(row.n);
+  if (g.in_fast(row.values) && g.in_fast(counts) && g.in_fast(sorted))
+    return hard_ranks_bucketed(g, row, s, g.fast(row.values), g.fast(counts), g.fast(sorted), out, ties);
+  return hard_ranks_bucketed(g, row, s, row.values, counts, sorted, out, ties);
 }
 
 // Any weights: sort, running sums of weights, and each value's place among them by bisection.
@@ -96,10 +114,10 @@ PCOH_DEVICE double hard_ranks_sorted(G& g, const RowView<T>& row, const HardRank
   T* keys = arena.take<T>(n);
   std::int32_t* items = arena.take<std::int32_t>(n);
   double* before = arena.take<double>(n + 1);  // sum of the weights of the sorted values before each
-  for (int k = g.thread(); k < n; k += g.threads()) {
+  each(g, n, [&](int k) {
     keys[k] = row.values[k];
     items[k] = k;
-  }
+  });
   sort(g, keys, items, n);
   running_sums(g, n, [&](int i) { return double(row.weight(items[i])); }, [&](int i, double sum) { before[i] = sum; });
   if (g.thread() == 0) before[n] = s.total;
@@ -116,12 +134,12 @@ PCOH_DEVICE double hard_ranks_sorted(G& g, const RowView<T>& row, const HardRank
     return low;
   };
   double ties = 0;
-  for (int i = g.thread(); i < n; i += g.threads()) {
+  each(g, n, [&](int i) {
     const T v = keys[i];
     const double below = before[place(v, false)], group = before[place(v, true)] - below;
     out[items[i]] = static_cast<T>((below + group / 2) / s.total);
     ties += double(row.weight(items[i])) * group;
-  }
+  });
   return total(g, ties);
 }
 

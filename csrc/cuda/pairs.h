@@ -15,42 +15,42 @@ class Pairs {
 
   static constexpr std::int64_t bytes(std::int64_t n) { return 3 * (n * sizeof(T) + 16); }
 
-  PCOH_DEVICE Pairs(G& g, const RowView<T>& row, const DeviceTables<T>&, Arena arena) : g_(g), n_(row.n) {
+  PCOH_DEVICE Pairs(G& g, const RowView<T>& row, T, const DeviceTables<T>&, Arena arena) : g_(g), n_(row.n) {
     s_ = arena.take<T>(n_);
     w_ = arena.take<T>(n_);
     out_ = arena.take<T>(n_);
-    for (int k = g.thread(); k < n_; k += g.threads()) {
-      s_[k] = row.position(k);
+    each(g, n_, [&](int k) {
+      s_[k] = row.values[k];
       w_[k] = row.weight(k);
-    }
+    });
     g.sync();
   }
 
   PCOH_APART void ranks(T* out) {
-    for (int j = g_.thread(); j < n_; j += g_.threads()) {
+    each(g_, n_, [=, this](int j) {
       const T s = s_[j];
       out[j] = sum([=, this](int k) { return w_[k] * sigmoid(s - s_[k]); });
-    }
+    });
   }
 
   PCOH_APART double softplus_total() {
     double result = 0;
-    for (int j = g_.thread(); j < n_; j += g_.threads()) {
+    each(g_, n_, [&](int j) {
       const T s = s_[j];
       result += double(w_[j]) * double(sum([=, this](int k) { return w_[k] * softplus(s - s_[k]); }));
-    }
+    });
     return total(g_, result);
   }
 
   // out may be r.
   PCOH_APART void pullback(const T* r, T* out) {
     g_.sync();  // r may have been written by others
-    for (int l = g_.thread(); l < n_; l += g_.threads()) {
+    each(g_, n_, [=, this](int l) {
       const T s = s_[l], own = r[l], w = w_[l];
       out_[l] = sum([=, this](int j) { return (own * w_[j] - w * r[j]) * slope(s - s_[j]); });
-    }
+    });
     g_.sync();
-    for (int l = g_.thread(); l < n_; l += g_.threads()) out[l] = out_[l];
+    each(g_, n_, [=, this](int l) { out[l] = out_[l]; });
   }
 
  private:

@@ -117,15 +117,19 @@ struct Merge {
   }
 };
 
-// Statistics of a row; what `row` gives is also kept in copy [n], unless that is null.
+// Statistics of the row's candidates with values `from` [n], which become row.values unless that is null.
 template <class T, class G>
-PCOH_APART Stats<T> stats(G& g, const RowView<T>& row, T* copy) {
+PCOH_APART Stats<T> stats(G& g, const RowView<T>& row, const T* from) {
   Stats<T> s = Stats<T>::none();
-  for (int k = g.thread(); k < row.n; k += g.threads()) {
-    const T v = row.values[k];
-    s.add(v, row.weight(k));
-    if (copy != nullptr) copy[k] = v;
-  }
+  by_memory(g, row.values, [&](T* copy) {
+    with_weights(row, [&](auto weight) {
+      each(g, row.n, [&](int k) {
+        const T v = from[k];
+        s.add(v, weight(k));
+        if (copy != nullptr) copy[k] = v;
+      });
+    });
+  });
   return reduce(g, s, Merge{});
 }
 
@@ -147,33 +151,47 @@ PCOH_DEVICE Method choose(const Summation<T>& sums, double range, int n) {
   return n <= kFewPairs ? Method::pairs : Method::scan;
 }
 
+// What a row is in the units of some sums.
+template <class T>
+struct Positions {
+  T low, factor, top;
+
+  // Only candidates of weight 0 can lie outside of [0, top], or be NaN.
+  PCOH_DEVICE T operator()(T value) const { return std::fmin(std::fmax((value - low) * factor, T(0)), top); }
+};
+
 // One way to sum. Apart, so that what the caller holds does not take registers from the loops.
 template <class Sums, class T, class G, class F>
-PCOH_APART void run_sums(G& g, const Summation<T>& how, RowView<T> row, const Scaling& scale, Arena arena, F& f) {
-  // Positions in the units of these sums.
-  row.factor = static_cast<T>(scale.per_distance / Sums::unit);
-  row.top = static_cast<T>(scale.range / Sums::unit);
-  Sums sums(g, row, how.tables, arena);
-  f(sums, row);
+PCOH_APART void run_sums(G& g, const Summation<T>& how, const RowView<T>& row, T low, const Scaling& scale, Arena arena,
+                         F& f) {
+  const Positions<T> position{low, static_cast<T>(scale.per_distance / Sums::unit),
+                              static_cast<T>(scale.range / Sums::unit)};
+  by_memory(g, row.values, [&](T* values) {
+    each(g, row.n, [=](int k) { values[k] = position(values[k]); });
+  });
+  g.sync();
+  Sums sums(g, row, position.top, how.tables, arena);
+  f(sums);
 }
 
-// Calls f(sums, view) with the kernel sums of one row and the positions that they are about. False: too many bins.
+// Calls f(sums) with the kernel sums of a row that begins at `low`, whose values become positions in their units.
+// False: too many bins.
 template <class T, class G, class F>
-PCOH_DEVICE bool with_sums(G& g, const Summation<T>& how, const RowView<T>& row, const Scaling& scale, Arena arena,
-                           F f) {
+PCOH_DEVICE bool with_sums(G& g, const Summation<T>& how, const RowView<T>& row, T low, const Scaling& scale,
+                           Arena arena, F f) {
   switch (choose(how, scale.range, row.n)) {
     case Method::grid:
       if (scale.range / kBinWidth >= how.most_bins) {
         if (g.thread() == 0) *how.status = 1;
         return false;
       }
-      run_sums<Grid<T, G>>(g, how, row, scale, arena, f);
+      run_sums<Grid<T, G>>(g, how, row, low, scale, arena, f);
       break;
     case Method::scan:
-      run_sums<Scan<T, G>>(g, how, row, scale, arena, f);
+      run_sums<Scan<T, G>>(g, how, row, low, scale, arena, f);
       break;
     case Method::pairs:
-      run_sums<Pairs<T, G>>(g, how, row, scale, arena, f);
+      run_sums<Pairs<T, G>>(g, how, row, low, scale, arena, f);
       break;
     case Method::automatic:
       PCOH_TRAP();  // choose() has chosen
@@ -185,8 +203,11 @@ PCOH_DEVICE bool with_sums(G& g, const Summation<T>& how, const RowView<T>& row,
 template <class T, class G>
 PCOH_APART double linear_part(G& g, const RowView<T>& row, double unit, const T* ranks) {
   double sum = 0;
-  for (int k = g.thread(); k < row.n; k += g.threads())
-    sum += double(row.weight(k)) * double(row.position(k)) * (2 * double(ranks[k]) - 1);
+  with_weights(row, [&](auto weight) {
+    each(g, row.n, [&, values = row.values](int k) {
+      sum += double(weight(k)) * double(values[k]) * (2 * double(ranks[k]) - 1);
+    });
+  });
   return total(g, sum) * unit;
 }
 
@@ -202,11 +223,15 @@ template <class Phi, class T, class G>
 PCOH_DEVICE double residual_objective(G& g, const RowView<T>& row, const T* teacher, double weight, T* ranks) {
   const T per_weight = static_cast<T>(1 / weight);
   double loss = 0;
-  for (int k = g.thread(); k < row.n; k += g.threads()) {
-    const T r = ranks[k] * per_weight - teacher[k], w = row.weight(k);
-    loss += double(w * Phi::value(r));
-    ranks[k] = w * Phi::slope(r, kResolution<T>) * per_weight;
-  }
+  by_memory(g, ranks, [&](T* student) {
+    with_weights(row, [&](auto weight_of) {
+      each(g, row.n, [&](int k) {
+        const T r = student[k] * per_weight - teacher[k], w = weight_of(k);
+        loss += double(w * Phi::value(r));
+        student[k] = w * Phi::slope(r, kResolution<T>) * per_weight;
+      });
+    });
+  });
   return total(g, loss) / weight;
 }
 
@@ -214,18 +239,18 @@ template <class T, class G>
 PCOH_DEVICE double spearman(G& g, const RowView<T>& row, const T* teacher, double weight, T* ranks) {
   const T per_weight = static_cast<T>(1 / weight);
   Triple sum{};
-  for (int k = g.thread(); k < row.n; k += g.threads()) {
+  each(g, row.n, [&](int k) {
     ranks[k] *= per_weight;
     sum.a += double(row.weight(k)) * double(ranks[k]);
     sum.b += double(row.weight(k)) * double(teacher[k]);
-  }
+  });
   sum = total(g, sum);
   const T student_mean = static_cast<T>(sum.a / weight), teacher_mean = static_cast<T>(sum.b / weight);
   Triple square{};  // of the student, of the teacher, their product
-  for (int k = g.thread(); k < row.n; k += g.threads()) {
+  each(g, row.n, [&](int k) {
     const T f = ranks[k] - student_mean, t = teacher[k] - teacher_mean, w = row.weight(k);
     square = square + Triple{double(w * f * f), double(w * t * t), double(w * f * t)};
-  }
+  });
   square = total(g, square);
   const double scale = std::sqrt(square.a * square.b);
   constexpr double deviation = kSpearmanFloor * std::numeric_limits<T>::epsilon();
@@ -234,10 +259,10 @@ PCOH_DEVICE double spearman(G& g, const RowView<T>& row, const T* teacher, doubl
   const double correlation = flat ? 0 : square.c / scale;
   const T by_teacher = flat ? T(0) : static_cast<T>(1 / scale);
   const T by_student = flat ? T(0) : static_cast<T>(correlation / square.a);
-  for (int k = g.thread(); k < row.n; k += g.threads()) {
+  each(g, row.n, [&](int k) {
     const T f = ranks[k] - student_mean, t = teacher[k] - teacher_mean;
     ranks[k] = row.weight(k) * (f * by_student - t * by_teacher);
-  }
+  });
   return 1 - correlation;
 }
 
@@ -263,7 +288,7 @@ PCOH_APART double objective(G& g, Objective which, const RowView<T>& row, const 
 
 template <class T, class G>
 PCOH_DEVICE void fill(G& g, T* row, T value, int n) {
-  for (int k = g.thread(); k < n; k += g.threads()) row[k] = value;
+  each(g, n, [=](int k) { row[k] = value; });
 }
 
 // A row that has neither ranks nor a gradient of its own: everything of it is `value`.
@@ -283,7 +308,7 @@ PCOH_DEVICE Scaling scaling(Scale scale, const Stats<T>& s, const Units& units) 
   return pcoherence::scaling(s.low, s.high, mean, units.inverse_temperature ? *units.inverse_temperature : units.value);
 }
 
-// pull [n] times `factor`, the gradient w.r.t. positions (in temperatures) -> what the pipeline stores.
+// pull [n] times `factor`, the gradient w.r.t. positions (in temperatures) -> what the pipeline stores. row: positions.
 template <class T, class G>
 PCOH_APART void store_gradient(G& g, const RowTask<T>& task, std::int64_t r, const RowView<T>& row, double unit,
                                const Stats<T>& s, const Scaling& scale, const T* pull, T factor) {
@@ -291,20 +316,27 @@ PCOH_APART void store_gradient(G& g, const RowTask<T>& task, std::int64_t r, con
   double through_mean = 0;  // -sum_k pull_k s_k: the pull on log(mean)
   if (task.scale != Scale::none) {
     double sum = 0;
-    for (int k = g.thread(); k < row.n; k += g.threads()) sum += double(pull[k] * factor) * double(row.position(k));
+    by_memory(g, pull, [&](const T* from) {
+      each(g, row.n, [&, values = row.values](int k) { sum += double(from[k] * factor) * double(values[k]); });
+    });
     through_mean = -coefficient * total(g, sum) * unit;
   }
   const double mean = s.mean();
   const bool own_mean = task.scale == Scale::anchor && mean > 0;
   const T per_pull = static_cast<T>(coefficient * scale.per_distance * task.chain);
   const T per_weight = own_mean ? static_cast<T>(through_mean / (s.weight * mean) * task.chain) : T(0);
+  const T* distances = task.student + r * task.n;  // may be `out`: every thread reads an element before it writes it
   T* out = task.gradient + r * task.n;
-  for (int k = g.thread(); k < row.n; k += g.threads()) {
-    const T d = row.values[k];
-    T v = pull[k] * factor * per_pull + row.weight(k) * per_weight;
-    if (task.chain_root) v = d > 0 ? v / d : T(0);
-    out[k] = v;
-  }
+  const bool chain_root = task.chain_root;
+  by_memory(g, pull, [&](const T* from) {
+    with_weights(row, [&](auto weight) {
+      each(g, row.n, [=](int k) {
+        const T d = distances[k];
+        const T v = from[k] * factor * per_pull + weight(k) * per_weight;
+        out[k] = !chain_root ? v : d > 0 ? v / d : T(0);
+      });
+    });
+  });
   if (g.thread() == 0) {
     const double batch = task.scale == Scale::batch ? *task.student_units.mean : 0.0;
     task.pulls[r] = batch > 0 ? through_mean / batch : 0.0;
@@ -336,12 +368,10 @@ PCOH_APART void anchor_row(G& g, const RowTask<T>& task, std::int64_t r, Arena a
   {
     Arena stage = arena;
     T* values = stage.take<T>(n, task.sums.reserve);
-    RowView<T> row{task.teacher + r * n, task.weights, n, self, 0, 0, 0};
-    const Stats<T> t = stats(g, row, values);
+    const RowView<T> row{values, task.weights, n, self};
+    const Stats<T> t = stats(g, row, task.teacher + r * n);
     if (t.weight == 0) return give_up(g, task, r, 0);  // nobody to compare: the anchor contributes nothing
     if (!t.finite()) return give_up(g, task, r, nan);
-    row.values = values;
-    row.low = t.low;
     if (!task.soft_teacher) {
       const HardRanks<T> hard{t.count, t.weight, t.uniform(), t.low, t.high};
       const double ties = hard_ranks(g, row, hard, teacher, stage);
@@ -349,12 +379,12 @@ PCOH_APART void anchor_row(G& g, const RowTask<T>& task, std::int64_t r, Arena a
     } else {
       const T per_weight = static_cast<T>(1 / t.weight);
       const Scaling scale = scaling(task.scale, t, task.teacher_units);
-      const bool done = with_sums(g, task.sums, row, scale, stage, [&](auto& sums, const RowView<T>& view) {
+      const bool done = with_sums(g, task.sums, row, t.low, scale, stage, [&](auto& sums) {
         sums.ranks(teacher);
         g.sync();
-        for (int k = g.thread(); k < n; k += g.threads()) teacher[k] *= per_weight;
+        each(g, n, [=](int k) { teacher[k] *= per_weight; });
         if (task.objective == Objective::cross_entropy)
-          entropy = sums.softplus_total() - t.weight * linear_part(g, view, sums.unit, teacher);
+          entropy = sums.softplus_total() - t.weight * linear_part(g, row, sums.unit, teacher);
       });
       if (!done) return give_up(g, task, r, nan);
     }
@@ -362,25 +392,23 @@ PCOH_APART void anchor_row(G& g, const RowTask<T>& task, std::int64_t r, Arena a
   }
 
   T* values = arena.take<T>(n, task.sums.reserve);
-  RowView<T> row{task.student + r * n, task.weights, n, self, 0, 0, 0};
-  const Stats<T> s = stats(g, row, values);
+  const RowView<T> row{values, task.weights, n, self};
+  const Stats<T> s = stats(g, row, task.student + r * n);
   if (!s.finite()) return give_up(g, task, r, nan);
   T* ranks = arena.take<T>(n, task.sums.reserve);
-  row.values = values;
-  row.low = s.low;
   const Scaling scale = scaling(task.scale, s, task.student_units);
-  const bool done = with_sums(g, task.sums, row, scale, arena, [&](auto& sums, const RowView<T>& view) {
+  const bool done = with_sums(g, task.sums, row, s.low, scale, arena, [&](auto& sums) {
     sums.ranks(ranks);
     g.sync();
     double loss = 0;
     T factor = static_cast<T>(1 / s.weight);  // of what `ranks` becomes, to be the gradient w.r.t. positions
     if (task.objective == Objective::cross_entropy) {
-      loss = (sums.softplus_total() - s.weight * linear_part(g, view, sums.unit, teacher) - entropy) /
+      loss = (sums.softplus_total() - s.weight * linear_part(g, row, sums.unit, teacher) - entropy) /
              (s.weight * s.weight);
-      for (int k = g.thread(); k < n; k += g.threads()) ranks[k] = view.weight(k) * (ranks[k] * factor - teacher[k]);
+      each(g, n, [&](int k) { ranks[k] = row.weight(k) * (ranks[k] * factor - teacher[k]); });
       factor *= 2;
     } else {
-      loss = objective(g, task.objective, view, teacher, s.weight, ranks);
+      loss = objective(g, task.objective, row, teacher, s.weight, ranks);
       if (task.gradient != nullptr) sums.pullback(ranks, ranks);
     }
     if (g.thread() == 0) {
@@ -388,7 +416,7 @@ PCOH_APART void anchor_row(G& g, const RowTask<T>& task, std::int64_t r, Arena a
       task.pulls[r] = 0;
     }
     g.sync();
-    if (task.gradient != nullptr) store_gradient(g, task, r, view, sums.unit, s, scale, ranks, factor);
+    if (task.gradient != nullptr) store_gradient(g, task, r, row, sums.unit, s, scale, ranks, factor);
   });
   if (!done) give_up(g, task, r, nan);
 }
@@ -398,8 +426,8 @@ PCOH_APART void anchor_row(G& g, const RowTask<T>& task, std::int64_t r, Arena a
 template <class T, class G>
 PCOH_DEVICE void row_sums(G& g, const RowSumsTask<T>& task, std::int64_t r) {
   const int self = task.self ? static_cast<int>(task.self[r]) : -1;
-  const RowView<T> row{task.distances + r * task.n, task.weights, task.n, self, 0, 0, 0};
-  const Stats<T> s = stats(g, row, static_cast<T*>(nullptr));
+  const RowView<T> row{nullptr, task.weights, task.n, self};
+  const Stats<T> s = stats(g, row, task.distances + r * task.n);
   if (g.thread() != 0) return;
   task.distance_sums[r] = s.product;
   task.weight_sums[r] = s.weight;
@@ -409,15 +437,14 @@ template <class T, class G>
 PCOH_DEVICE void soft_rank_row(G& g, const SoftRankTask<T>& task, std::int64_t r, Arena arena) {
   const int n = task.n;
   const T* weights = task.weights ? task.weights + (task.weights_per_row ? r * n : 0) : nullptr;
-  RowView<T> row{task.values + r * n, weights, n, -1, 0, 0, 0};
+  T* result = arena.take<T>(n, task.sums.reserve);
+  const RowView<T> row{arena.take<T>(n, task.sums.reserve), weights, n, -1};
   T* out = task.out + r * n;
-  const Stats<T> s = stats(g, row, static_cast<T*>(nullptr));
+  const Stats<T> s = stats(g, row, task.values + r * n);
   if (s.weight == 0) return fill(g, out, task.upstream ? T(0) : T(0.5), n);
   if (!s.finite()) return fill(g, out, std::numeric_limits<T>::quiet_NaN(), n);
-  row.low = s.low;
   const Scaling scale = pcoherence::scaling(s.low, s.high, 1.0, 1 / task.temperature);
-  T* result = arena.take<T>(n, task.sums.reserve);
-  const bool done = with_sums(g, task.sums, row, scale, arena, [&](auto& sums, const RowView<T>&) {
+  const bool done = with_sums(g, task.sums, row, s.low, scale, arena, [&](auto& sums) {
     if (task.upstream == nullptr)
       sums.ranks(result);
     else
@@ -426,7 +453,8 @@ PCOH_DEVICE void soft_rank_row(G& g, const SoftRankTask<T>& task, std::int64_t r
   if (!done) return fill(g, out, std::numeric_limits<T>::quiet_NaN(), n);
   g.sync();
   const T factor = static_cast<T>(scale.per_distance);
-  for (int k = g.thread(); k < n; k += g.threads()) out[k] = task.upstream ? result[k] * factor : result[k] + T(0.5);
+  const bool pulled = task.upstream != nullptr;
+  each(g, n, [=](int k) { out[k] = pulled ? result[k] * factor : result[k] + T(0.5); });
 }
 
 }  // namespace pcoherence::cuda

@@ -20,7 +20,7 @@ class Scan {
     return n * (sizeof(T) + 4 + 3 * 8) + threads * (kRow + 1 + 1) * 8 + kWarp * kRow * 8 + 8 * 16;
   }
 
-  PCOH_DEVICE Scan(G& g, const RowView<T>& row, const DeviceTables<T>& tables, Arena arena)
+  PCOH_DEVICE Scan(G& g, const RowView<T>& row, T, const DeviceTables<T>& tables, Arena arena)
       : g_(g), row_(row), tables_(tables), n_(row.n) {
     carry_ = arena.take<double>(g.threads() * kRow);
     of_warp_ = arena.take<double>(g.warps() * kRow);
@@ -30,13 +30,12 @@ class Scan {
     steps_ = arena.take<double>(n_);
     up_ = arena.take<double>(n_);
     down_ = arena.take<double>(n_);
-    for (int k = g.thread(); k < n_; k += g.threads()) {
-      s_[k] = row.position(k);
+    each(g, n_, [&](int k) {
+      s_[k] = row.values[k];
       items_[k] = k;
-    }
+    });
     sort(g, s_, items_, n_);
-    for (int i = g.thread(); i < n_; i += g.threads())
-      steps_[i] = i == 0 ? 0.0 : std::exp(double(s_[i - 1]) - double(s_[i]));
+    each(g, n_, [&](int i) { steps_[i] = i == 0 ? 0.0 : std::exp(double(s_[i - 1]) - double(s_[i])); });
     g.sync();
   }
 
@@ -70,10 +69,10 @@ class Scan {
     sweep([this](int k) { return double(row_.weight(k)); }, tables_.sigmoid_series, true, 1.0, up_);
     sweep([r](int k) { return double(r[k]); }, tables_.sigmoid_series, true, 1.0, down_);
     g_.sync();
-    for (int i = g_.thread(); i < n_; i += g_.threads()) {
+    each(g_, n_, [&](int i) {
       const int j = items_[i];
       out[j] = static_cast<T>(double(r[j]) * up_[i] - double(row_.weight(j)) * down_[i]);
-    }
+    });
   }
 
  private:
