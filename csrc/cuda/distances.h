@@ -76,11 +76,11 @@ PCOH_DEVICE double sum_over_features(G& g, int width, F term) {
   return sum;
 }
 
-// |a - c|^2 by differences in float64.
+// |a - c|^2 from differences in T, each of which errs by half a unit of its own last place, summed in float64.
 template <class T, class G>
 PCOH_DEVICE double squared_difference(G& g, const T* a, const T* c, int width) {
   return sum_over_features(g, width, [=](int f) {
-    const double difference = double(a[f]) - double(c[f]);
+    const double difference = double(a[f] - c[f]);
     return difference * difference;
   });
 }

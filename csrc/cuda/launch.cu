@@ -11,7 +11,7 @@ namespace pcoherence::cuda {
 namespace {
 
 template <class T, class Task>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<T>)
+__global__ void __launch_bounds__(kMaxThreads<T>, 1)
     row_kernel(const __grid_constant__ Task task, const __grid_constant__ Plan plan, char* workspace) {
   extern __shared__ __align__(16) char shared[];
   CudaGroup g(shared);

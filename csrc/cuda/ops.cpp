@@ -253,13 +253,13 @@ void rows(Tensor student, Tensor teacher, OptionalTensor weights, OptionalTensor
   check_launch();
 }
 
-// student_candidates and teacher_candidates: both or neither. teacher_temperature 0: hard ranks. lengths,
-// candidate_lengths: float64 [m], [n] for a metric of directions, written for small_gradient().
+// student_candidates and teacher_candidates: both or neither. teacher_temperature 0: hard ranks. shrinks,
+// candidate_shrinks: float64 [m], [n], 1 / |x| for a metric of directions, written for small_gradient().
 void small_rows(Tensor student, OptionalTensor student_candidates, Tensor teacher, OptionalTensor teacher_candidates,
                 OptionalTensor weights, OptionalTensor self, OptionalTensor coefficients, double temperature,
                 double teacher_temperature, std::string metric, std::string teacher_metric, std::string objective,
                 std::string scale, std::string method, bool gradient, Tensor student_distances,
-                Tensor teacher_distances, OptionalTensor lengths, OptionalTensor candidate_lengths, Tensor losses,
+                Tensor teacher_distances, OptionalTensor shrinks, OptionalTensor candidate_shrinks, Tensor losses,
                 Tensor pulls, Tensor tables, Tensor series, Tensor status) {
   const MetricTraits m = metric_traits(metric);
   const RowArguments a{.student = student_distances,
@@ -293,8 +293,8 @@ void small_rows(Tensor student, OptionalTensor student_candidates, Tensor teache
     task.features = true;
     task.student = cloud<T>(like, student, student_candidates, metric, rows, n);
     task.teacher = cloud<T>(like, teacher, teacher_candidates, teacher_metric, rows, n);
-    task.student.anchor_lengths = like.out<double>(lengths, "lengths", rows);
-    task.student.candidate_lengths = like.out<double>(candidate_lengths, "candidate_lengths", n);
+    task.student.anchor_shrinks = like.out<double>(shrinks, "shrinks", rows);
+    task.student.candidate_shrinks = like.out<double>(candidate_shrinks, "candidate_shrinks", n);
     task.student_distances = like.out<T>(student_distances, "student_distances", rows * n);
     task.teacher_distances = like.out<T>(teacher_distances, "teacher_distances", rows * n);
     const Tensor workspace = workspace_like(student, p);
@@ -304,7 +304,7 @@ void small_rows(Tensor student, OptionalTensor student_candidates, Tensor teache
 }
 
 void small_gradient(Tensor student, OptionalTensor student_candidates, Tensor v, std::string metric,
-                    OptionalTensor lengths, OptionalTensor candidate_lengths, Tensor losses, Tensor coefficients,
+                    OptionalTensor shrinks, OptionalTensor candidate_shrinks, Tensor losses, Tensor coefficients,
                     OptionalTensor out, OptionalTensor candidates_out, Tensor total) {
   const OnDevice on(student);
   dispatch(student, "student", [&](auto zero) {
@@ -314,10 +314,10 @@ void small_gradient(Tensor student, OptionalTensor student_candidates, Tensor v,
     task.rows = dimension(v, 0, "v");
     task.n = candidates_of(v, "v");
     task.cloud = cloud<T>(like, student, student_candidates, metric, task.rows, task.n);
-    STD_TORCH_CHECK(!task.cloud.traits.directions || (lengths && (task.cloud.same || candidate_lengths)),
-                    "lengths: expected for the metric '", metric, "'");
-    task.cloud.anchor_lengths = like.out<double>(lengths, "lengths", task.rows);
-    task.cloud.candidate_lengths = like.out<double>(candidate_lengths, "candidate_lengths", task.n);
+    STD_TORCH_CHECK(!task.cloud.traits.directions || (shrinks && (task.cloud.same || candidate_shrinks)),
+                    "shrinks: expected for the metric '", metric, "'");
+    task.cloud.anchor_shrinks = like.out<double>(shrinks, "shrinks", task.rows);
+    task.cloud.candidate_shrinks = like.out<double>(candidate_shrinks, "candidate_shrinks", task.n);
     task.v = like.in<T>(v, "v", task.rows * task.n);
     task.anchors = like.out<T>(out, "out", student.numel());
     task.candidates =
@@ -513,11 +513,11 @@ STABLE_TORCH_LIBRARY(pcoherence_cuda, m) {
       "Tensor? weights, Tensor? self, Tensor? coefficients, float temperature, float teacher_temperature, "
       "str metric, str teacher_metric, str objective, str scale, str method, bool gradient, Tensor(a!) "
       "student_distances, Tensor(b!) teacher_distances, "
-      "Tensor(c!)? lengths, Tensor(d!)? candidate_lengths, Tensor(e!) losses, Tensor(f!) pulls, Tensor tables, "
+      "Tensor(c!)? shrinks, Tensor(d!)? candidate_shrinks, Tensor(e!) losses, Tensor(f!) pulls, Tensor tables, "
       "Tensor series, Tensor(g!) status) -> ()");
   m.def(
-      "small_gradient(Tensor student, Tensor? student_candidates, Tensor v, str metric, Tensor? lengths, "
-      "Tensor? candidate_lengths, Tensor losses, Tensor coefficients, Tensor(a!)? out, Tensor(b!)? candidates_out, "
+      "small_gradient(Tensor student, Tensor? student_candidates, Tensor v, str metric, Tensor? shrinks, "
+      "Tensor? candidate_shrinks, Tensor losses, Tensor coefficients, Tensor(a!)? out, Tensor(b!)? candidates_out, "
       "Tensor(c!) total) -> ()");
   m.def(
       "soft_rank(Tensor values, Tensor? weights, Tensor? upstream, float temperature, str method, Tensor(a!) out, "

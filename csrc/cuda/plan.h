@@ -7,11 +7,14 @@
 
 namespace pcoherence::cuda {
 
-// Two float32 blocks share a multiprocessor, so that one computes while the other waits at a barrier: 2 x 384 threads
-// leave each 80 registers of its 65,536, without which 512 threads spill. float64 needs twice as many, and runs alone.
-inline constexpr int kMinThreads = 64, kMaxThreads = 384;
+// Threads of a multiprocessor: 768 of float32 leave each 80 registers of its 65,536, without which they spill; float64
+// needs twice as many. Two blocks share them, so that one computes while the other waits at a barrier; where the rows
+// of two do not fit into shared memory, one has them all.
 template <class T>
-inline constexpr int kBlocksPerMultiprocessor = sizeof(T) == 4 ? 2 : 1;
+inline constexpr int kMaxThreads = sizeof(T) == 4 ? 768 : 384;
+template <class T>
+inline constexpr int kMaxHalf = sizeof(T) == 4 ? kMaxThreads<T> / 2 : 0;  // float64 always runs alone
+inline constexpr int kMinThreads = 64;
 
 // Shared memory that rows leave to the grid: at 512 threads 16 bins for each pass of spread_by_lanes() (2 KiB each),
 // and moments and coefficients of 64 bins.
@@ -26,20 +29,22 @@ inline constexpr std::int64_t kSystemShared = 1024;
 template <class T, class G>
 Plan plan_for(const Device& device, std::int64_t rows, std::int64_t n, Method method) {
   Plan p{};
-  // Two elements a thread, or one warp for very short rows.
-  p.threads = static_cast<int>(std::clamp<std::int64_t>((n / 2 + kWarp - 1) / kWarp * kWarp, kMinThreads, kMaxThreads));
   p.bins = method == Method::grid ? kMaxBins : kMostBins;
   p.reserve = kGridReserve;
   const std::int64_t row = n * sizeof(T) + 16;
   const std::int64_t wanted = kScratchBytes + 4 * row + kGridReserve;
   // Two blocks share a multiprocessor as long as the student's values and ranks stay in shared memory.
   const std::int64_t half = device.shared_per_multiprocessor / 2 - kSystemShared;
-  const bool halves = kBlocksPerMultiprocessor<T> == 2 && kScratchBytes + 2 * row + kGridReserve <= half;
+  const bool halves = kMaxHalf<T> > 0 && kScratchBytes + 2 * row + kGridReserve <= half;
+  // Two elements a thread, or two warps for very short rows.
+  const std::int64_t most_threads = halves ? kMaxHalf<T> : kMaxThreads<T>;
+  p.threads =
+      static_cast<int>(std::clamp<std::int64_t>((n / 2 + kWarp - 1) / kWarp * kWarp, kMinThreads, most_threads));
   const std::int64_t most = halves ? half : device.shared_per_block;
   p.shared = std::min({wanted, most, device.shared_per_block}) / 16 * 16;
   p.reserve = std::min(p.reserve, (p.shared - kScratchBytes) / 2);
   p.workspace = (row_bytes<T, G>(n, p.threads, p.bins) + 255) / 256 * 256;
-  const std::int64_t resident = std::int64_t(device.multiprocessors) * (halves ? kBlocksPerMultiprocessor<T> : 1);
+  const std::int64_t resident = std::int64_t(device.multiprocessors) * (halves ? 2 : 1);
   std::int64_t blocks = std::min(rows, resident);
   if (method == Method::grid) blocks = std::min(blocks, std::max<std::int64_t>(1, kExplicitGridBytes / p.workspace));
   p.blocks = static_cast<int>(std::max<std::int64_t>(1, blocks));

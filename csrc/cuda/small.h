@@ -1,6 +1,7 @@
 // Batches of a few hundred points: what users of ordinary batches wait for is launches, not arithmetic. One kernel goes
 // from the features given to every anchor's loss and V, a second one to the gradient of the features and the total.
-// Distances and gradients come from differences in float64: nothing cancels, over- or underflows, and equal points tie.
+// Distances and gradients come from differences, summed in float64: nothing cancels, over- or underflows, and equal
+// points tie. What counts is conversions to float64, a quarter as fast as its arithmetic, and loads that wait for others.
 #pragma once
 
 #include "distances.h"
@@ -15,7 +16,7 @@ struct Cloud {
   int width;
   bool same;
   MetricTraits traits;                         // of a metric that comes from |a - c|^2
-  double *anchor_lengths, *candidate_lengths;  // [rows], [n] |x| for metrics of directions are written here, or null
+  double *anchor_shrinks, *candidate_shrinks;  // [rows], [n] 1 / |x| of metrics of directions, or null
 };
 
 // Also an ordinary RowTask, from distances: where `features` is false, the rest is not used. One kernel for both is
@@ -41,11 +42,14 @@ struct SmallGradientTask {
   T* total;               // [1] sum_i c_i L_i
 };
 
-// |x| by one warp; infinite for a zero vector, which has no direction and stays zero.
+// 1 / |x| by one warp; 0 for a zero vector, which has no direction and stays zero.
 template <class T, class G>
-PCOH_DEVICE double length(G& g, const T* x, int width) {
-  const double square = sum_over_features(g, width, [=](int f) { return double(x[f]) * double(x[f]); });
-  return square == 0 ? std::numeric_limits<double>::infinity() : std::sqrt(square);
+PCOH_DEVICE double shrink_of(G& g, const T* x, int width) {
+  const double square = sum_over_features(g, width, [=](int f) {
+    const double value = double(x[f]);
+    return value * value;
+  });
+  return square == 0 ? 0.0 : 1 / std::sqrt(square);
 }
 
 // Distances of anchor r into out [n].
@@ -53,16 +57,16 @@ template <class T, class G>
 PCOH_DEVICE void small_distances(G& g, const Cloud<T>& cloud, std::int64_t r, int n, bool order_only, T* out) {
   const MetricTraits& m = cloud.traits;
   const T* a = cloud.anchors + r * cloud.width;
-  const double a_length = m.directions ? length(g, a, cloud.width) : 1.0;
-  if (cloud.anchor_lengths != nullptr && g.thread() == 0) cloud.anchor_lengths[r] = a_length;
+  const double a_shrink = m.directions ? shrink_of(g, a, cloud.width) : 1.0;
+  if (cloud.anchor_shrinks != nullptr && g.thread() == 0) cloud.anchor_shrinks[r] = a_shrink;
   for (int k = g.warp(); k < n; k += g.warps()) {
     const T* c = cloud.candidates + std::int64_t(k) * cloud.width;
     double d;
     if (m.directions) {
-      const double c_length = length(g, c, cloud.width);
-      if (cloud.candidate_lengths != nullptr && r == 0 && g.lane() == 0) cloud.candidate_lengths[k] = c_length;
+      const double shrink = shrink_of(g, c, cloud.width);
+      if (cloud.candidate_shrinks != nullptr && r == 0 && g.lane() == 0) cloud.candidate_shrinks[k] = shrink;
       d = m.factor * sum_over_features(g, cloud.width, [=](int f) {
-            const double difference = double(a[f]) / a_length - double(c[f]) / c_length;
+            const double difference = double(a[f]) * a_shrink - double(c[f]) * shrink;
             return difference * difference;
           });
     } else {
@@ -84,6 +88,35 @@ PCOH_DEVICE void small_row(G& g, const SmallTask<T>& task, std::int64_t r, Arena
   anchor_row(g, task.row, r, arena);
 }
 
+// For every feature f: store(f, sum_j term(v(j), j, f)), four terms at a time in their own type, whose loads need not
+// wait for each other. v() is called once for a part of the threads' features, and kept in fast memory. A pair whose v is
+// 0 counts nothing, whatever its points are.
+template <class T, class G, class V, class Term, class Store>
+PCOH_DEVICE void sum_over_pairs(G& g, int count, int width, V v, Term term, Store store) {
+  constexpr int part = kScratchBytes / sizeof(T);
+  T* kept = reinterpret_cast<T*>(g.scratch());
+  for (int first = 0; first < width; first += g.threads()) {
+    const int f = first + g.thread();
+    double sum = 0;
+    for (int begin = 0; begin < count; begin += part) {
+      const int here = count - begin < part ? count - begin : part;
+      g.sync();
+      each(g, here, [=](int j) { kept[j] = v(begin + j); });
+      g.sync();
+      if (f >= width) continue;
+      const auto counted = [=](int j) {
+        const auto value = term(kept[j], begin + j, f);
+        return kept[j] == 0 ? decltype(value)(0) : value;
+      };
+      int j = 0;
+      for (; j + 4 <= here; j += 4)
+        sum += double((counted(j) + counted(j + 1)) + (counted(j + 2) + counted(j + 3)));
+      for (; j < here; ++j) sum += double(counted(j));
+    }
+    if (f < width) store(f, sum);
+  }
+}
+
 // The gradient of point p: an anchor, or with p >= rows the candidate p - rows. Every thread owns features.
 template <class T, class G>
 PCOH_DEVICE void small_gradient(G& g, const SmallGradientTask<T>& task, std::int64_t p) {
@@ -94,45 +127,45 @@ PCOH_DEVICE void small_gradient(G& g, const SmallGradientTask<T>& task, std::int
   T* out = (anchor ? task.anchors : task.candidates);
   if (p == 0) {
     double sum = 0;
-    for (std::int64_t r = g.thread(); r < task.rows; r += g.threads())
-      sum += double(task.coefficients[r]) * task.losses[r];
+    each(g, static_cast<int>(task.rows), [&](int r) { sum += double(task.coefficients[r]) * task.losses[r]; });
     sum = total(g, sum);
     if (g.thread() == 0) *task.total = static_cast<T>(sum);
   }
   if (out == nullptr) return;
   out += i * width;
   const bool directions = cloud.traits.directions;
-  const double* anchor_lengths = cloud.anchor_lengths;
-  const double* candidate_lengths = cloud.same ? cloud.anchor_lengths : cloud.candidate_lengths;
+  const double* anchor_shrinks = cloud.anchor_shrinks;
+  const double* candidate_shrinks = cloud.same ? cloud.anchor_shrinks : cloud.candidate_shrinks;
   const T* own = (anchor ? cloud.anchors : cloud.candidates) + i * width;
   const T* others = anchor ? cloud.candidates : cloud.anchors;
-  const double* own_length = anchor ? anchor_lengths : candidate_lengths;
-  const double* lengths = anchor ? candidate_lengths : anchor_lengths;
-  const double shrink = directions ? 1 / own_length[i] : 1.0;
+  const double* shrinks = anchor ? candidate_shrinks : anchor_shrinks;  // of the others
+  const double shrink = !directions ? 1.0 : anchor ? anchor_shrinks[i] : candidate_shrinks[i];
   const int count = anchor ? task.n : static_cast<int>(task.rows);
   // d / d x_i of sum_rk V_rk |..|: row i of V, column i of V, or both where the candidates are the anchors.
-  const auto v_of = [&](int j) {
-    if (!anchor) return double(task.v[j * std::int64_t(task.n) + i]);
-    const double v = double(task.v[i * task.n + j]);
-    return cloud.same ? v + double(task.v[j * std::int64_t(task.n) + i]) : v;
-  };
-  double along = 0;  // directions: the gradient's part along x, which x / |x| does not feel
-  for (int f = g.thread(); f < width; f += g.threads()) {
-    const double x = double(own[f]) * shrink;
-    double sum = 0;
-    for (int j = 0; j < count; ++j) {
-      const double v = v_of(j);
-      if (v == 0) continue;  // of weight 0, whatever the point is
-      const double y = double(others[std::int64_t(j) * width + f]) * (directions ? 1 / lengths[j] : 1.0);
-      sum += v * (x - y);
-    }
-    out[f] = static_cast<T>(sum);
-    along += double(out[f]) * x;
+  const int n = task.n;  // and an element's number fits into an int: a batch is small
+  const T *row = task.v + i * n, *column = task.v + i;
+  const bool both = anchor && cloud.same;
+  const auto v = [=](int j) { return both ? row[j] + column[j * n] : anchor ? row[j] : column[j * n]; };
+  if (!directions) {
+    sum_over_pairs<T>(
+        g, count, width, v, [=](T v, int j, int f) { return v * (own[f] - others[j * width + f]); },
+        [=](int f, double sum) { out[f] = static_cast<T>(sum); });
+    return;
   }
-  if (!directions) return;
+  double along = 0;  // the gradient's part along x, which x / |x| does not feel
+  sum_over_pairs<T>(
+      g, count, width, v,
+      [=](T v, int j, int f) {
+        return double(v) * (double(own[f]) * shrink - double(others[j * width + f]) * shrinks[j]);
+      },
+      [&](int f, double sum) {
+        out[f] = static_cast<T>(sum);
+        along += double(out[f]) * (double(own[f]) * shrink);
+      });
   along = total(g, along);
-  for (int f = g.thread(); f < width; f += g.threads())
+  each(g, width, [=](int f) {
     out[f] = static_cast<T>((double(out[f]) - along * (double(own[f]) * shrink)) * shrink);
+  });
 }
 
 }  // namespace pcoherence::cuda

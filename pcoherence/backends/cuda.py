@@ -206,10 +206,10 @@ class CudaRowKernels:
         temperature, teacher_temperature, scale, objective, method = options
         distances = x.new_empty(2, m, n)
         results = x.new_empty(2, m, dtype=torch.float64)
-        lengths = candidate_lengths = None
+        shrinks = candidate_shrinks = None
         if TRAITS[student.metric].directions:
             both = x.new_empty(m + n, dtype=torch.float64)
-            lengths, candidate_lengths = both[:m], both[m:]
+            shrinks, candidate_shrinks = both[:m], both[m:]
         *constants, status = self._summation(x, method)
         torch.ops.pcoherence_cuda.small_rows(
             x,
@@ -229,8 +229,8 @@ class CudaRowKernels:
             want_anchors or want_candidates,
             distances[0],
             distances[1],
-            lengths,
-            candidate_lengths,
+            shrinks,
+            candidate_shrinks,
             results[0],
             results[1],
             *constants,
@@ -248,8 +248,8 @@ class CudaRowKernels:
                 candidates,
                 distances[0],
                 student.metric,
-                lengths,
-                candidate_lengths,
+                shrinks,
+                candidate_shrinks,
                 results[0],
                 weights.coefficients,
                 anchors_out,
