@@ -70,7 +70,7 @@ PCOH_DEVICE int lowest_bit(unsigned bits) {
 template <class G, class F>
 PCOH_DEVICE double sum_over_features(G& g, int width, F term) {
   double sum = 0;
-  for (int f = g.lane(); f < width; f += kWarp) sum += term(f);
+  for (std::int64_t f = g.lane(); f < width; f += kWarp) sum += term(f);
   PCOH_UNROLL
   for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += g.shuffle_xor(sum, mask);
   return sum;
@@ -79,7 +79,7 @@ PCOH_DEVICE double sum_over_features(G& g, int width, F term) {
 // |a - c|^2 from differences in T, each of which errs by half a unit of its own last place, summed in float64.
 template <class T, class G>
 PCOH_DEVICE double squared_difference(G& g, const T* a, const T* c, int width) {
-  return sum_over_features(g, width, [=](int f) {
+  return sum_over_features(g, width, [=](std::int64_t f) {
     const double difference = double(a[f] - c[f]);
     return difference * difference;
   });

@@ -158,7 +158,7 @@ class Grid {
           power *= here.x;
         });
       }
-      total_by_lane<sums / 2>(sum);
+      total_by_lane(g_, sum);
       T* of_warp = reinterpret_cast<T*>(g_.scratch());
       if (g_.lane() < sums) of_warp[g_.warp() * sums + g_.lane()] = sum[0];
       g_.sync();
@@ -169,23 +169,6 @@ class Grid {
         out[start * order + i] = all;
       }
       g_.sync();
-    }
-  }
-
-  // sum[0] of lane l becomes the warp's total of sum[l]: halving the sums that a lane is responsible for takes `count`
-  // shuffles instead of 5 for each sum.
-  template <int half, int count>
-  PCOH_DEVICE void total_by_lane(T (&sum)[count]) {
-    if constexpr (half > 0) {
-      const bool upper = g_.lane() & half;
-      unrolled<half>([&](auto i) {
-        const T keep = upper ? sum[i + half] : sum[i], give = upper ? sum[i] : sum[i + half];
-        sum[i] = keep + g_.shuffle_xor(give, half);
-      });
-      total_by_lane<half / 2>(sum);
-    } else {
-      PCOH_UNROLL
-      for (int mask = count; mask < kWarp; mask *= 2) sum[0] += g_.shuffle_xor(sum[0], mask);
     }
   }
 

@@ -16,8 +16,8 @@ template <class T>
 inline constexpr int kMaxHalf = sizeof(T) == 4 ? kMaxThreads<T> / 2 : 0;  // float64 always runs alone
 inline constexpr int kMinThreads = 64;
 
-// Shared memory that rows leave to the grid: at 512 threads 16 bins for each pass of spread_by_lanes() (2 KiB each),
-// and moments and coefficients of 64 bins.
+// Shared memory that rows leave to the grid: at 384 threads 16 bins for each pass of spread_by_lanes() (1.5 KiB each),
+// and moments and coefficients of 100 bins.
 inline constexpr std::int64_t kGridReserve = 40 << 10;
 // What "auto" may use the grid for. More bins mean more passes over the row, and the scan becomes cheaper.
 inline constexpr int kMostBins = 256;
@@ -36,10 +36,9 @@ Plan plan_for(const Device& device, std::int64_t rows, std::int64_t n, Method me
   // Two blocks share a multiprocessor as long as the student's values and ranks stay in shared memory.
   const std::int64_t half = device.shared_per_multiprocessor / 2 - kSystemShared;
   const bool halves = kMaxHalf<T> > 0 && kScratchBytes + 2 * row + kGridReserve <= half;
-  // Two elements a thread, or two warps for very short rows.
+  // As many as there are elements: of a short row everything is a wait that other warps can fill.
   const std::int64_t most_threads = halves ? kMaxHalf<T> : kMaxThreads<T>;
-  p.threads =
-      static_cast<int>(std::clamp<std::int64_t>((n / 2 + kWarp - 1) / kWarp * kWarp, kMinThreads, most_threads));
+  p.threads = static_cast<int>(std::clamp<std::int64_t>((n + kWarp - 1) / kWarp * kWarp, kMinThreads, most_threads));
   const std::int64_t most = halves ? half : device.shared_per_block;
   p.shared = std::min({wanted, most, device.shared_per_block}) / 16 * 16;
   p.reserve = std::min(p.reserve, (p.shared - kScratchBytes) / 2);

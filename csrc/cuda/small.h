@@ -42,38 +42,62 @@ struct SmallGradientTask {
   T* total;               // [1] sum_i c_i L_i
 };
 
-// 1 / |x| by one warp; 0 for a zero vector, which has no direction and stays zero.
-template <class T, class G>
-PCOH_DEVICE double shrink_of(G& g, const T* x, int width) {
-  const double square = sum_over_features(g, width, [=](int f) {
-    const double value = double(x[f]);
-    return value * value;
-  });
-  return square == 0 ? 0.0 : 1 / std::sqrt(square);
+// Candidates that a warp goes through together: their loads wait at the same time, and share those of the anchor.
+inline constexpr int kTogether = 4;
+
+// sum_f term(i, f) for i = 0, ..., kTogether - 1 by one warp: for lane l that of i = l % kTogether. Equal terms have
+// equal sums, whatever i is.
+template <class G, class F>
+PCOH_DEVICE double sums_over_features(G& g, int width, F term) {
+  double sum[kTogether] = {};
+  // 64-bit: a number that cannot overflow lets loads share an address.
+  for (std::int64_t f = g.lane(); f < width; f += kWarp) unrolled<kTogether>([&](auto i) { sum[i] += term(i, f); });
+  total_by_lane(g, sum);
+  return sum[0];
 }
+
+// 1 / |x|; 0 for a zero vector, which has no direction and stays zero.
+PCOH_DEVICE double shrink_of(double square) { return square == 0 ? 0.0 : 1 / std::sqrt(square); }
 
 // Distances of anchor r into out [n].
 template <class T, class G>
 PCOH_DEVICE void small_distances(G& g, const Cloud<T>& cloud, std::int64_t r, int n, bool order_only, T* out) {
   const MetricTraits& m = cloud.traits;
-  const T* a = cloud.anchors + r * cloud.width;
-  const double a_shrink = m.directions ? shrink_of(g, a, cloud.width) : 1.0;
-  if (cloud.anchor_shrinks != nullptr && g.thread() == 0) cloud.anchor_shrinks[r] = a_shrink;
-  for (int k = g.warp(); k < n; k += g.warps()) {
-    const T* c = cloud.candidates + std::int64_t(k) * cloud.width;
+  const int width = cloud.width, own = g.lane() % kTogether;  // the candidate that a lane finishes
+  const T* a = cloud.anchors + r * width;
+  double a_shrink = 1;
+  if (m.directions) {
+    a_shrink = shrink_of(sum_over_features(g, width, [=](std::int64_t f) { return double(a[f]) * double(a[f]); }));
+    if (cloud.anchor_shrinks != nullptr && g.thread() == 0) cloud.anchor_shrinks[r] = a_shrink;
+  }
+  for (int first = g.warp() * kTogether; first < n; first += g.warps() * kTogether) {
+    const T* c[kTogether];  // the last ones again where there are no more
+    unrolled<kTogether>([&](auto i) {
+      const int k = first + i < n ? first + i : n - 1;
+      c[i] = cloud.candidates + std::int64_t(k) * width;
+    });
+    const bool finishes = g.lane() < kTogether && first + own < n;
     double d;
     if (m.directions) {
-      const double shrink = shrink_of(g, c, cloud.width);
-      if (cloud.candidate_shrinks != nullptr && r == 0 && g.lane() == 0) cloud.candidate_shrinks[k] = shrink;
-      d = m.factor * sum_over_features(g, cloud.width, [=](int f) {
-            const double difference = double(a[f]) * a_shrink - double(c[f]) * shrink;
+      const double shrink = shrink_of(sums_over_features(g, width, [&](auto i, std::int64_t f) {
+        const double value = double(c[i][f]);
+        return value * value;
+      }));
+      if (cloud.candidate_shrinks != nullptr && r == 0 && finishes) cloud.candidate_shrinks[first + own] = shrink;
+      double shrinks[kTogether];
+      unrolled<kTogether>([&](auto i) { shrinks[i] = g.shuffle(shrink, i); });
+      d = m.factor * sums_over_features(g, width, [&](auto i, std::int64_t f) {
+            const double difference = double(a[f]) * a_shrink - double(c[i][f]) * shrinks[i];
             return difference * difference;
           });
     } else {
-      d = m.factor * squared_difference(g, a, c, cloud.width);
+      d = m.factor * sums_over_features(g, width, [&](auto i, std::int64_t f) {
+            const double difference = double(a[f] - c[i][f]);
+            return difference * difference;
+          });
       if (m.root && !order_only) d = std::sqrt(d);
     }
-    if (g.lane() == 0) out[k] = static_cast<T>(d);
+    if (finishes) out[first + own] = static_cast<T>(d);
   }
 }
 
