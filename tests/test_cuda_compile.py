@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ if NVCC is None:
     pytest.skip("there is no nvcc to compile with", allow_module_level=True)
 
 REGISTERS = {"row_kernel<float": 80, "row_kernel<double": 168, "stream_kernel<": 128}
-"""Of a thread: two blocks of 384 threads in 64 K registers, one of float64; streams of 256."""
+"""Of a thread: 768 threads in 64 K registers, 384 of float64; streams of 256."""
 
 SPILLED = 128
 """Bytes, where a function that goes through a row once keeps its values across calls."""
@@ -29,21 +30,36 @@ SPILLED = 128
 ELEMENT_LOOPS = ("::spread_in_registers<", "::spread_by_lanes<", "::convolve(")
 """Functions of the grid, whose loops over elements are the kernel's time: nothing is spilled."""
 
+IN_REGISTERS = ("spread_in_registers", "spread_by_lanes", "convolve")
+"""Functions of the grid that write nothing to local memory: not even an array, which is no spill."""
+
 SHARED = 4096
 """Bytes of static shared memory: the scratch of reductions; the rest is asked for at launch."""
 
 
-def test_kernels_keep_to_their_budget(tmp_path: Path) -> None:
+def demangled(text: str) -> str:
+    return subprocess.run(
+        ["c++filt"], input=text, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What ptxas says of the kernels, and the folder of their cubins."""
     assert NVCC is not None
+    folder = tmp_path_factory.mktemp("launch")
     command = [NVCC, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads=2"]
-    command += ["-Xptxas", "-v", "-c", str(CUDA / "launch.cu"), "-o", str(tmp_path / "launch.o")]
+    command += ["-Xptxas", "-v", "--keep", "--keep-dir", str(folder)]
+    command += ["-c", str(CUDA / "launch.cu"), "-o", str(folder / "launch.o")]
     for c in CAPABILITIES:
         command += ["-gencode", f"arch=compute_{c},code=sm_{c}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    names = subprocess.run(
-        ["c++filt"], input=done.stderr, capture_output=True, text=True, check=True
-    ).stdout
+    return demangled(done.stderr), folder
+
+
+def test_kernels_keep_to_their_budget(compiled: tuple[str, Path]) -> None:
+    names = compiled[0]
     assert "warning" not in names, names
 
     pattern = r"Compiling entry function '(.*?)' for 'sm_(\d+)'"
@@ -64,6 +80,35 @@ def test_kernels_keep_to_their_budget(tmp_path: Path) -> None:
         seen.add((name, int(capability)))
     # Two of a row, six others, each in float32 and float64.
     assert len(seen) == 2 * 8 * len(CAPABILITIES)
+
+
+def functions(cubin: Path) -> dict[str, list[str]]:
+    """The instructions of every function that a kernel calls, once for each kernel."""
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        pytest.skip("triton, which brings a disassembler, is not installed")
+    tool = Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm"
+    listing = subprocess.run(
+        [str(tool), "-c", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    # Labels of functions stand at the beginning of a line: $kernel$function:
+    parts = re.split(r"^\$\S*\$(\w+):$", listing, flags=re.MULTILINE)
+    found: dict[str, list[str]] = {}
+    for name, body in zip(parts[1::2], parts[2::2], strict=True):
+        body = body.split(".section", 1)[0]  # the last one of its kernel
+        instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", body, re.MULTILINE)
+        found.setdefault(name, []).extend(instructions)
+    return found
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_sums_of_elements_stay_in_registers(capability: int, compiled: tuple[str, Path]) -> None:
+    (cubin,) = compiled[1].glob(f"*compute_{capability}.cubin")
+    found = functions(cubin)
+    for wanted in IN_REGISTERS:
+        instructions = [i for name, all_ in found.items() if wanted in name for i in all_]
+        assert "FFMA" in instructions, wanted
+        assert "STL" not in instructions, wanted
 
 
 @pytest.mark.parametrize("source", ["ops.cpp", "module.cpp"])

@@ -103,6 +103,17 @@ struct Stats {
     most = w > most ? w : most;
     ++count;
   }
+  // The same for weights of 1 and 0, up to finish_unweighted().
+  PCOH_DEVICE void add_unweighted(T v, bool counts) {
+    product += double(counts ? v : v * 0);
+    low = counts && v < low ? v : low;
+    high = counts && v > high ? v : high;
+    count += counts;
+  }
+  PCOH_DEVICE void finish_unweighted() {
+    weight = count;
+    if (count > 0) least = most = 1;
+  }
 };
 struct Merge {
   template <class T>
@@ -122,13 +133,16 @@ template <class T, class G>
 PCOH_APART Stats<T> stats(G& g, const RowView<T>& row, const T* from) {
   Stats<T> s = Stats<T>::none();
   by_memory(g, row.values, [&](T* copy) {
-    with_weights(row, [&](auto weight) {
-      each(g, row.n, [&](int k) {
-        const T v = from[k];
-        s.add(v, weight(k));
-        if (copy != nullptr) copy[k] = v;
-      });
-    });
+    const auto keep = [=](int k, T v) {
+      if (copy != nullptr) copy[k] = v;
+      return v;
+    };
+    if (row.weights != nullptr) {
+      each(g, row.n, [&](int k) { s.add(keep(k, from[k]), row.weight(k)); });
+    } else {
+      each(g, row.n, [&, self = row.self](int k) { s.add_unweighted(keep(k, from[k]), k != self); });
+      s.finish_unweighted();
+    }
   });
   return reduce(g, s, Merge{});
 }
@@ -166,9 +180,7 @@ PCOH_APART void run_sums(G& g, const Summation<T>& how, const RowView<T>& row, T
                          F& f) {
   const Positions<T> position{low, static_cast<T>(scale.per_distance / Sums::unit),
                               static_cast<T>(scale.range / Sums::unit)};
-  by_memory(g, row.values, [&](T* values) {
-    each(g, row.n, [=](int k) { values[k] = position(values[k]); });
-  });
+  by_memory(g, row.values, [&](T* values) { each(g, row.n, [=](int k) { values[k] = position(values[k]); }); });
   g.sync();
   Sums sums(g, row, position.top, how.tables, arena);
   f(sums);

@@ -1,7 +1,8 @@
 // Batches of a few hundred points: what users of ordinary batches wait for is launches, not arithmetic. One kernel goes
 // from the features given to every anchor's loss and V, a second one to the gradient of the features and the total.
 // Distances and gradients come from differences, summed in float64: nothing cancels, over- or underflows, and equal
-// points tie. What counts is conversions to float64, a quarter as fast as its arithmetic, and loads that wait for others.
+// points tie. What counts is conversions to float64, a quarter as fast as its arithmetic, and loads that wait for
+// others.
 #pragma once
 
 #include "distances.h"
@@ -113,8 +114,8 @@ PCOH_DEVICE void small_row(G& g, const SmallTask<T>& task, std::int64_t r, Arena
 }
 
 // For every feature f: store(f, sum_j term(v(j), j, f)), four terms at a time in their own type, whose loads need not
-// wait for each other. v() is called once for a part of the threads' features, and kept in fast memory. A pair whose v is
-// 0 counts nothing, whatever its points are.
+// wait for each other. v() is called once for a part of the threads' features, and kept in fast memory. A pair whose v
+// is 0 counts nothing, whatever its points are.
 template <class T, class G, class V, class Term, class Store>
 PCOH_DEVICE void sum_over_pairs(G& g, int count, int width, V v, Term term, Store store) {
   constexpr int part = kScratchBytes / sizeof(T);
@@ -133,8 +134,7 @@ PCOH_DEVICE void sum_over_pairs(G& g, int count, int width, V v, Term term, Stor
         return kept[j] == 0 ? decltype(value)(0) : value;
       };
       int j = 0;
-      for (; j + 4 <= here; j += 4)
-        sum += double((counted(j) + counted(j + 1)) + (counted(j + 2) + counted(j + 3)));
+      for (; j + 4 <= here; j += 4) sum += double((counted(j) + counted(j + 1)) + (counted(j + 2) + counted(j + 3)));
       for (; j < here; ++j) sum += double(counted(j));
     }
     if (f < width) store(f, sum);
@@ -187,9 +187,8 @@ PCOH_DEVICE void small_gradient(G& g, const SmallGradientTask<T>& task, std::int
         along += double(out[f]) * (double(own[f]) * shrink);
       });
   along = total(g, along);
-  each(g, width, [=](int f) {
-    out[f] = static_cast<T>((double(out[f]) - along * (double(own[f]) * shrink)) * shrink);
-  });
+  each(g, width,
+       [=](int f) { out[f] = static_cast<T>((double(out[f]) - along * (double(own[f]) * shrink)) * shrink); });
 }
 
 }  // namespace pcoherence::cuda
