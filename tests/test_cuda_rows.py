@@ -337,6 +337,17 @@ def test_candidates(by_products: bool, emulate: Emulate, monkeypatch: pytest.Mon
             assert relative_error(ours, theirs) <= 1e-9
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equal_directions_tie(dtype: torch.dtype, emulate: Emulate) -> None:
+    """Whatever their lengths: hard ranks of the teacher must not order roundings."""
+    emulate(threads=64, seed=9)
+    directions = make_case("gaussian", 9, 5, dtype=dtype, seed=2)
+    teacher = torch.cat([directions, directions * 2.0**40, directions / 1024, directions])
+    student = make_case("gaussian", 36, 4, dtype=dtype)
+    check(from_features, student, teacher, metric="euclidean", teacher_metric="cosine")
+    check(from_features, teacher, student, metric="cosine", teacher_metric="euclidean")
+
+
 def test_small_batches_take_two_launches(emulate: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate()
     x, y = make_case("gaussian", 20, 4), make_case("gaussian", 20, 6, seed=1)

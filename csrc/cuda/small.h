@@ -57,8 +57,21 @@ PCOH_DEVICE double sums_over_features(G& g, int width, F term) {
   return sum[0];
 }
 
-// 1 / |x|; 0 for a zero vector, which has no direction and stays zero.
-PCOH_DEVICE double shrink_of(double square) { return square == 0 ? 0.0 : 1 / std::sqrt(square); }
+// What turns a point into its direction. A zero vector has none, stays zero, and gets no gradient.
+struct Length {
+  double length, inverse;
+
+  PCOH_DEVICE explicit Length(double square) : length(square == 0 ? 1 : std::sqrt(square)), inverse(1 / length) {}
+  // 1 / |x| as the gradient sees it.
+  PCOH_DEVICE double shrink(double square) const { return square == 0 ? 0 : inverse; }
+};
+
+// x / length, correctly rounded from the rounded 1 / length (Markstein 1990), in a third of a division's time. Equal
+// directions of different lengths tie as they do in the reference.
+PCOH_DEVICE double quotient(double x, double length, double inverse) {
+  const double q = x * inverse;
+  return std::fma(std::fma(-q, length, x), inverse, q);
+}
 
 // Distances of anchor r into out [n].
 template <class T, class G>
@@ -66,10 +79,13 @@ PCOH_DEVICE void small_distances(G& g, const Cloud<T>& cloud, std::int64_t r, in
   const MetricTraits& m = cloud.traits;
   const int width = cloud.width, own = g.lane() % kTogether;  // the candidate that a lane finishes
   const T* a = cloud.anchors + r * width;
-  double a_shrink = 1;
+  Length anchor(1);
   if (m.directions) {
-    a_shrink = shrink_of(sum_over_features(g, width, [=](std::int64_t f) { return double(a[f]) * double(a[f]); }));
-    if (cloud.anchor_shrinks != nullptr && g.thread() == 0) cloud.anchor_shrinks[r] = a_shrink;
+    // As for candidates below: a point has one length, wherever it stands.
+    const double square =
+        sums_over_features(g, width, [=](auto, std::int64_t f) { return double(a[f]) * double(a[f]); });
+    anchor = Length(square);
+    if (cloud.anchor_shrinks != nullptr && g.thread() == 0) cloud.anchor_shrinks[r] = anchor.shrink(square);
   }
   for (int first = g.warp() * kTogether; first < n; first += g.warps() * kTogether) {
     const T* c[kTogether];  // the last ones again where there are no more
@@ -80,15 +96,21 @@ PCOH_DEVICE void small_distances(G& g, const Cloud<T>& cloud, std::int64_t r, in
     const bool finishes = g.lane() < kTogether && first + own < n;
     double d;
     if (m.directions) {
-      const double shrink = shrink_of(sums_over_features(g, width, [&](auto i, std::int64_t f) {
+      const double square = sums_over_features(g, width, [&](auto i, std::int64_t f) {
         const double value = double(c[i][f]);
         return value * value;
-      }));
-      if (cloud.candidate_shrinks != nullptr && r == 0 && finishes) cloud.candidate_shrinks[first + own] = shrink;
-      double shrinks[kTogether];
-      unrolled<kTogether>([&](auto i) { shrinks[i] = g.shuffle(shrink, i); });
+      });
+      const Length candidate(square);
+      if (cloud.candidate_shrinks != nullptr && r == 0 && finishes)
+        cloud.candidate_shrinks[first + own] = candidate.shrink(square);
+      double lengths[kTogether], inverses[kTogether];
+      unrolled<kTogether>([&](auto i) {
+        lengths[i] = g.shuffle(candidate.length, i);
+        inverses[i] = g.shuffle(candidate.inverse, i);
+      });
       d = m.factor * sums_over_features(g, width, [&](auto i, std::int64_t f) {
-            const double difference = double(a[f]) * a_shrink - double(c[i][f]) * shrinks[i];
+            const double difference = quotient(double(a[f]), anchor.length, anchor.inverse) -
+                                      quotient(double(c[i][f]), lengths[i], inverses[i]);
             return difference * difference;
           });
     } else {
