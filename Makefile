@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 SOURCES := setup.py pyproject.toml $(CXX_FILES)
+FORMATTED := $(CXX_FILES) $(wildcard tests/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-sentences test lint format docs figures bench bench-quick study study-quick gpu-check clean
@@ -41,12 +42,12 @@ lint: $(VENV)/installed  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/installed  ## rewrite the files as the linters want them
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 docs: $(VENV)/installed  ## build the documentation: docs/_build/html/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going -n docs docs/_build/html

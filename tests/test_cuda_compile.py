@@ -31,7 +31,7 @@ ELEMENT_LOOPS = ("::spread_in_registers<", "::spread_by_lanes<", "::convolve(")
 """Functions of the grid, whose loops over elements are the kernel's time: nothing is spilled."""
 
 IN_REGISTERS = ("spread_in_registers", "spread_by_lanes", "convolve")
-"""Functions of the grid that write nothing to local memory: not even an array, which is no spill."""
+"""Functions of the grid that write nothing to local memory. (An array there is no spill.)"""
 
 SHARED = 4096
 """Bytes of static shared memory: the scratch of reductions; the rest is asked for at launch."""
@@ -96,7 +96,9 @@ def functions(cubin: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
         body = body.split(".section", 1)[0]  # the last one of its kernel
-        instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", body, re.MULTILINE)
+        instructions = re.findall(
+            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", body, re.MULTILINE
+        )
         found.setdefault(name, []).extend(instructions)
     return found
 

@@ -33,9 +33,12 @@ struct Emulation {
 // Runs body(thread) for all threads, which meet in wait().
 class Team {
  public:
+  // With a lock of its own: who meets elsewhere is not ordered by it, or races would be hidden.
   struct Barrier {
     int size = 0, arrived = 0;
     unsigned turn = 0;
+    std::mutex mutex;
+    std::condition_variable changed;
   };
 
   Team(int threads, const Emulation& how) : how_(how), random_(how.seed), fibers_(how.real_threads ? 0 : threads) {
@@ -65,18 +68,18 @@ class Team {
   }
 
   void wait(Barrier& b) {
-    std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
+    std::unique_lock<std::mutex> lock(b.mutex, std::defer_lock);
     if (how_.real_threads) lock.lock();
     const unsigned turn = b.turn;
     if (++b.arrived == b.size) {
       b.arrived = 0;
       ++b.turn;
-      changed_.notify_all();
+      b.changed.notify_all();
       return;
     }
     while (b.turn == turn) {
       if (how_.real_threads) {
-        changed_.wait(lock);
+        b.changed.wait(lock);
       } else if (_setjmp(fibers_[current_].state) == 0) {
         _longjmp(scheduler_, 1);
       }
@@ -121,8 +124,6 @@ class Team {
   std::vector<Fiber> fibers_;
   const std::function<void(int)>* body_ = nullptr;
   jmp_buf scheduler_;
-  std::mutex mutex_;
-  std::condition_variable changed_;
 };
 
 // What the threads of a group share.

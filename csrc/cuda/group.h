@@ -281,8 +281,9 @@ PCOH_DEVICE void by_memory(G& g, V* p, F f) {
     f(p);
 }
 
-// t >= 0 rounded to an integer without the conversion unit, which takes 8 times as long as an addition. The float that
-// is added leaves no bits for a fraction.
+// t >= 0, or t * factor, rounded to an integer without the conversion unit, which takes 8 times as long as an addition.
+// The float that is added leaves no bits for a fraction. The product is fused by name: wherever it is asked for, it has
+// to round alike.
 template <class T>
 struct Rounded;
 template <>
@@ -290,6 +291,7 @@ struct Rounded<float> {
   static constexpr float shift = 0x1.8p23f;  // for t up to 2^22
   static constexpr float limit = 0x1p22f;
   PCOH_DEVICE explicit Rounded(float t) : shifted(t + shift) {}
+  PCOH_DEVICE Rounded(float t, float factor) : shifted(std::fma(t, factor, shift)) {}
   PCOH_DEVICE float value() const { return shifted - shift; }
   PCOH_DEVICE int index() const {
     int bits;
@@ -303,6 +305,7 @@ struct Rounded<double> {
   static constexpr double shift = 0x1.8p52;
   static constexpr double limit = 0x1p31;  // of the index
   PCOH_DEVICE explicit Rounded(double t) : shifted(t + shift) {}
+  PCOH_DEVICE Rounded(double t, double factor) : shifted(std::fma(t, factor, shift)) {}
   PCOH_DEVICE double value() const { return shifted - shift; }
   PCOH_DEVICE int index() const {
     std::int64_t bits;

@@ -55,7 +55,7 @@ PCOH_DEVICE bool hard_ranks_bucketed(G& g, const RowView<T>& row, const HardRank
   if (!(per_unit <= std::numeric_limits<T>::max()) || !(T(n) < Rounded<T>::limit)) return false;
   const T low = s.low;
   const auto bucket = [=](T v) {
-    const int b = Rounded<T>((v - low) * per_unit).index();
+    const int b = Rounded<T>(v - low, per_unit).index();
     return b < n ? b : n - 1;
   };
   each(g, n, [=](int b) { counts[b] = 0; });

@@ -161,6 +161,7 @@ PCOH_DEVICE void sum_over_pairs(G& g, int count, int width, V v, Term term, Stor
     }
     if (f < width) store(f, sum);
   }
+  g.sync();  // what was kept has been read
 }
 
 // The gradient of point p: an anchor, or with p >= rows the candidate p - rows. Every thread owns features.
