@@ -62,9 +62,10 @@ class CandidateBank(nn.Module):
         if student.shape[0] > self.size:
             student, teacher, weights = (t[-self.size :] for t in (student, teacher, weights))
         if self.student is None:
-            self.student = student.new_zeros(self.size, student.shape[1])
-            self.teacher = teacher.new_zeros(self.size, teacher.shape[1])
-            self.weights = weights.new_zeros(self.size)
+            with torch.inference_mode(False):  # or training could not use what validation filled
+                self.student = student.new_zeros(self.size, student.shape[1])
+                self.teacher = teacher.new_zeros(self.size, teacher.shape[1])
+                self.weights = weights.new_zeros(self.size)
         count = student.shape[0]
         rows = (torch.arange(count, device=student.device) + self._next) % self.size
         for buffer, values in (

@@ -179,17 +179,11 @@ class PerceptionCoherenceLoss(nn.Module):
             method=method,
             backend=backend,
         )
-        check_flag("gather", gather)
-        if gather and scale == "batch":
-            raise ValueError(
-                'gather: expected False with scale="batch", whose mean is over all processes\' '
-                "anchors; got True"
-            )
+        self.gather = gather
         if process_group is not None and not gather:
             raise ValueError("process_group: expected None without gather=True; got a group")
         if bank is not None and not isinstance(bank, CandidateBank):
             raise TypeError(f"bank: expected a CandidateBank; got {type(bank).__name__}")
-        self.gather = gather
         self.process_group = process_group
         self.bank = bank
         for name, function in (("metric", metric), ("teacher_metric", teacher_metric)):
@@ -205,7 +199,17 @@ class PerceptionCoherenceLoss(nn.Module):
         elif name in FIXED:
             raise AttributeError(f"{name}: expected to stay as the loss was made; got {value!r}")
         else:
+            if name == "gather":
+                self._check_gather(value)
             super().__setattr__(name, value)
+
+    def _check_gather(self, gather: bool) -> None:
+        check_flag("gather", gather)
+        if gather and self.spec.scale == "batch":
+            raise ValueError(
+                'gather: expected False with scale="batch", whose mean is over all processes\' '
+                "anchors; got True"
+            )
 
     @property
     def temperature(self) -> float:

@@ -112,3 +112,16 @@ def test_a_bank_makes_one_point_enough() -> None:
     criterion = PerceptionCoherenceLoss(bank=CandidateBank(8))
     criterion(*batch(0))
     assert criterion(*batch(1, n=1)).isfinite()
+
+
+def test_training_goes_on_with_what_inference_filled() -> None:
+    bank = CandidateBank(8)
+    with torch.inference_mode():
+        bank.push(*batch(0))
+        bank.push(*batch(1))
+    student, teacher = batch(2)
+    criterion = PerceptionCoherenceLoss(bank=bank)
+    loss = criterion(student.requires_grad_(), teacher)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert gradient.any()
+    assert criterion(*batch(3)).isfinite()  # the bank remembers the batch in training
