@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import join_group, run_in_processes
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import pcoherence
 from pcoherence import CandidateBank, PerceptionCoherenceLoss
@@ -65,6 +68,19 @@ def rows_alone(rank: int, size: int) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def fully_sharded(rank: int, size: int) -> None:
+    """FSDP averages gradients over processes as DistributedDataParallel does."""
+    images, teacher, _ = whole()
+    own = slice(*SHARDS[size][rank])
+    network, alone = model(), model()
+    fully_shard(network, mesh=init_device_mesh("cpu", (size,)))
+    PerceptionCoherenceLoss(gather=True)(network(images[own]), teacher[own]).backward()
+    pcoherence.perception_coherence_loss(alone(images), teacher).backward()
+    for found, expected in zip(network.parameters(), alone.parameters(), strict=True):
+        assert isinstance(found.grad, DTensor)
+        torch.testing.assert_close(found.grad.full_tensor(), expected.grad)
+
+
 def failures(rank: int) -> None:
     """Errors reach every process, and the next call works."""
     images, teacher, _ = whole()
@@ -92,6 +108,7 @@ def work(rank: int, size: int) -> None:
         ):
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12, msg=name)
     rows_alone(rank, size)
+    fully_sharded(rank, size)
     failures(rank)
 
 
