@@ -27,7 +27,8 @@ class DistillationModule(LightningModule):
     """Trains the student to order the points of a batch as the teacher does.
 
     A batch is the inputs, or a tuple or list that begins with them (labels are left alone);
-    override `inputs` for anything else. Logs train_loss and val_loss.
+    override `inputs` for anything else. Logs train_loss, of this process, and val_loss, the mean
+    over processes.
 
     Args:
         student: inputs -> features [batch, ds].
@@ -108,7 +109,7 @@ class DistillationModule(LightningModule):
         # The last batch may be one point, with nobody to rank; gathered, all must call the loss.
         if self.criterion.gather or len(student) > 1:
             loss = self.criterion(student, teacher)
-            self.log("val_loss", loss, prog_bar=True, batch_size=len(student))
+            self.log("val_loss", loss, prog_bar=True, batch_size=len(student), sync_dist=True)
         return {"student": student, "teacher": teacher}
 
     def configure_optimizers(self) -> Any:
