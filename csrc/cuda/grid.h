@@ -8,7 +8,7 @@
 namespace pcoherence::cuda {
 
 // Up to this many bins, threads keep moments in registers, a window of bins at a time: a pass over the row costs an
-// element 12 operations a bin. Beyond, a warp takes elements apart into lanes: about 200 operations an element, however
+// element 15 operations a bin. Beyond, a warp takes elements apart into lanes: about 250 operations an element, however
 // many bins there are.
 template <class T>
 inline constexpr int kRegisterBins = sizeof(T) == 4 ? 16 : 8;
