@@ -223,6 +223,15 @@ def test_hostile_rows(case: str, emulate: Emulate) -> None:
         check(from_distances, student, teacher, objective=objective)
 
 
+def test_range_that_overflows(emulate: Emulate) -> None:
+    """A callable metric may give distances whose difference float32 cannot hold."""
+    emulate(threads=64)
+    student, teacher = rows(40, torch.float32)
+    teacher = (2 * teacher - 1) * 3e38
+    expected = from_distances(student, teacher / 1e30)
+    torch.testing.assert_close(from_distances(student, teacher), expected)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_stays_in_its_row(bad: float, emulate: Emulate) -> None:
     emulate(threads=64)

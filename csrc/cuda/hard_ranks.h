@@ -52,7 +52,8 @@ PCOH_DEVICE bool hard_ranks_bucketed(G& g, const RowView<T>& row, const HardRank
                                      T* sorted, T* out, double& ties) {
   const int n = row.n;
   const T per_unit = T(n) / (s.high - s.low);
-  if (!(per_unit <= std::numeric_limits<T>::max()) || !(T(n) < Rounded<T>::limit)) return false;
+  // 0 where high - low overflows.
+  if (!(per_unit > 0) || !(per_unit <= std::numeric_limits<T>::max()) || !(T(n) < Rounded<T>::limit)) return false;
   const T low = s.low;
   const auto bucket = [=](T v) {
     const int b = Rounded<T>(v - low, per_unit).index();
