@@ -195,3 +195,31 @@ def clear_near(
         at = v + i.to(tl.int64)[:, None] * n + j[None, :]
         zero = tl.zeros([BI, BJ], v.dtype.element_ty)
         tl.store(at, zero, mask=(i < r)[:, None] & (j < n)[None, :])
+
+
+@triton.jit
+def symmetrise(
+    matrix,  # T [n, n]
+    n,
+    ADD: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Mirror the upper triangle, or with ADD add the transpose; grid [tiles, tiles / 2 + 1].
+
+    Program (x, y) does tile (x, x + y modulo tiles) and its mirror image: every pair once.
+    """
+    tiles = tl.cdiv(n, B)
+    x = tl.program_id(0)
+    other = (x + tl.program_id(1)) % tiles
+    # Half of the way round, both tiles of a pair come upon each other.
+    if (2 * tl.program_id(1) < tiles) | (x < other):
+        i = (tl.minimum(x, other) * B + tl.arange(0, B)).to(tl.int64)
+        j = (tl.maximum(x, other) * B + tl.arange(0, B)).to(tl.int64)
+        upper, lower = i[:, None] * n + j[None, :], j[:, None] * n + i[None, :]
+        inside, below = (i < n)[:, None] & (j < n)[None, :], (j < n)[:, None] & (i < n)[None, :]
+        value = tl.load(matrix + upper, mask=inside, other=0.0)
+        if ADD:
+            value += tl.trans(tl.load(matrix + lower, mask=below, other=0.0))
+            tl.store(matrix + upper, value, mask=inside)
+        below = below & (j[:, None] > i[None, :])  # of a tile on the diagonal, half
+        tl.store(matrix + lower, tl.trans(value), mask=below)

@@ -296,6 +296,23 @@ class TritonRowKernels:
             v, near.flags, *v.shape, BI=t.near, BJ=t.near, num_warps=t.distance_warps
         )
 
+    def _symmetrise(self, matrix: Tensor, add: bool) -> None:
+        """Every pair of tiles is read and written once, 2 n^2 values with `add`, or 1 n^2."""
+        n = matrix.shape[0]
+        t = tiles(matrix.dtype, matrix.is_cuda)
+        across = cdiv(n, t.near)
+        distances.symmetrise[across, across // 2 + 1](
+            matrix, n, ADD=add, B=t.near, num_warps=t.distance_warps
+        )
+
+    def mirror(self, matrix: Tensor) -> None:
+        """See RowKernels."""
+        self._symmetrise(matrix, False)
+
+    def add_transpose(self, matrix: Tensor) -> None:
+        """See RowKernels."""
+        self._symmetrise(matrix, True)
+
     def row_sums(self, distances: Tensor, weights: RowWeights) -> tuple[Tensor, Tensor]:
         """See RowKernels; the mean is in float64, so that nothing is lost by multiplying again."""
         one = torch.ones((), dtype=torch.float64, device=distances.device)

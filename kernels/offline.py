@@ -27,6 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..backends import device
 from ..backends.device import TRAITS
 from ..backends.device_operators import implement
 from ..ops import Operators
@@ -87,6 +88,8 @@ def recorded(everything: bool, dtypes: list[str]) -> list[Launch]:
             if isinstance(value, triton.JITFunction) and value.fn.__module__ == name:
                 setattr(module, attribute, Recorder(name, value, launches))
     vars(launch)["tiles"] = lambda dtype, on_gpu: tuning.tiles(dtype, True)
+    # Also of small matrices a part is computed and the rest mirrored.
+    vars(device).update(MIRRORED_ROWS=32, MIRRORED_WIDTH=1)
     operators = Operators("pcoherence_offline")
     implement(operators, launch.row_kernels(), ("scan", "pairs"), "CPU")
     sizes = [(70, 3), (2, 1)] if everything else [(70, 3)]

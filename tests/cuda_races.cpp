@@ -131,6 +131,8 @@ struct Problem {
     launch(PullTask<T>{n, m, width, c.data(), x.data(), gradient.data(), 1, n, near.data(), true, candidates.data()},
            nullptr);
     launch(ClearTask<T>{m, n, near.data(), gradient.data()}, nullptr);
+    std::vector<T> square(n * n, T(1));
+    for (const bool add : {false, true}) launch(SymmetriseTask<T>{n, square.data(), add}, nullptr);
   }
 };
 

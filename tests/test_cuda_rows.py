@@ -22,6 +22,7 @@ from torch import Tensor
 import pcoherence
 from pcoherence import backends, ops, perception_coherence_loss
 from pcoherence.backends import cuda
+from pcoherence.backends import device as pipeline
 from pcoherence.spec import METHODS, OBJECTIVES
 from pcoherence.testing import CASES, make_case, relative_error, tolerances
 
@@ -295,14 +296,25 @@ def test_soft_rank(method: str, dtype: torch.dtype, emulate: Emulate) -> None:
             assert relative_error(ours, theirs, 1.0) <= tolerances(dtype, (0.0, 0.0))[1]
 
 
-@pytest.mark.parametrize("by_products", [False, True])
+def by_products(monkeypatch: pytest.MonkeyPatch, symmetric: bool) -> None:
+    """Even small batches, in blocks of 7 anchors; or with all distances at a time, mirrored."""
+    monkeypatch.setattr(cuda, "SMALL_CANDIDATES", 0)
+    monkeypatch.setattr(pipeline, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(pipeline, "MIN_ROWS", 7)
+    monkeypatch.setattr(pipeline, "MIRRORED_ROWS", 9)
+    monkeypatch.setattr(pipeline, "MIRRORED_WIDTH", 20)  # the teacher's, not the student's
+    if not symmetric:
+        monkeypatch.setattr(pipeline, "SYMMETRIC_BYTES", 0)
+
+
+@pytest.mark.parametrize("path", ["small", "blocks", "symmetric"])
 @pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean", "cosine"])
 def test_features(
-    metric: str, by_products: bool, emulate: Emulate, monkeypatch: pytest.MonkeyPatch
+    metric: str, path: str, emulate: Emulate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulate(threads=64, seed=7)
-    if by_products:
-        monkeypatch.setattr(cuda, "SMALL_CANDIDATES", 0)
+    if path != "small":
+        by_products(monkeypatch, path == "symmetric")
     for case, scale in zip(CASES, itertools.cycle(("anchor", "batch", "none")), strict=False):
         if (case, metric) == ("lattice", "cosine"):
             continue  # directions are on no lattice: in float32 and float64 other distances tie
@@ -320,11 +332,11 @@ def test_features(
         )
 
 
-@pytest.mark.parametrize("by_products", [False, True])
-def test_candidates(by_products: bool, emulate: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["small", "blocks"])
+def test_candidates(path: str, emulate: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(threads=64, seed=8)
-    if by_products:
-        monkeypatch.setattr(cuda, "SMALL_CANDIDATES", 0)
+    if path != "small":
+        by_products(monkeypatch, False)
     x, c = make_case("gaussian", 9, 4), make_case("gaussian", 35, 4, seed=1)
     c[5] = c[4]
     c[:4] = x[:4] + 1e-9  # near pairs
@@ -355,6 +367,20 @@ def test_equal_directions_tie(dtype: torch.dtype, emulate: Emulate) -> None:
     student = make_case("gaussian", 36, 4, dtype=dtype)
     check(from_features, student, teacher, metric="euclidean", teacher_metric="cosine")
     check(from_features, teacher, student, metric="cosine", teacher_metric="euclidean")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 16, 31, 33, 64, 100])
+def test_mirror_and_add_transpose(n: int, dtype: torch.dtype, emulate: Emulate) -> None:
+    emulate(seed=10)
+    given = make_case("gaussian", n, n, dtype=dtype)
+    kernels = cuda.CudaRowKernels()
+    found = given.clone()
+    kernels.mirror(found)
+    assert torch.equal(found, given.triu() + given.triu(1).t())
+    found = given.clone()
+    kernels.add_transpose(found)
+    assert torch.equal(found, given + given.t())
 
 
 def test_small_batches_take_two_launches(emulate: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:

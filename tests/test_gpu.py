@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import pcoherence
+from pcoherence.backends import device as pipeline
 from pcoherence.spec import METRICS, OBJECTIVES, SCALES
 from pcoherence.testing import (
     CASES,
@@ -212,6 +213,24 @@ def test_rows_longer_than_shared_memory(backend: str) -> None:
         assert relative_error(found[0], loss) < 5e-6
         # At 1e-4 near ties decide; float32 distances cannot do better than this.
         assert relative_error(found[1], gradient) < (2e-5 if temperature == 0.1 else 2e-2)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_distances_held_at_once_or_in_blocks(
+    backend: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More anchors than a block has, and than are mirrored at a time; some pairs are near."""
+    monkeypatch.setattr(pipeline, "BLOCK_BYTES", 8 << 20)
+    if not symmetric:
+        monkeypatch.setattr(pipeline, "SYMMETRIC_BYTES", 0)
+    n = 2 * pipeline.MIRRORED_ROWS + 11
+    student = make_case("clustered", n, pipeline.MIRRORED_WIDTH, dtype=torch.float32)
+    teacher = make_case("gaussian", n, 33, dtype=torch.float32, seed=1)
+    anchors = torch.zeros(n)
+    anchors[:: n // 5] = 1.0
+    for scale in SCALES:
+        check(student, teacher, backend, scale=scale, temperature=0.5, anchor_weights=anchors)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -38,9 +38,11 @@ if pcoherence.available_backends()["triton"] is not None:
     pytest.skip(str(pcoherence.available_backends()["triton"]), allow_module_level=True)
 
 from pcoherence.backends import REGISTRY
+from pcoherence.backends import device as pipeline
 from pcoherence.backends.device import NEARNESS, first_identical
 from pcoherence.backends.triton import TritonBackend
 from pcoherence.kernels import tables
+from pcoherence.kernels.launch import row_kernels
 
 # The interpreter computes with numpy, which warns of the NaN and infinities that kernels mask.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -188,12 +190,29 @@ def test_one_anchor() -> None:
         check(leaves, constants, method)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_blocks_of_anchors(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcoherence.backends.device.BLOCK_BYTES", 1)
-    monkeypatch.setattr("pcoherence.backends.device.MIN_ROWS", 7)
+def test_blocks_of_anchors(method: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(pipeline, "MIN_ROWS", 7)
+    monkeypatch.setattr(pipeline, "MIRRORED_ROWS", 9)
+    monkeypatch.setattr(pipeline, "MIRRORED_WIDTH", 5)  # the student's, not the teacher's
+    if not symmetric:
+        monkeypatch.setattr(pipeline, "SYMMETRIC_BYTES", 0)
     leaves, constants = problem(17, torch.float64, rectangular=False, weighted=True)
     check(leaves, constants, method, scale="batch", teacher_temperature=0.3)
+
+
+@pytest.mark.parametrize(("n", "dtype"), covering((1, 2, 32, 65, 100), DTYPES))
+def test_mirror_and_add_transpose(n: int, dtype: torch.dtype) -> None:
+    given = make_case("gaussian", n, n, dtype=dtype).to(DEVICE)
+    kernels = row_kernels()
+    found = given.clone()
+    kernels.mirror(found)
+    assert torch.equal(found, given.triu() + given.triu(1).t())
+    found = given.clone()
+    kernels.add_transpose(found)
+    assert torch.equal(found, given + given.t())
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ KERNELS = {
     "scan_pullback",
     "scan_ranks",
     "store_gradient",
+    "symmetrise",
 }
 
 

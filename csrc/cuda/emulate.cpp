@@ -93,6 +93,10 @@ void launch(const ClearTask<T>& task, Stream) {
   launch_stream(task);
 }
 template <class T>
+void launch(const SymmetriseTask<T>& task, Stream) {
+  launch_stream(task);
+}
+template <class T>
 void launch(const SmallGradientTask<T>& task, Stream) {
   launch_stream(task);
 }
@@ -107,6 +111,7 @@ void launch(const SmallGradientTask<T>& task, Stream) {
   template void launch<T>(const DifferenceTask<T>&, Stream);                   \
   template void launch<T>(const PullTask<T>&, Stream);                         \
   template void launch<T>(const ClearTask<T>&, Stream);                        \
+  template void launch<T>(const SymmetriseTask<T>&, Stream);                   \
   template void launch<T>(const SmallGradientTask<T>&, Stream);
 PCOH_INSTANTIATE(float)
 PCOH_INSTANTIATE(double)

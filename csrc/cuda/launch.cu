@@ -88,6 +88,10 @@ void launch(const ClearTask<T>& task, Stream stream) {
   launch_stream<T>(task, stream);
 }
 template <class T>
+void launch(const SymmetriseTask<T>& task, Stream stream) {
+  launch_stream<T>(task, stream);
+}
+template <class T>
 void launch(const SmallGradientTask<T>& task, Stream stream) {
   launch_stream<T>(task, stream);
 }
@@ -102,6 +106,7 @@ void launch(const SmallGradientTask<T>& task, Stream stream) {
   template void launch<T>(const DifferenceTask<T>&, Stream);                   \
   template void launch<T>(const PullTask<T>&, Stream);                         \
   template void launch<T>(const ClearTask<T>&, Stream);                        \
+  template void launch<T>(const SymmetriseTask<T>&, Stream);                   \
   template void launch<T>(const SmallGradientTask<T>&, Stream);
 PCOH_INSTANTIATE(float)
 PCOH_INSTANTIATE(double)

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "small.h"
+#include "symmetric.h"
 
 namespace pcoherence::cuda {
 
@@ -48,6 +49,8 @@ template <class T>
 void launch(const PullTask<T>& task, Stream stream);
 template <class T>
 void launch(const ClearTask<T>& task, Stream stream);
+template <class T>
+void launch(const SymmetriseTask<T>& task, Stream stream);
 template <class T>
 void launch(const SmallGradientTask<T>& task, Stream stream);
 

@@ -466,6 +466,20 @@ void clear_near(Tensor v, Tensor near) {
   check_launch();
 }
 
+// The upper triangle mirrored, or with `add` the transpose added. matrix: T [n, n].
+void symmetrise(Tensor matrix, bool add) {
+  const OnDevice on(matrix);
+  dispatch(matrix, "matrix", [&](auto zero) {
+    using T = decltype(zero);
+    SymmetriseTask<T> task{};
+    task.n = dimension(matrix, 0, "matrix");
+    task.matrix = Like{matrix}.out<T>(matrix, "matrix", task.n * task.n);
+    task.add = add;
+    launch(task, on.stream);
+  });
+  check_launch();
+}
+
 // ---------------------------------------------------------------- constants, on the host
 
 // [3, ...]: the grid's tables of sigmoid, slope and softplus, in the dtype of `like`; to be copied to the device once.
@@ -534,6 +548,7 @@ STABLE_TORCH_LIBRARY(pcoherence_cuda, m) {
       "accumulate_differences(Tensor(a!) out, Tensor points, Tensor others, Tensor v, Tensor? near, bool transposed) "
       "-> ()");
   m.def("clear_near(Tensor(a!) v, Tensor near) -> ()");
+  m.def("symmetrise(Tensor(a!) matrix, bool add) -> ()");
   m.def("tables(Tensor like) -> Tensor");
   m.def("series(Tensor like) -> Tensor");
 }
@@ -553,6 +568,7 @@ STABLE_TORCH_LIBRARY_IMPL(pcoherence_cuda, PCOH_DISPATCH_KEY, m) {
   m.impl("difference_distances", TORCH_BOX(&pcoherence::cuda::operators::difference_distances));
   m.impl("accumulate_differences", TORCH_BOX(&pcoherence::cuda::operators::accumulate_differences));
   m.impl("clear_near", TORCH_BOX(&pcoherence::cuda::operators::clear_near));
+  m.impl("symmetrise", TORCH_BOX(&pcoherence::cuda::operators::symmetrise));
   m.impl("tables", TORCH_BOX(&pcoherence::cuda::operators::tables));
   m.impl("series", TORCH_BOX(&pcoherence::cuda::operators::series_of));
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "small.h"
+#include "symmetric.h"
 
 namespace pcoherence::cuda {
 
@@ -80,6 +81,16 @@ PCOH_DEVICE void work(G& g, const ClearTask<T>& task, std::int64_t x, int) {
 template <class T>
 Shape shape(const ClearTask<T>& task) {
   return {task.rows, 1, kPullThreads};
+}
+
+template <class T, class G>
+PCOH_DEVICE void work(G& g, const SymmetriseTask<T>& task, std::int64_t x, int y) {
+  symmetrise(g, task, x, y);
+}
+template <class T>
+Shape shape(const SymmetriseTask<T>& task) {
+  const std::int64_t tiles = tiles_across<T>(task.n);
+  return {tiles, static_cast<int>(tiles / 2 + 1), kStreamThreads};
 }
 
 template <class T, class G>

@@ -119,6 +119,14 @@ class CudaRowKernels:
         """See RowKernels."""
         torch.ops.pcoherence_cuda.clear_near(v, near)
 
+    def mirror(self, matrix: Tensor) -> None:
+        """See RowKernels."""
+        torch.ops.pcoherence_cuda.symmetrise(matrix, False)
+
+    def add_transpose(self, matrix: Tensor) -> None:
+        """See RowKernels."""
+        torch.ops.pcoherence_cuda.symmetrise(matrix, True)
+
     def row_sums(self, distances: Tensor, weights: RowWeights) -> tuple[Tensor, Tensor]:
         """See RowKernels."""
         sums = distances.new_empty(2, distances.shape[0], dtype=torch.float64)
