@@ -12,17 +12,15 @@ from torch import Tensor
 from triton import cdiv
 
 from ..backends.device import (
-    NEARNESS,
     RowKernels,
     RowOptions,
     RowResults,
     RowWeights,
-    Side,
-    Traits,
     Units,
     block_rows,
     inverse_temperature,
 )
+from ..backends.points import NEARNESS, Prepared, Side, Traits, prepare
 from ..objectives import HUBER_DELTA, RESOLUTION, SPEARMAN_FLOOR
 from . import distances, objectives, soft_ranks
 from .tables import SERIES_DEGREE, hard_series, series
@@ -51,6 +49,14 @@ class _Rows(NamedTuple):
     values: Tensor  # T [rows, n]
     weights: Tensor  # T [n], or [rows, n]
     own: Tensor  # int64 [rows]
+
+    @classmethod
+    def of(cls, values: Tensor, weights: RowWeights) -> _Rows:
+        """Without weights, ones."""
+        candidates = weights.candidates
+        if candidates is None:
+            candidates = values.new_ones(values.shape[1])
+        return cls(values, candidates, weights.own)
 
     @property
     def weighting(self) -> tuple[Tensor, int, Tensor]:
@@ -217,6 +223,10 @@ class TritonRowKernels:
             num_warps=t.distance_warps,
         )
 
+    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: Traits) -> Prepared:
+        """See RowKernels: by torch's operations, some 110 launches."""
+        return prepare(anchors, candidates, traits)
+
     def product_distances(
         self,
         out: Tensor,
@@ -316,7 +326,7 @@ class TritonRowKernels:
     def row_sums(self, distances: Tensor, weights: RowWeights) -> tuple[Tensor, Tensor]:
         """See RowKernels; the mean is in float64, so that nothing is lost by multiplying again."""
         one = torch.ones((), dtype=torch.float64, device=distances.device)
-        rows = _Rows(distances, weights.candidates, weights.own)
+        rows = _Rows.of(distances, weights)
         stats = _row_stats(rows, "none", Units(one, None))
         return stats[1] * stats[0], stats[0]
 
@@ -338,8 +348,8 @@ class TritonRowKernels:
         method = resolve_method(options.method, n)
         t = tiles(student.dtype, student.is_cuda)
         cross_entropy = options.objective == "cross_entropy"
-        ours = _Rows(student, weights.candidates, weights.own)
-        theirs = _Rows(teacher, weights.candidates, weights.own)
+        ours = _Rows.of(student, weights)
+        theirs = ours._replace(values=teacher)
         hard = not options.soft_teacher
         teacher_stats = _row_stats(theirs, "none" if hard else options.scale, teacher_units)
         student_stats = _row_stats(ours, options.scale, student_units)
@@ -362,7 +372,7 @@ class TritonRowKernels:
         objectives.objective[grid](
             ranks,
             teacher_ranks,
-            weights.candidates,
+            ours.weights,
             weights.own,
             student_stats,
             teacher_stats,
@@ -391,7 +401,7 @@ class TritonRowKernels:
             objectives.store_gradient[grid](
                 student,
                 g,
-                weights.candidates,
+                ours.weights,
                 weights.own,
                 weights.coefficients,
                 student_stats,

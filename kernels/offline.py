@@ -28,8 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..backends import device
-from ..backends.device import TRAITS
 from ..backends.device_operators import implement
+from ..backends.points import TRAITS
 from ..ops import Operators
 from ..spec import OBJECTIVES, SCALES
 from . import distances, launch, objectives, soft_ranks, tuning

@@ -39,7 +39,7 @@ if pcoherence.available_backends()["triton"] is not None:
 
 from pcoherence.backends import REGISTRY
 from pcoherence.backends import device as pipeline
-from pcoherence.backends.device import NEARNESS, first_identical
+from pcoherence.backends.points import NEARNESS, first_identical
 from pcoherence.backends.triton import TritonBackend
 from pcoherence.kernels import tables
 from pcoherence.kernels.launch import row_kernels

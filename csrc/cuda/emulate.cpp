@@ -93,6 +93,22 @@ void launch(const ClearTask<T>& task, Stream) {
   launch_stream(task);
 }
 template <class T>
+void launch(const CentreTask<T>& task, Stream) {
+  launch_stream(task);
+}
+template <class T>
+void launch(const PrepareTask<T>& task, Stream) {
+  launch_stream(task);
+}
+template <class T>
+void launch(const IdenticalTask<T>& task, Stream) {
+  launch_stream(task);
+}
+template <class T>
+void launch(const FirstTask<T>& task, Stream) {
+  launch_stream(task);
+}
+template <class T>
 void launch(const SymmetriseTask<T>& task, Stream) {
   launch_stream(task);
 }
@@ -111,6 +127,10 @@ void launch(const SmallGradientTask<T>& task, Stream) {
   template void launch<T>(const DifferenceTask<T>&, Stream);                   \
   template void launch<T>(const PullTask<T>&, Stream);                         \
   template void launch<T>(const ClearTask<T>&, Stream);                        \
+  template void launch<T>(const CentreTask<T>&, Stream);                       \
+  template void launch<T>(const PrepareTask<T>&, Stream);                      \
+  template void launch<T>(const IdenticalTask<T>&, Stream);                    \
+  template void launch<T>(const FirstTask<T>&, Stream);                        \
   template void launch<T>(const SymmetriseTask<T>&, Stream);                   \
   template void launch<T>(const SmallGradientTask<T>&, Stream);
 PCOH_INSTANTIATE(float)

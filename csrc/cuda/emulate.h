@@ -171,6 +171,14 @@ class EmulatedGroup {
     return p;
   }
   int add(int* p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+  void lower(int* p, int v) {
+    for (int there = __atomic_load_n(p, __ATOMIC_RELAXED); v < there;)
+      if (__atomic_compare_exchange_n(p, &there, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return;
+  }
+  int swap_if(int* p, int expected, int v) {
+    __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    return expected;
+  }
 
   template <class V>
   V shuffle(V v, int lane) {

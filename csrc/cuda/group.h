@@ -8,6 +8,8 @@
 //              ballot(condition)                          bit l is set where lane l's condition holds
 //              add(p, v)                                  atomic; returns what was there. Integers only: any order of
 //                                                         additions gives the same sum, so results do not depend on it
+//              lower(p, v)                                atomic minimum, likewise
+//              swap_if(p, expected, v)                    atomic compare and swap; returns what was there
 //              in_fast(p), fast(p)                        whether p lies in fast memory; p, known to lie there: the
 //                                                         compiler then uses shorter addresses and instructions
 //              scratch()                                  kScratchBytes, fast, for the functions of this file
@@ -63,6 +65,8 @@ class CudaGroup {
   }
   __device__ unsigned ballot(bool condition) const { return __ballot_sync(kAll, condition); }
   __device__ int add(int* p, int v) const { return atomicAdd(p, v); }
+  __device__ void lower(int* p, int v) const { atomicMin(p, v); }
+  __device__ int swap_if(int* p, int expected, int v) const { return atomicCAS(p, expected, v); }
 
   template <class V>
   __device__ V shuffle(V v, int lane) const {

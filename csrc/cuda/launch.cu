@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>, 1)
 }
 
 template <class T, class Task>
-__global__ void __launch_bounds__(kStreamThreads) stream_kernel(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kMostThreadsOf<Task>) stream_kernel(const __grid_constant__ Task task) {
   __shared__ __align__(16) char scratch[kScratchBytes];
   CudaGroup g(scratch);
   work(g, task, static_cast<std::int64_t>(blockIdx.x), static_cast<int>(blockIdx.y));
@@ -35,8 +35,10 @@ void launch_rows(const Task& task, const Plan& plan, char* workspace, Stream str
   if (rows_of(task) == 0) return;
   const auto kernel = row_kernel<T, Task>;
   constexpr std::int64_t by_default = 48 << 10;  // more has to be asked for
+  // The most there is, not plan.shared: another thread of the host may be launching rows of another length.
   if (plan.shared > by_default)
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared));
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(current_device().shared_per_block));
   kernel<<<plan.blocks, plan.threads, plan.shared, static_cast<cudaStream_t>(stream)>>>(task, plan, workspace);
 }
 
@@ -88,6 +90,22 @@ void launch(const ClearTask<T>& task, Stream stream) {
   launch_stream<T>(task, stream);
 }
 template <class T>
+void launch(const CentreTask<T>& task, Stream stream) {
+  launch_stream<T>(task, stream);
+}
+template <class T>
+void launch(const PrepareTask<T>& task, Stream stream) {
+  launch_stream<T>(task, stream);
+}
+template <class T>
+void launch(const IdenticalTask<T>& task, Stream stream) {
+  launch_stream<T>(task, stream);
+}
+template <class T>
+void launch(const FirstTask<T>& task, Stream stream) {
+  launch_stream<T>(task, stream);
+}
+template <class T>
 void launch(const SymmetriseTask<T>& task, Stream stream) {
   launch_stream<T>(task, stream);
 }
@@ -106,6 +124,10 @@ void launch(const SmallGradientTask<T>& task, Stream stream) {
   template void launch<T>(const DifferenceTask<T>&, Stream);                   \
   template void launch<T>(const PullTask<T>&, Stream);                         \
   template void launch<T>(const ClearTask<T>&, Stream);                        \
+  template void launch<T>(const CentreTask<T>&, Stream);                       \
+  template void launch<T>(const PrepareTask<T>&, Stream);                      \
+  template void launch<T>(const IdenticalTask<T>&, Stream);                    \
+  template void launch<T>(const FirstTask<T>&, Stream);                        \
   template void launch<T>(const SymmetriseTask<T>&, Stream);                   \
   template void launch<T>(const SmallGradientTask<T>&, Stream);
 PCOH_INSTANTIATE(float)

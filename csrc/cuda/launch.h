@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "prepare.h"
 #include "small.h"
 #include "symmetric.h"
 
@@ -49,6 +50,14 @@ template <class T>
 void launch(const PullTask<T>& task, Stream stream);
 template <class T>
 void launch(const ClearTask<T>& task, Stream stream);
+template <class T>
+void launch(const CentreTask<T>& task, Stream stream);
+template <class T>
+void launch(const PrepareTask<T>& task, Stream stream);
+template <class T>
+void launch(const IdenticalTask<T>& task, Stream stream);
+template <class T>
+void launch(const FirstTask<T>& task, Stream stream);
 template <class T>
 void launch(const SymmetriseTask<T>& task, Stream stream);
 template <class T>

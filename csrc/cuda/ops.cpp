@@ -376,6 +376,62 @@ void row_sums(Tensor distances, OptionalTensor weights, OptionalTensor self, Ten
 
 // ---------------------------------------------------------------- distances and gradients
 
+// One network's points made ready for products, as points.prepare() in Python. numbers: float64 [1 + d], the scale and
+// the centre. anchors T [m, d]; prepared, scaled T [m, d], norms float64 [m]; scaled is null for directions, whose
+// prepared points serve. Candidates likewise, or none where they are the anchors. first: int64 [n].
+void prepare(Tensor anchors, OptionalTensor candidates, bool directions, Tensor numbers, Tensor prepared, Tensor norms,
+             OptionalTensor scaled, OptionalTensor candidate_prepared, OptionalTensor candidate_norms,
+             OptionalTensor candidate_scaled, Tensor first) {
+  const OnDevice on(anchors);
+  dispatch(anchors, "anchors", [&](auto zero) {
+    using T = decltype(zero);
+    const Like like{anchors};
+    const bool same = !candidates;
+    STD_TORCH_CHECK(same || (candidate_prepared && candidate_norms && (directions || candidate_scaled)),
+                    "candidate_prepared: expected for candidates that are not the anchors");
+    STD_TORCH_CHECK(directions || scaled, "scaled: expected for points that are not directions");
+    const std::int64_t m = dimension(anchors, 0, "anchors"), n = same ? m : dimension(*candidates, 0, "candidates");
+    const std::int64_t width = dimension(anchors, 1, "anchors"), size = table_size(n);
+    const T* from = same ? like.in<T>(anchors, "anchors", m * width) : like.in<T>(*candidates, "candidates", n * width);
+    double* given = like.out<double>(numbers, "numbers", 1 + width);
+
+    // Hashes, what the centre needs, the table, slots: in this order, each aligned to what it holds.
+    const std::int64_t doubles = n + kCentreMemory, ints = 2 * size + n;
+    const Tensor workspace = torch::stable::new_empty(anchors, {doubles + (ints + 1) / 2}, ScalarType::Double);
+    auto* hashes = reinterpret_cast<std::uint64_t*>(bytes(workspace));
+    auto* memory = reinterpret_cast<double*>(hashes + n);
+    auto* table = reinterpret_cast<int*>(memory + kCentreMemory);
+    const Identity found{table, table + size, table + 2 * size, size};
+
+    launch(CentreTask<T>{n, static_cast<int>(width), directions, from, given + 1, given, memory}, on.stream);
+    PrepareTask<T> task{m,
+                        static_cast<int>(width),
+                        directions,
+                        like.in<T>(anchors, "anchors", m * width),
+                        given + 1,
+                        given,
+                        like.out<T>(prepared, "prepared", m * width),
+                        directions ? nullptr : like.out<T>(scaled, "scaled", m * width),
+                        like.out<double>(norms, "norms", m),
+                        same ? hashes : nullptr,
+                        table};
+    launch(task, on.stream);
+    if (!same) {
+      task.rows = n;
+      task.points = from;
+      task.prepared = like.out<T>(candidate_prepared, "candidate_prepared", n * width);
+      task.scaled = directions ? nullptr : like.out<T>(candidate_scaled, "candidate_scaled", n * width);
+      task.norms = like.out<double>(candidate_norms, "candidate_norms", n);
+      task.hashes = hashes;
+      launch(task, on.stream);
+    }
+    launch(IdenticalTask<T>{n, static_cast<int>(width), directions ? task.prepared : task.scaled, hashes, found},
+           on.stream);
+    launch(FirstTask<T>{n, found, like.out<std::int64_t>(first, "first", n)}, on.stream);
+  });
+  check_launch();
+}
+
 // near: int32 [b, ceil(n / 32)] is written; see ProductTask for the rest.
 void product_distances(Tensor out, Tensor products, Tensor anchor_norms, Tensor candidate_norms, Tensor anchors,
                        Tensor candidates, Tensor first, Tensor near, std::int64_t begin, bool same, bool root,
@@ -540,6 +596,10 @@ STABLE_TORCH_LIBRARY(pcoherence_cuda, m) {
       "row_sums(Tensor distances, Tensor? weights, Tensor? self, Tensor(a!) distance_sums, Tensor(b!) weight_sums) "
       "-> ()");
   m.def(
+      "prepare(Tensor anchors, Tensor? candidates, bool directions, Tensor(a!) numbers, Tensor(b!) prepared, "
+      "Tensor(c!) norms, Tensor(d!)? scaled, Tensor(e!)? candidate_prepared, Tensor(f!)? candidate_norms, "
+      "Tensor(g!)? candidate_scaled, Tensor(h!) first) -> ()");
+  m.def(
       "product_distances(Tensor(a!) out, Tensor products, Tensor anchor_norms, Tensor candidate_norms, "
       "Tensor anchors, Tensor candidates, Tensor first, Tensor(b!) near, int begin, bool same, bool root, "
       "float factor) -> ()");
@@ -564,6 +624,7 @@ STABLE_TORCH_LIBRARY_IMPL(pcoherence_cuda, PCOH_DISPATCH_KEY, m) {
   m.impl("small_gradient", TORCH_BOX(&pcoherence::cuda::operators::small_gradient));
   m.impl("soft_rank", TORCH_BOX(&pcoherence::cuda::operators::soft_rank));
   m.impl("row_sums", TORCH_BOX(&pcoherence::cuda::operators::row_sums));
+  m.impl("prepare", TORCH_BOX(&pcoherence::cuda::operators::prepare));
   m.impl("product_distances", TORCH_BOX(&pcoherence::cuda::operators::product_distances));
   m.impl("difference_distances", TORCH_BOX(&pcoherence::cuda::operators::difference_distances));
   m.impl("accumulate_differences", TORCH_BOX(&pcoherence::cuda::operators::accumulate_differences));

@@ -1,6 +1,7 @@
 // Which function of a group does a task's piece of work: the only list of kernels, for launcher and emulation alike.
 #pragma once
 
+#include "prepare.h"
 #include "small.h"
 #include "symmetric.h"
 
@@ -31,6 +32,53 @@ struct Shape {
 };
 inline constexpr int kStreamThreads = 256;  // for kernels that read and write rows
 inline constexpr int kPullThreads = 128;    // features of a block
+// Of any launch for a task.
+template <class Task>
+inline constexpr int kMostThreadsOf = kStreamThreads;
+template <class T>
+inline constexpr int kMostThreadsOf<CentreTask<T>> = kCentreThreads;
+
+// Blocks that treat `rows`, a warp each.
+constexpr Shape a_warp_each(std::int64_t rows) {
+  constexpr int warps = kStreamThreads / kWarp;
+  return {(rows + warps - 1) / warps, 1, kStreamThreads};
+}
+
+template <class T, class G>
+PCOH_DEVICE void work(G& g, const CentreTask<T>& task, std::int64_t, int) {
+  find_centre(g, task);
+}
+template <class T>
+Shape shape(const CentreTask<T>&) {
+  return {1, 1, kCentreThreads};
+}
+
+template <class T, class G>
+PCOH_DEVICE void work(G& g, const PrepareTask<T>& task, std::int64_t x, int) {
+  prepare_points(g, task, x);
+}
+template <class T>
+Shape shape(const PrepareTask<T>& task) {
+  return a_warp_each(task.rows);
+}
+
+template <class T, class G>
+PCOH_DEVICE void work(G& g, const IdenticalTask<T>& task, std::int64_t x, int) {
+  find_identical(g, task, x);
+}
+template <class T>
+Shape shape(const IdenticalTask<T>& task) {
+  return a_warp_each(task.n);
+}
+
+template <class T, class G>
+PCOH_DEVICE void work(G& g, const FirstTask<T>& task, std::int64_t x, int) {
+  store_first(g, task, x);
+}
+template <class T>
+Shape shape(const FirstTask<T>& task) {
+  return {(task.n + kStreamThreads - 1) / kStreamThreads, 1, kStreamThreads};
+}
 
 template <class T, class G>
 PCOH_DEVICE void work(G& g, const RowSumsTask<T>& task, std::int64_t x, int) {

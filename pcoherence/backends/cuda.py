@@ -21,19 +21,17 @@ from torch import Tensor
 from .. import ops
 from ..spec import METHODS, OBJECTIVES, SCALES
 from .device import (
-    TRAITS,
     CallWeights,
     PointSet,
     Results,
     RowOptions,
     RowResults,
     RowWeights,
-    Side,
-    Traits,
     Units,
 )
 from .device_operators import Implementation, register
 from .operators import OperatorBackend
+from .points import TRAITS, Prepared, Side, Traits
 
 SMALL_CANDIDATES = 512
 """Up to this many candidates a batch is small: a row of all pairs fits a thread block."""
@@ -78,6 +76,32 @@ class CudaRowKernels:
         torch.ops.pcoherence_cuda.difference_distances(
             out, anchors, candidates, root, traits.factor
         )
+
+    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: Traits) -> Prepared:
+        """See RowKernels: four launches, five with candidates of their own."""
+
+        def side(x: Tensor) -> Side:
+            prepared, norms = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float64)
+            # Directions are measured by the differences of those that are prepared.
+            return Side(prepared, norms, prepared if traits.directions else torch.empty_like(x))
+
+        own = side(anchors)
+        others = own if candidates is None else side(candidates)
+        numbers = anchors.new_empty(1 + anchors.shape[1], dtype=torch.float64)
+        first = anchors.new_empty(others.norms.shape[0], dtype=torch.int64)
+        written = [
+            (s.prepared, s.norms, None if traits.directions else s.rows) for s in (own, others)
+        ]
+        torch.ops.pcoherence_cuda.prepare(
+            anchors,
+            candidates,
+            traits.directions,
+            numbers,
+            *written[0],
+            *((None, None, None) if candidates is None else written[1]),
+            first,
+        )
+        return Prepared(own, others, first, numbers[0])
 
     def product_distances(
         self,

@@ -8,8 +8,7 @@ shape depends on data), so that a call can be captured in a CUDA graph. No sum d
 in which threads arrive: results repeat bit for bit. Memory is O(m d + n d + b n), after three
 square matrices of at most SYMMETRIC_BYTES.
 
-The same steps as csrc/cpu/pipeline.cpp and csrc/cpu/features.cpp; the constants are those of
-csrc/distances.h.
+The same steps as csrc/cpu/pipeline.cpp and csrc/cpu/features.cpp.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from .points import TRAITS, Prepared, Side, Traits, lengths, power_of_two_below, slabs, wide
 
 BLOCK_BYTES = 32 << 20
 """Bytes of a block of distances: 2,048 anchors of 4,096 float32 candidates.
@@ -50,51 +51,6 @@ saves d multiplications and additions of it at best, 2.6 ps at d = 64 and 50 TFL
 MIN_ROWS = 64
 """Below this many rows the products run at the speed of memory, whatever the block's size."""
 
-SAMPLE = 512
-"""The centre and spread of a cloud are estimated from at most this many candidates."""
-
-SLAB_ELEMENTS = 1 << 22
-"""Features that are held in float64 at a time while they are prepared: 32 MiB."""
-
-
-class Traits(NamedTuple):
-    """How a metric comes from |a - b|^2 of the points or of their directions.
-
-    The distance is factor |a - b|^2, or with `root` |a - b|. The gradient with respect to features
-    is sum_j V_ij (x_i - c_j) with V = chain * (gradient w.r.t. the distance), with root divided by
-    the distance (0 where that is 0).
-    """
-
-    directions: bool
-    root: bool
-    factor: float
-    chain: float
-
-
-TRAITS = {
-    "euclidean": Traits(directions=False, root=True, factor=1.0, chain=1.0),
-    "sqeuclidean": Traits(directions=False, root=False, factor=1.0, chain=2.0),
-    "cosine": Traits(directions=True, root=False, factor=0.5, chain=1.0),
-}
-"""The metrics that row kernels know; others come as blocks of distances."""
-
-
-class Nearness(NamedTuple):
-    """A pair with |a - b|^2 < distance (|a|^2 + |b|^2) is measured by differences of the points.
-
-    Below `gradient`, its gradient leaves the products, too. The product form loses 1 / ratio of
-    the digits of a distance and 1 / sqrt(ratio) of those of a gradient.
-    """
-
-    distance: float
-    gradient: float
-
-
-NEARNESS = {
-    torch.float32: Nearness(2.0**-4, 2.0**-12),
-    torch.float64: Nearness(2.0**-6, 2.0**-24),
-}
-
 
 @dataclass(frozen=True)
 class RowOptions:
@@ -115,7 +71,7 @@ class RowOptions:
 class RowWeights(NamedTuple):
     """Weights of a block of b anchors."""
 
-    candidates: Tensor  # [n] w_k
+    candidates: Tensor | None  # [n] w_k; None: ones
     own: Tensor  # int64 [b]: the candidate that is the anchor itself and is left out, or -1
     coefficients: Tensor  # [b] c_i, by which the gradient is multiplied
 
@@ -150,6 +106,10 @@ class RowKernels(Protocol):
         out T [b, n]; anchors T [b, d]; candidates T [n, d]. With `order_only` anything in the
         same order will do, and must not turn different distances into equal ones.
         """
+        ...
+
+    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: Traits) -> Prepared:
+        """Points for products, see points.prepare; T [m, d], and [n, d] or the anchors."""
         ...
 
     def product_distances(
@@ -237,35 +197,7 @@ class RowKernels(Protocol):
         ...
 
 
-class Side(NamedTuple):
-    """Points made ready: those that enter the products, and those that are subtracted."""
-
-    prepared: Tensor  # T [r, d]: (x - centre) * scale, or of the directions
-    norms: Tensor  # float64 [r]: |prepared|^2
-    rows: Tensor  # T [r, d] in the same units and not centred, so that differences are exact
-
-    def part(self, begin: int, end: int) -> Side:
-        """Rows begin .. end."""
-        return Side(*(tensor[begin:end] for tensor in self))
-
-
 # ---------------------------------------------------------------- features
-
-
-def _power_of_two_below(x: Tensor) -> Tensor:
-    """The largest power of two <= x, for x > 0 (0-d): exact, as x = mantissa 2^e in [1/2, 1)."""
-    return x / torch.frexp(x).mantissa / 2
-
-
-def _lengths(x: Tensor) -> Tensor:
-    """|x| [r, 1] in float64; infinite for a zero vector, which has no direction and stays zero."""
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
-    return torch.where(length == 0, torch.inf, length)
-
-
-def _slabs(rows: int, width: int) -> list[tuple[int, int]]:
-    step = max(1, SLAB_ELEMENTS // max(1, width))
-    return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
 class Cloud:
@@ -277,11 +209,9 @@ class Cloud:
         metric: a name in TRAITS.
 
     Attributes:
-        unit: float64, 0-d: a distance in the given metric = unit * the distance measured here.
         symmetric: whether all anchors have to come in one block, since that saves work.
     """
 
-    unit: Tensor
     symmetric = False
     _scale: Tensor  # float64, 0-d: a power of two that points are multiplied by
 
@@ -291,13 +221,10 @@ class Cloud:
         self.same = candidates is None
         self.traits = TRAITS[metric]
 
-    def _wide(self, x: Tensor) -> Tensor:
-        """Points or directions in float64, [r, d]."""
-        return x.double() / _lengths(x) if self.traits.directions else x.double()
-
-    def _set_scale(self, scale: Tensor) -> None:
-        self._scale = scale
-        self.unit = 1 / scale if self.traits.root else 1 / scale.square()
+    @property
+    def unit(self) -> Tensor:
+        """float64, 0-d: a distance in the given metric = unit * the distance measured here."""
+        return 1 / self._scale if self.traits.root else 1 / self._scale.square()
 
     def pull(self, gradient: Tensor, given: Tensor) -> Tensor:
         """Gradient w.r.t. the points measured here -> w.r.t. the points given, both T [r, d].
@@ -307,9 +234,9 @@ class Cloud:
         if not self.traits.directions:
             return gradient * self._scale.to(gradient.dtype)
         out = torch.empty_like(gradient)
-        for begin, end in _slabs(*gradient.shape):
+        for begin, end in slabs(*gradient.shape):
             x, g = given[begin:end], gradient[begin:end].double()
-            length = _lengths(x)
+            length = lengths(x)
             direction = x.double() / length
             radial = (g * direction).sum(1, keepdim=True) * direction
             out[begin:end] = ((g - radial) * (self._scale / length)).to(out.dtype)
@@ -330,15 +257,15 @@ class DifferenceCloud(Cloud):
         origin = self.candidates[:1]
         if self.traits.directions:
             # Directions share a large mean where features do: it would cost digits of T.
-            first = self._wide(origin)
-            self._set_scale(torch.ones((), dtype=torch.float64, device=anchors.device))
-            self._rows = [(self._wide(x) - first).to(x.dtype) for x in self._distinct()]
+            first = wide(origin, self.traits)
+            self._scale = torch.ones((), dtype=torch.float64, device=anchors.device)
+            self._rows = [(wide(x, self.traits) - first).to(x.dtype) for x in self._distinct()]
         else:
             # Squares must neither over- nor underflow.
             spread = (self.candidates - origin).abs().double()
             spread = spread.amax() if spread.numel() else spread.sum()
             usable = spread.isfinite() & (spread > 0)
-            self._set_scale(1 / _power_of_two_below(torch.where(usable, spread, 1.0)))
+            self._scale = 1 / power_of_two_below(torch.where(usable, spread, 1.0))
             self._rows = [x * self._scale.to(x.dtype) for x in self._distinct()]
 
     def _distinct(self) -> list[Tensor]:
@@ -392,11 +319,7 @@ class DifferenceGradient:
 
 
 class ProductCloud(Cloud):
-    """Distances and their gradient by matrix products, but of near pairs by differences.
-
-    x -> (x / |x| for directions) minus a common centre, times a power of two. Neither changes the
-    order of distances; together they keep the products from cancelling and from overflowing.
-    """
+    """Distances and their gradient by matrix products, but of near pairs by differences."""
 
     def __init__(
         self, anchors: Tensor, candidates: Tensor | None, metric: str, kernels: RowKernels
@@ -405,63 +328,8 @@ class ProductCloud(Cloud):
         self._kernels = kernels
         n = self.candidates.shape[0]
         self.symmetric = self.same and n * n * anchors.element_size() <= SYMMETRIC_BYTES
-        centre, scale = self._centre_and_scale()
-        self._set_scale(scale)
-        self._centre = centre
-        self._anchor_side = self._prepare(self.anchors)
-        self._candidate_side = self._anchor_side if self.same else self._prepare(self.candidates)
-        self._first = first_identical(self._candidate_side.rows)
-
-    def _centre_and_scale(self) -> tuple[Tensor, Tensor]:
-        """The centre [d] and the scale, float64.
-
-        The centre is the mean of the half of the candidates that lies nearest to the overall
-        mean, so that a far outlier does not move it, rounded to a power of two near the spread of
-        one coordinate: then x - centre is exact for points on a lattice, and ties stay ties.
-        """
-        n, width = self.candidates.shape
-        count = min(n, SAMPLE)
-        chosen = torch.arange(count, device=self.candidates.device) * n // count
-        sample = self._wide(self.candidates[chosen])
-        first = sample[0]
-        far, half = _spread(sample, sample.mean(0))
-        used = (far <= half)[:, None]
-        # Not a product with the mask: NaN * 0 is NaN.
-        centre = torch.where(used, sample, 0.0).sum(0) / used.sum()
-        far, spread = _spread(sample, centre)
-        # What the squared distance of equal points to their mean can be: its own rounding.
-        rounding = (4 * torch.finfo(torch.float64).eps) ** 2 * centre.square().sum()
-        spread = torch.where(spread > rounding, spread, far.amax())
-        # The sample may be one point many times: then it is the centre, and all are asked.
-        everyone = self._farthest(first) if count < n else torch.zeros_like(spread)
-        single = spread <= rounding
-        centre = torch.where(single, first, centre)
-        spread = torch.where(single, everyone, spread)
-        finite = spread.isfinite()
-        useful = finite & (spread > 0)
-        spread = torch.where(useful, spread, 1.0)
-        quantum = _power_of_two_below((spread / max(width, 1)).sqrt())
-        centre = torch.where(useful, (centre / quantum).round() * quantum, centre)
-        centre = torch.where(finite, centre, 0.0)
-        return centre, 1 / torch.where(useful, _power_of_two_below(spread.sqrt()), 1.0)
-
-    def _farthest(self, point: Tensor) -> Tensor:
-        """The largest squared distance of a candidate to point [d]."""
-        parts = [
-            (self._wide(self.candidates[begin:end]) - point).square().sum(1).amax()
-            for begin, end in _slabs(*self.candidates.shape)
-        ]
-        return torch.stack(parts).amax()
-
-    def _prepare(self, x: Tensor) -> Side:
-        side = Side(torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float64), x)
-        rows = side.prepared if self.traits.directions else x * self._scale.to(x.dtype) + 0.0
-        for begin, end in _slabs(*x.shape):
-            # + 0 turns -0 into 0, so that equal rows are equal bit by bit.
-            part = ((self._wide(x[begin:end]) - self._centre) * self._scale).to(x.dtype) + 0.0
-            side.prepared[begin:end] = part
-            side.norms[begin:end] = part.double().square().sum(1)
-        return side._replace(rows=rows)
+        prepared = kernels.prepare(anchors, candidates, self.traits)
+        self._anchor_side, self._candidate_side, self._first, self._scale = prepared
 
     def distances(self, out: Tensor, products: Tensor, begin: int, order_only: bool) -> Any:
         """Distances of anchors begin .. begin + len(out) into out [b, n]; returns the near pairs.
@@ -502,40 +370,6 @@ class ProductCloud(Cloud):
             return SymmetricGradient(self._kernels, self._anchor_side, wanted=anchors)
         sides = self._anchor_side, None if self.same else self._candidate_side
         return ProductGradient(self._kernels, *sides, anchors=anchors, candidates=candidates)
-
-
-def _spread(sample: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances [r] of sample [r, d] to centre [d], NaN as infinity, and their median."""
-    far = (sample - centre).square().sum(1)
-    far = torch.where(far.isnan(), torch.inf, far)
-    return far, far.sort().values[far.shape[0] // 2]
-
-
-def first_identical(rows: Tensor) -> Tensor:
-    """For every row of rows T [n, d] (without -0) the first row that equals it, int64 [n].
-
-    Products may round differently for different columns, so equal candidates are found by value.
-    """
-    n, width = rows.shape
-    bits = rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int64)
-    # A sum of words times odd pseudo-random factors, modulo 2^64 (Knuth's and Steele's constants).
-    factors = torch.arange(1, width + 1, device=rows.device) * 6364136223846793005
-    factors = (factors ^ (factors >> 29)) * -7046029254386353131 | 1
-    parts = [(bits[begin:end].long() * factors).sum(1) for begin, end in _slabs(n, width)]
-    hashes = torch.cat(parts)
-    hashes, order = hashes.sort(stable=True)
-    equal = hashes[1:] == hashes[:-1]
-    differ = torch.cat(
-        [
-            (bits[order[begin + 1 : end + 1]] != bits[order[begin:end]]).any(1)
-            for begin, end in _slabs(n - 1, width)
-        ]
-    )
-    place = torch.arange(n, device=rows.device)
-    start = torch.zeros_like(place)
-    start[1:] = torch.where(equal & ~differ, 0, place[1:])
-    original = order[start.cummax(0).values]
-    return torch.empty_like(order).scatter_(0, order, original)
 
 
 class SymmetricGradient:
@@ -700,7 +534,7 @@ class Coherence:
         self._blocks = [like.new_empty(self._held, self._n) for _ in range(3)]
         none = torch.full((self._m,), -1, dtype=torch.int64, device=like.device)
         self._own = none if weights.own is None else weights.own
-        self._candidates = _or_ones(weights.candidates, like, self._n)
+        self._candidates = weights.candidates
         self._anchors = _or_ones(weights.anchors, like, self._m)
         self._coefficients = _or_ones(weights.coefficients, like, self._m)
 
@@ -804,7 +638,9 @@ class Coherence:
             block.reciprocal_().masked_fill_(block.isinf(), 0.0)
         else:
             block.fill_(1.0)
-        block.mul_(self._candidates).mul_(self._anchors[begin:end, None] * traits.chain)
+        if self._candidates is not None:
+            block.mul_(self._candidates)
+        block.mul_(self._anchors[begin:end, None] * traits.chain)
         own = self._own[begin:end, None]
         # Nobody's own column (-1) keeps its value.
         kept = block.gather(1, own.clamp(min=0))
@@ -846,13 +682,12 @@ def coherence_from_distances(
     out = student.clone() if want_gradient else student
     nobody = torch.full((m,), -1, dtype=torch.int64, device=device)
     own = nobody if weights.own is None else weights.own
-    candidates = _or_ones(weights.candidates, student, n)
     coefficients = _or_ones(weights.coefficients, student, m)
     losses = []
     step = block_rows(m, n, student.element_size())
     for begin in range(0, m, step):
         part = slice(begin, min(begin + step, m))
-        row_weights = RowWeights(candidates, own[part], coefficients[part])
+        row_weights = RowWeights(weights.candidates, own[part], coefficients[part])
         result = kernels.anchors(
             row_options, out[part], teacher[part], row_weights, units, teacher_units, None
         )

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..ops import Operators
 from ..spec import OBJECTIVES, SCALES, check_name, check_temperature
 from .device import (
-    TRAITS,
     CallWeights,
     Coherence,
     Options,
@@ -23,6 +22,7 @@ from .device import (
     RowKernels,
     coherence_from_distances,
 )
+from .points import TRAITS
 
 COMPUTED = (torch.float32, torch.float64)
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .. import ops
 from ..spec import OBJECTIVES, SCALES
-from .device import TRAITS, RowKernels
+from .device import RowKernels
 from .device_operators import implement
 from .operators import OperatorBackend
+from .points import TRAITS
 
 METHODS = ("auto", "scan", "pairs")
 
