@@ -130,3 +130,21 @@ def test_a_metric_that_is_not_ported_goes_by_blocks(
     )
     expected = pcoherence.reference.perception_coherence_loss(X, X.roll(1, 0), metric="cityblock")
     torch.testing.assert_close(found, expected)
+
+
+def test_whether_cuda_is_there_can_be_compiled() -> None:
+    """With a torch that has CUDA, which is not asked again while torch.compile traces."""
+    code = """
+import sys, types, torch
+torch.version.cuda = "13.0"
+sys.modules["pcoherence._C_cuda"] = types.ModuleType("pcoherence._C_cuda")
+from pcoherence.backends import REGISTRY
+
+@torch.compile(fullgraph=True, backend="eager")
+def asked(x):
+    return x + (REGISTRY["cuda"].available() is None)
+
+assert asked(torch.zeros(())) == torch.cuda.is_available()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -10,7 +10,6 @@ constants to it; do that before capturing a CUDA graph.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -365,9 +364,8 @@ def implement(operators: ops.Operators, dispatch_key: str) -> None:
     register(operators, _Implementation(CudaRowKernels()), dispatch_key)
 
 
-@functools.cache
-def _load_error() -> str | None:
-    """Load the extension; its operators then serve CUDA tensors."""
+def _load() -> str | None:
+    """Load the extension, whose operators then serve CUDA tensors; why it cannot be, or None."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     try:
@@ -378,6 +376,10 @@ def _load_error() -> str | None:
     return None
 
 
+_LOAD_ERROR = _load()
+"""Known once and for all, so that torch.compile sees a constant."""
+
+
 class CudaBackend(OperatorBackend):
     """The kernels of csrc/cuda."""
 
@@ -385,7 +387,7 @@ class CudaBackend(OperatorBackend):
 
     def available(self) -> str | None:
         """Whether the extension is built and there is a device."""
-        return _load_error() or (None if torch.cuda.is_available() else "no CUDA device")
+        return _LOAD_ERROR or (None if torch.cuda.is_available() else "no CUDA device")
 
     def operators(self) -> ops.Operators:
         """The native set, which the extension implements for CUDA tensors."""
