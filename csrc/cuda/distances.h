@@ -85,36 +85,54 @@ PCOH_DEVICE double squared_difference(G& g, const T* a, const T* c, int width) {
   });
 }
 
-// Row r of a ProductTask by one group: 12 bytes and 20 operations an element where few pairs are near.
+// Anchors that a group treats together: what a column needs (24 bytes) is read once for all of them.
+inline constexpr int kProductRows = 4;
+// Columns of a group, so that a short block of long rows also makes groups enough to fill a GPU.
+inline constexpr int kProductColumns = 2048;
+
+// The pairs of anchor r and a warp's columns from `base` on; `from`, `norm`: of the candidate that lane's column takes.
 template <class T, class G>
-PCOH_DEVICE void finish_products(G& g, const ProductTask<T>& task, std::int64_t r) {
-  const T* row = task.products + r * task.n;
-  const T* anchor = task.anchors + r * task.width;
-  const double norm = task.anchor_norms[r];
-  const std::int64_t own = task.same ? task.first[task.begin + r] : -1;
-  for (int base = g.warp() * kWarp; base < task.n; base += g.threads()) {
-    const int k = base + g.lane();
+PCOH_DEVICE void finish_product(G& g, const ProductTask<T>& task, std::int64_t r, std::int64_t base, std::int64_t from,
+                                double norm, T product) {
+  const std::int64_t k = base + g.lane();
+  T value = 0, norms = 0;
+  bool near = false;
+  if (k < task.n && !(task.same && from == task.first[task.begin + r])) {
+    const double sum = task.anchor_norms[r] + norm;
+    norms = static_cast<T>(sum);
+    const T raw = static_cast<T>(sum - 2.0 * double(product));
+    value = raw < 0 ? T(0) : raw;  // keeps NaN
+    near = value < norms * Nearness<T>::distance;
+  }
+  for (unsigned todo = g.ballot(near); todo != 0; todo &= todo - 1) {
+    const int lane = lowest_bit(todo);
+    const T* candidate = task.candidates + g.shuffle(from, lane) * task.width;
+    const double square = squared_difference(g, task.anchors + r * task.width, candidate, task.width);
+    if (g.lane() == lane) value = static_cast<T>(square);
+  }
+  const bool leaves = near && value > 0 && value < norms * Nearness<T>::gradient;
+  const unsigned leaving = g.ballot(leaves);
+  if (task.near != nullptr && g.lane() == 0) task.near[r * words_of(task.n) + base / kWarp] = leaving;
+  if (k < task.n) task.out[r * task.n + k] = task.root ? std::sqrt(value) : value * task.factor;
+}
+
+// kProductRows rows from r and kProductColumns columns of a ProductTask: 14 bytes and 20 operations an element where
+// few pairs are near.
+template <class T, class G>
+PCOH_DEVICE void finish_products(G& g, const ProductTask<T>& task, std::int64_t r, std::int64_t first_column) {
+  const int count = task.rows - r < kProductRows ? static_cast<int>(task.rows - r) : kProductRows;
+  const std::int64_t end = task.n - first_column < kProductColumns ? task.n : first_column + kProductColumns;
+  for (std::int64_t base = first_column + g.warp() * kWarp; base < end; base += g.threads()) {
+    const std::int64_t k = base + g.lane();
     // A duplicate takes the product of the first of its kind: they tie, although products may round differently.
-    const int from = k < task.n ? static_cast<int>(task.first[k]) : -1;
-    T value = 0, norms = 0;
-    bool near = false;
-    if (k < task.n && from != own) {
-      const double sum = norm + task.candidate_norms[from];
-      norms = static_cast<T>(sum);
-      const T raw = static_cast<T>(sum - 2.0 * double(row[from]));
-      value = raw < 0 ? T(0) : raw;  // keeps NaN
-      near = value < norms * Nearness<T>::distance;
-    }
-    for (unsigned todo = g.ballot(near); todo != 0; todo &= todo - 1) {
-      const int lane = lowest_bit(todo);
-      const T* candidate = task.candidates + std::int64_t(g.shuffle(from, lane)) * task.width;
-      const double square = squared_difference(g, anchor, candidate, task.width);
-      if (g.lane() == lane) value = static_cast<T>(square);
-    }
-    const bool leaves = near && value > 0 && value < norms * Nearness<T>::gradient;
-    const unsigned leaving = g.ballot(leaves);
-    if (task.near != nullptr && g.lane() == 0) task.near[r * words_of(task.n) + base / kWarp] = leaving;
-    if (k < task.n) task.out[r * task.n + k] = task.root ? std::sqrt(value) : value * task.factor;
+    const std::int64_t from = k < task.n ? task.first[k] : -1;
+    const double norm = k < task.n ? task.candidate_norms[from] : 0;
+    T products[kProductRows];
+    unrolled<kProductRows>(
+        [&](auto i) { products[i] = i < count && k < task.n ? task.products[(r + i) * task.n + from] : T(0); });
+    unrolled<kProductRows>([&](auto i) {
+      if (i < count) finish_product(g, task, r + i, base, from, norm, products[i]);
+    });
   }
 }
 
@@ -147,32 +165,44 @@ PCOH_DEVICE void pull_all(G& g, const PullTask<T>& task, std::int64_t r, int fir
   task.out[r * task.width + f] += even + odd;
 }
 
+// f(i, bit) for every bit that is set in load(0), ..., load(count - 1), in order, by each warp alike. A lane loads a
+// word: nearly all are 0, and one after another they would be waited for.
+template <class G, class Load, class F>
+PCOH_DEVICE void each_bit(G& g, std::int64_t count, Load load, F f) {
+  for (std::int64_t base = 0; base < count; base += kWarp) {
+    const unsigned own = base + g.lane() < count ? load(base + g.lane()) : 0;
+    for (unsigned lanes = g.ballot(own != 0); lanes != 0; lanes &= lanes - 1) {
+      const int lane = lowest_bit(lanes);
+      for (unsigned todo = g.shuffle(own, lane); todo != 0; todo &= todo - 1) f(base + lane, lowest_bit(todo));
+    }
+  }
+}
+
+// out_r += v_rj (points_r - others_j); every thread has features of its own.
+template <class T, class G>
+PCOH_DEVICE void pull_pair(G& g, const PullTask<T>& task, std::int64_t r, std::int64_t j) {
+  const double v = double(task.v[r * task.row_stride + j * task.column_stride]);
+  for (int f = g.thread(); f < task.width; f += g.threads())
+    task.out[r * task.width + f] +=
+        static_cast<T>(v * (double(task.points[r * task.width + f]) - double(task.others[j * task.width + f])));
+}
+
 // Row r of a PullTask for marked pairs, in the order of their columns.
 template <class T, class G>
 PCOH_DEVICE void pull_near(G& g, const PullTask<T>& task, std::int64_t r) {
   const std::int64_t words = words_of(task.n);
-  for (std::int64_t w = 0; w < words; ++w)
-    for (unsigned todo = task.near[r * words + w]; todo != 0; todo &= todo - 1) {
-      const std::int64_t j = w * kWarp + lowest_bit(todo);
-      const double v = double(task.v[r * task.row_stride + j * task.column_stride]);
-      for (int f = g.thread(); f < task.width; f += g.threads())
-        task.out[r * task.width + f] +=
-            static_cast<T>(v * (double(task.points[r * task.width + f]) - double(task.others[j * task.width + f])));
-    }
+  each_bit(
+      g, words, [&](std::int64_t w) { return task.near[r * words + w]; },
+      [&](std::int64_t w, int bit) { pull_pair(g, task, r, w * kWarp + bit); });
 }
 
 // The same for the 32 points of one word, which the marks are columns of: one group goes through all others.
 template <class T, class G>
 PCOH_DEVICE void pull_near_columns(G& g, const PullTask<T>& task, std::int64_t word) {
   const std::int64_t words = words_of(task.rows);
-  for (std::int64_t j = 0; j < task.n; ++j)
-    for (unsigned todo = task.near[j * words + word]; todo != 0; todo &= todo - 1) {
-      const std::int64_t r = word * kWarp + lowest_bit(todo);
-      const double v = double(task.v[r * task.row_stride + j * task.column_stride]);
-      for (int f = g.thread(); f < task.width; f += g.threads())
-        task.out[r * task.width + f] +=
-            static_cast<T>(v * (double(task.points[r * task.width + f]) - double(task.others[j * task.width + f])));
-    }
+  each_bit(
+      g, task.n, [&](std::int64_t j) { return task.near[j * words + word]; },
+      [&](std::int64_t j, int bit) { pull_pair(g, task, word * kWarp + bit, j); });
 }
 
 template <class T, class G>

@@ -90,12 +90,13 @@ Shape shape(const RowSumsTask<T>& task) {
 }
 
 template <class T, class G>
-PCOH_DEVICE void work(G& g, const ProductTask<T>& task, std::int64_t x, int) {
-  finish_products(g, task, x);
+PCOH_DEVICE void work(G& g, const ProductTask<T>& task, std::int64_t x, int y) {
+  finish_products(g, task, x * kProductRows, std::int64_t(y) * kProductColumns);
 }
 template <class T>
 Shape shape(const ProductTask<T>& task) {
-  return {task.rows, 1, kStreamThreads};
+  return {(task.rows + kProductRows - 1) / kProductRows, (task.n + kProductColumns - 1) / kProductColumns,
+          kStreamThreads};
 }
 
 template <class T, class G>

@@ -32,24 +32,28 @@ products.
 SYMMETRIC_BYTES = 256 << 20
 """A batch that is its own candidates holds n x n matrices of up to this size, n = 8,192 in float32.
 
-Symmetry then saves a quarter of the four products for the gradient, and nearly a quarter for the
-distances: 2.5 of 5.5 ms at d = 512 and 50 TFLOP/s, for 0.5 ms of reading and writing at 3 TB/s that
-blocks in the cache do not need. There are three of them, 1 % of the memory of an H100.
+Symmetry then saves one of the four products and 7/16 of two others: 2.6 of 5.5 ms at d = 512 and
+50 TFLOP/s, for 0.4 ms of moving mirror images and transposes at 3 TB/s. Three matrices are held,
+1 % of the memory of an H100.
 """
 
 MIRRORED_ROWS = 1024
-"""Rows of a product of which the part from the diagonal on is computed, the rest mirrored.
+"""Rows of a product that are computed at a time from the diagonal on; the rest is mirrored.
 
-Eight rows of tiles of 128 x 128, as many as 132 multiprocessors take at once with n = 2,048.
+With n = 2,048, 8 x 16 tiles of 128 x 128: as many as there are multiprocessors, 132.
 """
 
 MIRRORED_WIDTH = 128
-"""Features from which that pays: mirroring moves 4 bytes of a float32 pair, 1.3 ps at 3 TB/s, and
-saves d multiplications and additions of it at best, 2.6 ps at d = 64 and 50 TFLOP/s.
+"""Features from which that pays: it saves at most 7/16 of 2 d operations for a pair, 2.2 ps at
+d = 128 and 50 TFLOP/s, and moves 4 bytes, 1.3 ps at 3 TB/s.
 """
 
-MIN_ROWS = 64
-"""Below this many rows the products run at the speed of memory, whatever the block's size."""
+MIN_ROWS = 256
+"""Rows of a block at least, however long: two for nearly each of 132 multiprocessors.
+
+Each block adds to the gradient of all candidates, 8 bytes a feature in float32: 2.7 ps at 3 TB/s.
+The product that is added takes 10 ps with 256 rows and at 50 TFLOP/s.
+"""
 
 
 @dataclass(frozen=True)
