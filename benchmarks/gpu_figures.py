@@ -1,9 +1,10 @@
 """The GPU figures: loss and gradient against the matrix products, the reference and the clock.
 
-    python -m benchmarks.gpu_figures --output DIR
+    python -m benchmarks.gpu_figures --output DIR [--backend cuda|triton]
 
-Ratios within one run, medians, timed with CUDA events. Every figure is written as soon as it is
-known, so that a run that is cut off leaves what it had.
+Ratios within one run, medians, timed with CUDA events. Every figure is written to
+figures-BACKEND.json as soon as it is known, so that a run that is cut off leaves what it had; one
+that cannot be measured says why in place of its bar, and the others follow.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from benchmarks import measure
 from pcoherence.testing import reference_value_and_grad, relative_error
 
 WARMUP, REPEATS = 3, 11
+BACKENDS = ("cuda", "triton")
 
 
 def milliseconds(*calls: Callable[[], object], repeats: int = REPEATS) -> list[list[float]]:
@@ -78,64 +82,15 @@ def row(name: str, value: float, unit: str, bar: float, at_most: bool) -> dict[s
     return {"figure": name, "value": value, "unit": unit, "bar": f"{sign} {bar:g}", "met": met}
 
 
-def against_products(backend: str, n: int, d: int, bar: float) -> dict[str, Any]:
-    """Times the four products alone."""
-    ours, theirs = milliseconds(step(backend, n, d), products(n, d))
-    ratio = measure.median_ratio(ours, theirs)
-    name = f"{backend}: n {n:,}, d {d}, {statistics.median(ours):.2f} ms, times the four products"
-    return row(name, ratio, "x", bar, True)
-
-
-def small_latency(backend: str) -> dict[str, Any]:
-    """A step at n = 256 replayed from a CUDA graph."""
-    call = step(backend, 256, 128)
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    (times,) = milliseconds(graph.replay, repeats=101)
-    name = f"{backend}: n 256, d 128 under a CUDA graph"
-    return row(name, statistics.median(times), "ms", 0.25, True)
-
-
-def against_compiled_reference(backend: str, n: int, bar: float) -> dict[str, Any]:
-    """Forward and backward of torch.compile of the reference, over ours."""
-    student = torch.randn(n, 128, device="cuda").requires_grad_()
-    teacher = torch.randn(n, 128, device="cuda")
-    compiled = torch.compile(pcoherence.reference.perception_coherence_loss)
-
-    def reference() -> None:
-        student.grad = None
-        compiled(student, teacher).backward()  # type: ignore[no-untyped-call]
-
-    name = f"{backend}: n {n:,}, d 128, faster than torch.compile of the reference"
-    try:
-        ours, theirs = milliseconds(step(backend, n, 128), reference, repeats=3)
-    except torch.OutOfMemoryError:
-        return {"figure": name, "value": None, "unit": "", "bar": "out of memory", "met": None}
-    return row(name, measure.median_ratio(theirs, ours), "x", bar, False)
-
-
-def large_memory(backend: str) -> dict[str, Any]:
-    """Peak above inputs at n = 65,536, d = 256, forward and backward."""
-    call = step(backend, 65536, 256)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    return row(f"{backend}: n 65,536, d 256, peak memory", peak, "GiB", 8, True)
+def without_bar(name: str, value: float | None, unit: str, instead: str = "-") -> dict[str, Any]:
+    """One line that nothing is held to."""
+    return {"figure": name, "value": value, "unit": unit, "bar": instead, "met": None}
 
 
 def accuracy(backend: str) -> Iterator[dict[str, Any]]:
     """Errors against float64 at n = 2,047, temperature 0.1."""
-    student, teacher = torch.randn(2047, 64), torch.randn(2047, 64)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2047, 64, generator=generator) for _ in range(2))
     anchors = torch.zeros(2047)
     anchors[::400] = 1
     truth = reference_value_and_grad(student, teacher, anchor_weights=anchors)
@@ -150,20 +105,84 @@ def accuracy(backend: str) -> Iterator[dict[str, Any]]:
     )
 
 
-def figures() -> Iterator[dict[str, Any]]:
-    """All of them, the cheapest and most wanted first."""
-    available = pcoherence.available_backends()
-    backends = [name for name in ("cuda", "triton") if available[name] is None]
-    for backend in backends:
-        yield from accuracy(backend)
-        yield small_latency(backend)
-        yield against_products(backend, 8192, 512, 1.5)
-        yield against_products(backend, 4096, 128, 2.0)
-    for backend in backends:
-        for n in (1024, 2048):
-            yield against_compiled_reference(backend, n, 10 if backend == "cuda" else 5)
-    for backend in backends:
-        yield large_memory(backend)
+def replayed(backend: str) -> Iterator[dict[str, Any]]:
+    """A step at n = 256 replayed from a CUDA graph."""
+    call = step(backend, 256, 128)
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    (times,) = milliseconds(graph.replay, repeats=101)
+    name = f"{backend}: n 256, d 128 under a CUDA graph"
+    yield row(name, statistics.median(times), "ms", 0.25, True)
+
+
+def eager(backend: str, n: int) -> Iterator[dict[str, Any]]:
+    """A step as users call it, where the host's launches count."""
+    (times,) = milliseconds(step(backend, n, 128), repeats=101)
+    yield without_bar(f"{backend}: n {n:,}, d 128, eager", statistics.median(times), "ms")
+
+
+def against_products(backend: str, n: int, d: int, bar: float) -> Iterator[dict[str, Any]]:
+    """Times the four products alone, and what those take."""
+    ours, theirs = milliseconds(step(backend, n, d), products(n, d))
+    ratio = measure.median_ratio(ours, theirs)
+    name = f"{backend}: n {n:,}, d {d}, {statistics.median(ours):.2f} ms, times the four products"
+    yield row(name, ratio, "x", bar, True)
+    yield without_bar(f"the four products: n {n:,}, d {d}", statistics.median(theirs), "ms")
+
+
+def large_memory(backend: str) -> Iterator[dict[str, Any]]:
+    """Peak above inputs at n = 65,536, d = 256, forward and backward."""
+    peak = measure.device_peak_memory(step(backend, 65536, 256), "cuda") / 2**30
+    yield row(f"{backend}: n 65,536, d 256, peak memory", peak, "GiB", 8, True)
+
+
+def against_compiled_reference(backend: str, n: int, bar: float) -> Iterator[dict[str, Any]]:
+    """Forward and backward of torch.compile of the reference, over ours."""
+    torch.compiler.reset()  # each n is compiled for itself, as a first call would be
+    student = torch.randn(n, 128, device="cuda").requires_grad_()
+    teacher = torch.randn(n, 128, device="cuda")
+    compiled = torch.compile(pcoherence.reference.perception_coherence_loss, dynamic=False)
+
+    def reference() -> None:
+        student.grad = None
+        compiled(student, teacher).backward()  # type: ignore[no-untyped-call]
+
+    ours, theirs = milliseconds(step(backend, n, 128), reference, repeats=3)
+    name = f"{backend}: n {n:,}, d 128, faster than torch.compile of the reference"
+    yield row(name, measure.median_ratio(theirs, ours), "x", bar, False)
+
+
+def figures(backend: str) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
+    """What is measured and its rows, the cheapest and most wanted first; compiling takes longest.
+
+    Nothing is measured before its rows are asked for.
+    """
+    yield "accuracy", accuracy(backend)
+    yield "CUDA graph", replayed(backend)
+    for n in (256, 1024):
+        yield f"eager, n {n:,}", eager(backend, n)
+    for n, d, bar in ((8192, 512, 1.5), (4096, 128, 2.0)):
+        yield f"products, n {n:,}, d {d}", against_products(backend, n, d, bar)
+    yield "memory", large_memory(backend)
+    for n in (1024, 2048):
+        bar = 10 if backend == "cuda" else 5
+        yield f"compiled reference, n {n:,}", against_compiled_reference(backend, n, bar)
+
+
+def attempt(name: str, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows; if measuring them fails, one that says so, so that others can follow."""
+    try:
+        yield from rows
+    except Exception as error:
+        traceback.print_exc()
+        yield without_bar(name, None, "", repr(error)[:160])  # two lines of a terminal
 
 
 def environment() -> dict[str, str]:
@@ -176,27 +195,48 @@ def environment() -> dict[str, str]:
     }
 
 
-def main() -> None:
-    """Measure, print a table, write figures.json after every figure."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu"))
-    output: Path = parser.parse_args().output
-    output.mkdir(parents=True, exist_ok=True)
+def measured(figure: dict[str, Any]) -> str:
+    """The value and its unit."""
+    return "-" if figure["value"] is None else f"{figure['value']:.3g} {figure['unit']}"
+
+
+def run(backend: str, output: Path) -> list[dict[str, Any]]:
+    """Measure one backend, write its file after every figure, print a table; the rows."""
     where, rows = environment(), []
-    for figure in figures():
-        rows.append(figure)
-        value = "-" if figure["value"] is None else f"{figure['value']:.3g}"
-        print(f"{figure['figure']}: {value} {figure['unit']} ({figure['bar']})", flush=True)
-        content = {"environment": where, "figures": rows}
-        (output / "figures.json").write_text(json.dumps(content, indent=1) + "\n")
-    table = Table(title=f"GPU figures on {where['device']}")
+    print(where, flush=True)
+    for name, found in figures(backend):
+        for figure in attempt(f"{backend}: {name}", found):
+            rows.append(figure)
+            print(f"{figure['figure']}: {measured(figure)} ({figure['bar']})", flush=True)
+            content = {"environment": where, "figures": rows}
+            path = output / f"figures-{backend}.json"
+            path.write_text(json.dumps(content, indent=1) + "\n")
+    table = Table(title=f"{backend} on {where['device']}")
     for column in ("figure", "measured", "bar", ""):
         table.add_column(column)
     for figure in rows:
         verdict = {True: "met", False: "MISSED", None: "-"}[figure["met"]]
-        value = "-" if figure["value"] is None else f"{figure['value']:.3g} {figure['unit']}"
-        table.add_row(figure["figure"], value, figure["bar"], verdict)
-    Console().print(table)
+        table.add_row(figure["figure"], measured(figure), figure["bar"], verdict)
+    Console(markup=False).print(table)  # an error's brackets are no markup
+    return rows
+
+
+def main() -> None:
+    """Measure; the exit status says whether all that was asked for could be measured."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu"))
+    parser.add_argument("--backend", choices=BACKENDS, help="all that are available if not given")
+    arguments = parser.parse_args()
+    output: Path = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    missing = {name: pcoherence.available_backends()[name] for name in BACKENDS}
+    if arguments.backend and missing[arguments.backend] is not None:
+        sys.exit(f"{arguments.backend}: {missing[arguments.backend]}")
+    chosen = [name for name in BACKENDS if arguments.backend in (None, name)]
+    rows = [figure for name in chosen if missing[name] is None for figure in run(name, output)]
+    sys.exit(int(any(figure["value"] is None for figure in rows)))
 
 
 if __name__ == "__main__":

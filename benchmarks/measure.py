@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -181,17 +182,26 @@ def device_peak_memory(call: Callable[[], object], device: str) -> int:
 
 def environment() -> dict[str, str]:
     """What the numbers depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True
-    ).stdout.strip()
     return {
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "pcoherence": pcoherence.__version__,
-        "commit": commit or "unknown",
+        "commit": _commit() or "unknown",
     }
+
+
+def _commit() -> str:
+    """As PCOHERENCE_COMMIT says, for copies of the tree without .git; else as git does, if here."""
+    told = os.environ.get("PCOHERENCE_COMMIT")
+    if told:
+        return told
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        return ""
 
 
 def _processor() -> str:

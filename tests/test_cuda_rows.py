@@ -77,6 +77,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def emulate(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulate]:
     """Sets the threads of a block, its bytes of shared memory (0: as on a GPU), and the seed."""
     monkeypatch.setitem(backends.REGISTRY, "cuda", Emulated())
+    # Under another name than the CUDA extension's operators, which may be loaded as well.
+    monkeypatch.setattr(torch.ops, "pcoherence_cuda", torch.ops.pcoherence_cuda_emulated)
 
     def configure(threads: int = 0, shared: int = 0, seed: int = 0) -> None:
         library.pcoherence_emulate(threads, ctypes.c_long(shared), seed, 0)

@@ -67,6 +67,8 @@ class Team {
     }
   }
 
+  bool real_threads() const { return how_.real_threads; }
+
   void wait(Barrier& b) {
     std::unique_lock<std::mutex> lock(b.mutex, std::defer_lock);
     if (how_.real_threads) lock.lock();
@@ -135,7 +137,8 @@ struct Block {
   }
   struct Warp {
     Team::Barrier barrier;
-    alignas(16) char slots[kWarp][64];
+    unsigned met = 0;  // lanes that have come to a shuffle, ever
+    unsigned slots[kWarp][16];
   };
   bool in_fast(const void* p) const {
     const auto within = [p](const void* begin, std::size_t bytes) {
@@ -182,11 +185,10 @@ class EmulatedGroup {
 
   template <class V>
   V shuffle(V v, int lane) {
-    static_assert(sizeof(V) <= sizeof(own().slots[0]) && sizeof(V) % 4 == 0);
-    std::memcpy(own().slots[this->lane()], &v, sizeof v);
-    sync_warp();
-    std::memcpy(&v, own().slots[lane], sizeof v);
-    sync_warp();
+    put(v);
+    meet();
+    v = get<V>(lane);
+    meet();
     return v;
   }
   template <class V>
@@ -194,21 +196,38 @@ class EmulatedGroup {
     return shuffle(v, lane() ^ mask);
   }
   unsigned ballot(bool condition) {
-    const int own_bit = condition;
-    std::memcpy(own().slots[lane()], &own_bit, sizeof own_bit);
-    sync_warp();
+    put(int(condition));
+    meet();
     unsigned bits = 0;
-    for (int l = 0; l < kWarp; ++l) {
-      int bit;
-      std::memcpy(&bit, own().slots[l], sizeof bit);
-      bits |= unsigned(bit) << l;
-    }
-    sync_warp();
+    for (int l = 0; l < kWarp; ++l) bits |= unsigned(get<int>(l)) << l;
+    meet();
     return bits;
   }
 
  private:
   Block::Warp& own() const { return block_.warps[thread_ / kWarp]; }
+
+  // The lanes of a warp. On a GPU shuffles order no memory but their own; neither do these for a sanitizer.
+  void meet() {
+    if (!block_.team.real_threads()) return sync_warp();
+    const unsigned before = __atomic_fetch_add(&own().met, 1, __ATOMIC_RELAXED), all = (before / kWarp + 1) * kWarp;
+    while (static_cast<int>(__atomic_load_n(&own().met, __ATOMIC_RELAXED) - all) < 0) std::this_thread::yield();
+  }
+  template <class V>
+  void put(const V& v) {
+    static_assert(sizeof(V) <= sizeof(own().slots[0]) && sizeof(V) % 4 == 0);
+    unsigned words[sizeof(V) / 4];
+    std::memcpy(words, &v, sizeof v);
+    for (unsigned i = 0; i < sizeof(V) / 4; ++i) __atomic_store_n(own().slots[lane()] + i, words[i], __ATOMIC_RELAXED);
+  }
+  template <class V>
+  V get(int lane) const {
+    unsigned words[sizeof(V) / 4];
+    for (unsigned i = 0; i < sizeof(V) / 4; ++i) words[i] = __atomic_load_n(own().slots[lane] + i, __ATOMIC_RELAXED);
+    V v;
+    std::memcpy(&v, words, sizeof v);
+    return v;
+  }
 
   Block& block_;
   int thread_;

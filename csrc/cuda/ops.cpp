@@ -572,7 +572,16 @@ Tensor series_of(Tensor like) {
 }  // namespace operators
 }  // namespace pcoherence::cuda
 
-STABLE_TORCH_LIBRARY(pcoherence_cuda, m) {
+// The emulation has a name of its own: it may meet the CUDA extension in one process.
+#if defined(PCOH_EMULATE)
+#define PCOH_LIBRARY pcoherence_cuda_emulated
+#define PCOH_DISPATCH_KEY CPU
+#else
+#define PCOH_LIBRARY pcoherence_cuda
+#define PCOH_DISPATCH_KEY CUDA
+#endif
+
+STABLE_TORCH_LIBRARY(PCOH_LIBRARY, m) {
   m.def(
       "rows(Tensor(a!) student, Tensor teacher, Tensor? weights, Tensor? self, Tensor? coefficients, "
       "Tensor inverse_temperature, Tensor? mean, Tensor teacher_inverse_temperature, Tensor? teacher_mean, "
@@ -613,12 +622,7 @@ STABLE_TORCH_LIBRARY(pcoherence_cuda, m) {
   m.def("series(Tensor like) -> Tensor");
 }
 
-#if defined(PCOH_EMULATE)
-#define PCOH_DISPATCH_KEY CPU
-#else
-#define PCOH_DISPATCH_KEY CUDA
-#endif
-STABLE_TORCH_LIBRARY_IMPL(pcoherence_cuda, PCOH_DISPATCH_KEY, m) {
+STABLE_TORCH_LIBRARY_IMPL(PCOH_LIBRARY, PCOH_DISPATCH_KEY, m) {
   m.impl("rows", TORCH_BOX(&pcoherence::cuda::operators::rows));
   m.impl("small_rows", TORCH_BOX(&pcoherence::cuda::operators::small_rows));
   m.impl("small_gradient", TORCH_BOX(&pcoherence::cuda::operators::small_gradient));
