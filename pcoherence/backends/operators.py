@@ -137,10 +137,7 @@ def _loss_from_features(
         return objectives.reduced(losses, anchor_weights, "none")
     coefficients = objectives.coefficients(anchor_weights, inputs.student, spec.reduction)
     flags = _needs_grad(student), _needs_grad(student_candidates)
-    total: Tensor = ops.coherence_sum(
-        *points, coefficients, anchor_weights, *others, *options, *flags
-    )[0]
-    return total
+    return ops.coherence_total(*points, coefficients, anchor_weights, *others, *options, *flags)
 
 
 def _loss_by_blocks(ops: Operators, spec: LossSpec, inputs: LossInputs) -> Tensor:
