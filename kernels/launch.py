@@ -20,9 +20,9 @@ from ..backends.device import (
     block_rows,
     inverse_temperature,
 )
-from ..backends.points import NEARNESS, Prepared, Side, Traits, prepare
+from ..backends.points import NEARNESS, SAMPLE, Prepared, Side, Traits, first_identical
 from ..objectives import HUBER_DELTA, RESOLUTION, SPEARMAN_FLOOR
-from . import distances, objectives, soft_ranks
+from . import distances, objectives, points, soft_ranks
 from .tables import SERIES_DEGREE, hard_series, series
 from .tuning import PAIRS_MOST, tiles
 
@@ -224,8 +224,51 @@ class TritonRowKernels:
         )
 
     def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: Traits) -> Prepared:
-        """See RowKernels: by torch's operations, some 110 launches."""
-        return prepare(anchors, candidates, traits)
+        """See RowKernels. Two launches, or three with other candidates; torch sorts the hashes."""
+        everyone = anchors if candidates is None else candidates
+        n, width = everyone.shape
+        t = tiles(anchors.dtype, anchors.is_cuda)
+        centre, scale = (anchors.new_empty(size, dtype=torch.float64) for size in ((width,), ()))
+        points.find_centre[1,](
+            everyone,
+            centre,
+            scale,
+            n,
+            width,
+            min(n, SAMPLE),
+            DIRECTIONS=traits.directions,
+            B=SAMPLE,
+            BF=t.sample_features,
+            num_warps=t.sample_warps,
+        )
+
+        def side(x: Tensor) -> tuple[Side, Tensor]:
+            prepared, norms = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float64)
+            # Directions are measured by the differences of those that are prepared.
+            scaled = prepared if traits.directions else torch.empty_like(x)
+            hashes = norms.new_empty(x.shape[0], dtype=torch.int64)
+            points.prepare_points[cdiv(x.shape[0], t.point_rows),](
+                x,
+                centre,
+                scale,
+                prepared,
+                scaled,
+                norms,
+                hashes,
+                x.shape[0],
+                width,
+                DIRECTIONS=traits.directions,
+                B=t.point_rows,
+                BF=t.point_features,
+                num_warps=t.point_warps,
+            )
+            return Side(prepared, norms, scaled), hashes
+
+        own, hashes = side(anchors)
+        others = own
+        if candidates is not None:
+            others, hashes = side(candidates)
+        return Prepared(own, others, first_identical(others.rows, hashes), scale)
 
     def product_distances(
         self,

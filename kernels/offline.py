@@ -32,9 +32,9 @@ from ..backends.device_operators import implement
 from ..backends.points import TRAITS
 from ..ops import Operators
 from ..spec import OBJECTIVES, SCALES
-from . import distances, launch, objectives, soft_ranks, tuning
+from . import distances, launch, objectives, points, soft_ranks, tuning
 
-MODULES = {module.__name__: module for module in (distances, objectives, soft_ranks)}
+MODULES = {module.__name__: module for module in (distances, objectives, points, soft_ranks)}
 
 TYPES = {
     torch.float32: "*fp32",

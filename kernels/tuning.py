@@ -38,6 +38,8 @@ class Tiles:
     scan_*: the chunk C = 32 makes 32 comparisons a candidate within chunks and 2 x 16 powers for
         the carry in each direction, which balances the two; a program is one warp, as its steps
         depend on one another and reductions within a warp need no barrier.
+    sample_features, point_*: preparing points. The sample is a tile of [SAMPLE, features] float64,
+        4 elements a thread, whose steps go one after another: as many warps as may be.
     near: the edge of a distance tile, and the grain at which gradients leave the products.
     distance_features, gradient_features: features a step; the tile is [near, near, features].
     """
@@ -52,6 +54,11 @@ class Tiles:
     scan_rows: int
     scan_chunk: int
     scan_warps: int
+    sample_features: int
+    sample_warps: int
+    point_rows: int
+    point_features: int
+    point_warps: int
     near: int
     distance_features: int
     gradient_features: int
@@ -71,6 +78,11 @@ _GPU = Tiles(
     scan_rows=1,
     scan_chunk=32,
     scan_warps=1,
+    sample_features=8,
+    sample_warps=16,
+    point_rows=4,
+    point_features=128,
+    point_warps=4,
     near=32,
     distance_features=8,
     gradient_features=8,
@@ -89,6 +101,11 @@ _GPU_DOUBLE = Tiles(
     scan_rows=1,
     scan_chunk=16,
     scan_warps=2,
+    sample_features=8,
+    sample_warps=16,
+    point_rows=4,
+    point_features=128,
+    point_warps=4,
     near=32,
     distance_features=4,
     gradient_features=4,
@@ -107,6 +124,11 @@ _INTERPRETER = Tiles(
     scan_rows=128,
     scan_chunk=32,
     scan_warps=1,
+    sample_features=64,
+    sample_warps=1,
+    point_rows=128,
+    point_features=64,
+    point_warps=1,
     near=32,
     distance_features=16,
     gradient_features=16,

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from prepared import POINTS, check_prepared, points_with
 from torch import Tensor
 
 import pcoherence
@@ -385,42 +386,16 @@ def test_mirror_and_add_transpose(n: int, dtype: torch.dtype, emulate: Emulate) 
     assert torch.equal(found, given + given.t())
 
 
-def points_with(case: str, dtype: torch.dtype) -> Tensor:
-    """Points [70, 19]; with "nan" and "zeros" some rows are that, and some copies of others."""
-    if case not in ("nan", "zeros"):
-        return make_case(case, 70, 19, dtype=dtype)
-    points = make_case("gaussian", 70, 19, dtype=dtype)
-    points[40:50] = points[:10]
-    points[::7] = torch.nan if case == "nan" else -0.0
-    return points
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize("case", [*CASES, "nan", "zeros"])
+@pytest.mark.parametrize("case", POINTS)
 def test_points_are_prepared_as_by_torch(
     case: str, metric: str, dtype: torch.dtype, emulate: Emulate
 ) -> None:
     emulate(seed=11)
-    traits = points.TRAITS[metric]
     given = points_with(case, dtype)
     for anchors, candidates in ((given, None), (given[:9], given)):
-        found = cuda.CudaRowKernels().prepare(anchors, candidates, traits)
-        expected = points.prepare(anchors, candidates, traits)
-        assert torch.equal(found.scale, expected.scale)
-        assert torch.equal(found.first, expected.first)
-        for ours, theirs in zip(found[:2], expected[:2], strict=True):
-            # The centre may be rounded to another multiple of what is a fraction of the spread.
-            shift = (ours.prepared - theirs.prepared)[ours.prepared.isfinite().all(1)]
-            # Directions are rounded to float64 before they are scaled.
-            rounding = torch.finfo(dtype).eps * ours.prepared.nan_to_num().abs().max()
-            rounding += traits.directions * torch.finfo(torch.float64).eps * found.scale
-            assert (shift - shift[0]).abs().max() <= 4 * rounding
-            assert shift[0].abs().max() <= 1
-            if not traits.directions:
-                assert torch.equal(ours.rows.nan_to_num(), theirs.rows.nan_to_num())
-            norms = ours.prepared.double().square().sum(1)
-            torch.testing.assert_close(ours.norms, norms, rtol=1e-14, atol=0, equal_nan=True)
+        check_prepared(cuda.CudaRowKernels(), anchors, candidates, metric)
 
 
 def test_many_identical_points_share_the_first(emulate: Emulate) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from prepared import POINTS, check_prepared, points_with
 from torch import Tensor
 
 import pcoherence
@@ -39,7 +40,7 @@ if pcoherence.available_backends()["triton"] is not None:
 
 from pcoherence.backends import REGISTRY
 from pcoherence.backends import device as pipeline
-from pcoherence.backends.points import NEARNESS, first_identical
+from pcoherence.backends.points import NEARNESS, first_identical, row_hashes
 from pcoherence.backends.triton import TritonBackend
 from pcoherence.kernels import tables
 from pcoherence.kernels.launch import row_kernels
@@ -201,6 +202,15 @@ def test_blocks_of_anchors(method: str, symmetric: bool, monkeypatch: pytest.Mon
         monkeypatch.setattr(pipeline, "SYMMETRIC_BYTES", 0)
     leaves, constants = problem(17, torch.float64, rectangular=False, weighted=True)
     check(leaves, constants, method, scale="batch", teacher_temperature=0.3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("case", POINTS)
+def test_points_are_prepared_as_by_torch(case: str, metric: str, dtype: torch.dtype) -> None:
+    given = points_with(case, dtype).to(DEVICE)
+    for anchors, candidates in ((given, None), (given[:9], given)):
+        check_prepared(row_kernels(), anchors, candidates, metric)
 
 
 @pytest.mark.parametrize(("n", "dtype"), covering((1, 2, 32, 65, 100), DTYPES))
@@ -514,4 +524,4 @@ def test_series_of_the_scan(dtype: torch.dtype, tolerance: float) -> None:
 
 def test_first_identical_row() -> None:
     rows = torch.tensor([[1.0, 2.0], [0.0, 1.0], [1.0, 2.0], [2.0, 1.0], [0.0, 1.0], [1.0, 2.0]])
-    assert first_identical(rows).tolist() == [0, 1, 0, 3, 1, 0]
+    assert first_identical(rows, row_hashes(rows)).tolist() == [0, 1, 0, 3, 1, 0]

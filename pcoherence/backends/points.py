@@ -2,7 +2,7 @@
 
 x -> (x / |x| for directions) minus a common centre, times a power of two. Neither changes the
 order of distances; together they keep the products from cancelling and from overflowing.
-csrc/cuda/prepare.h does the same in four launches.
+csrc/cuda/prepare.h does the same in four launches, kernels/points.py the first part in two.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def prepare(anchors: Tensor, candidates: Tensor | None, traits: Traits) -> Prepa
     centre, scale = centre_and_scale(everyone, traits)
     side = _side(anchors, traits, centre, scale)
     other = side if candidates is None else _side(candidates, traits, centre, scale)
-    return Prepared(side, other, first_identical(other.rows), scale)
+    return Prepared(side, other, first_identical(other.rows, row_hashes(other.rows)), scale)
 
 
 def centre_and_scale(candidates: Tensor, traits: Traits) -> tuple[Tensor, Tensor]:
@@ -174,18 +174,23 @@ def _spread(sample: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     return far, far.sort().values[far.shape[0] // 2]
 
 
-def first_identical(rows: Tensor) -> Tensor:
+def row_hashes(rows: Tensor) -> Tensor:
+    """int64 [n] for rows T [n, d]: equal where rows are equal bit by bit, and rarely otherwise."""
+    n, width = rows.shape
+    bits = _bits(rows)
+    # A sum of words times odd pseudo-random factors, modulo 2^64 (Knuth's and Steele's constants).
+    factors = torch.arange(1, width + 1, device=rows.device) * 6364136223846793005
+    factors = (factors ^ (factors >> 29)) * -7046029254386353131 | 1
+    return torch.cat([(bits[begin:end].long() * factors).sum(1) for begin, end in slabs(n, width)])
+
+
+def first_identical(rows: Tensor, hashes: Tensor) -> Tensor:
     """For every row of rows T [n, d] (without -0) the first row that equals it, int64 [n].
 
     Products may round differently for different columns, so equal candidates are found by value.
     """
     n, width = rows.shape
-    bits = rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int64)
-    # A sum of words times odd pseudo-random factors, modulo 2^64 (Knuth's and Steele's constants).
-    factors = torch.arange(1, width + 1, device=rows.device) * 6364136223846793005
-    factors = (factors ^ (factors >> 29)) * -7046029254386353131 | 1
-    parts = [(bits[begin:end].long() * factors).sum(1) for begin, end in slabs(n, width)]
-    hashes = torch.cat(parts)
+    bits = _bits(rows)
     hashes, order = hashes.sort(stable=True)
     equal = hashes[1:] == hashes[:-1]
     differ = torch.cat(
@@ -199,3 +204,7 @@ def first_identical(rows: Tensor) -> Tensor:
     start[1:] = torch.where(equal & ~differ, 0, place[1:])
     original = order[start.cummax(0).values]
     return torch.empty_like(order).scatter_(0, order, original)
+
+
+def _bits(rows: Tensor) -> Tensor:
+    return rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int64)
