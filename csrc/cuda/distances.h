@@ -85,7 +85,7 @@ PCOH_DEVICE double squared_difference(G& g, const T* a, const T* c, int width) {
   });
 }
 
-// Anchors that a group treats together: what a column needs (24 bytes) is read once for all of them.
+// Anchors that a group treats together: what a column needs, 16 bytes, is read once for all of them.
 inline constexpr int kProductRows = 4;
 // Columns of a group, so that a short block of long rows also makes groups enough to fill a GPU.
 inline constexpr int kProductColumns = 2048;
@@ -116,7 +116,7 @@ PCOH_DEVICE void finish_product(G& g, const ProductTask<T>& task, std::int64_t r
   if (k < task.n) task.out[r * task.n + k] = task.root ? std::sqrt(value) : value * task.factor;
 }
 
-// kProductRows rows from r and kProductColumns columns of a ProductTask: 14 bytes and 20 operations an element where
+// kProductRows rows from r and kProductColumns columns of a ProductTask: 12 bytes and 20 operations an element where
 // few pairs are near.
 template <class T, class G>
 PCOH_DEVICE void finish_products(G& g, const ProductTask<T>& task, std::int64_t r, std::int64_t first_column) {

@@ -1,8 +1,8 @@
 // Batches of a few hundred points: what users of ordinary batches wait for is launches, not arithmetic. One kernel goes
 // from the features given to every anchor's loss and V, a second one to the gradient of the features and the total.
-// Distances and gradients come from differences, summed in float64: nothing cancels, over- or underflows, and equal
-// points tie. What counts is conversions to float64, a quarter as fast as its arithmetic, and loads that wait for
-// others.
+// Distances and gradients come from differences, summed in float64: nothing cancels, and equal points tie. Features are
+// taken as they are: in float32 differences from 1e-18 to 1e18 leave room for V, which is a gradient over a distance.
+// What counts is conversions to float64, a quarter as fast as its arithmetic, and loads that wait for others.
 #pragma once
 
 #include "distances.h"
