@@ -536,10 +536,9 @@ class Coherence:
         self._rows = block_rows(self._m, self._n, like.element_size())
         self._held = self._m if self._student.symmetric else self._rows  # distances at a time
         self._blocks = [like.new_empty(self._held, self._n) for _ in range(3)]
-        none = torch.full((self._m,), -1, dtype=torch.int64, device=like.device)
-        self._own = none if weights.own is None else weights.own
+        self._own = _or_nobody(weights.own, like, self._m)
         self._candidates = weights.candidates
-        self._anchors = _or_ones(weights.anchors, like, self._m)
+        self._anchors = weights.anchors
         self._coefficients = _or_ones(weights.coefficients, like, self._m)
 
     def run(self, want_anchors: bool, want_candidates: bool) -> Results:
@@ -583,7 +582,7 @@ class Coherence:
                 )
             if gradient is not None:
                 gradient.add(student, begin, near)
-        losses, pulls = (torch.cat(parts) for parts in zip(*results, strict=True))
+        losses, pulls = (_joined(parts) for parts in zip(*results, strict=True))
         if gradient is None:
             return Results(losses, None, None)
         gradient.finish()
@@ -627,9 +626,11 @@ class Coherence:
             near = cloud.distances(block, spare, begin, False)
             weights = self._weights(begin, end)
             sums = torch.stack(self._kernels.row_sums(block, weights))
-            a = self._anchors[begin:end].double()
-            # Padding counts for nothing, whatever its distances are.
-            parts.append(torch.where(a == 0, 0.0, a * sums).sum(1))
+            if self._anchors is not None:
+                a = self._anchors[begin:end].double()
+                # Padding counts for nothing, whatever its distances are.
+                sums = torch.where(a == 0, 0.0, a * sums)
+            parts.append(sums.sum(1))
             if gradient is not None:
                 self._distances_to_gradient(cloud.traits, block, begin, end)
                 gradient.add(block, begin, near)
@@ -644,7 +645,8 @@ class Coherence:
             block.fill_(1.0)
         if self._candidates is not None:
             block.mul_(self._candidates)
-        block.mul_(self._anchors[begin:end, None] * traits.chain)
+        anchors = None if self._anchors is None else self._anchors[begin:end, None]
+        block.mul_(traits.chain if anchors is None else anchors * traits.chain)
         own = self._own[begin:end, None]
         # Nobody's own column (-1) keeps its value.
         kept = block.gather(1, own.clamp(min=0))
@@ -653,6 +655,16 @@ class Coherence:
 
 def _or_ones(given: Tensor | None, like: Tensor, size: int) -> Tensor:
     return like.new_ones(size) if given is None else given
+
+
+def _or_nobody(given: Tensor | None, like: Tensor, size: int) -> Tensor:
+    if given is not None:
+        return given
+    return torch.full((size,), -1, dtype=torch.int64, device=like.device)
+
+
+def _joined(parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _safe_quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -684,8 +696,7 @@ def coherence_from_distances(
         for tau in (options.temperature, options.teacher_temperature)
     )
     out = student.clone() if want_gradient else student
-    nobody = torch.full((m,), -1, dtype=torch.int64, device=device)
-    own = nobody if weights.own is None else weights.own
+    own = _or_nobody(weights.own, student, m)
     coefficients = _or_ones(weights.coefficients, student, m)
     losses = []
     step = block_rows(m, n, student.element_size())
@@ -696,4 +707,4 @@ def coherence_from_distances(
             row_options, out[part], teacher[part], row_weights, units, teacher_units, None
         )
         losses.append(result.losses)
-    return torch.cat(losses), out if want_gradient else None
+    return _joined(losses), out if want_gradient else None
