@@ -366,10 +366,14 @@ class TritonRowKernels:
         """See RowKernels."""
         self._symmetrise(matrix, True)
 
-    def row_sums(self, distances: Tensor, weights: RowWeights) -> tuple[Tensor, Tensor]:
+    def row_sums(self, matrix: Tensor, weights: RowWeights | None) -> tuple[Tensor, Tensor]:
         """See RowKernels; the mean is in float64, so that nothing is lost by multiplying again."""
-        one = torch.ones((), dtype=torch.float64, device=distances.device)
-        rows = _Rows.of(distances, weights)
+        one = torch.ones((), dtype=torch.float64, device=matrix.device)
+        if weights is None:
+            nobody = torch.full((matrix.shape[0],), -1, dtype=torch.int64, device=matrix.device)
+            rows = _Rows(matrix, matrix.new_ones(matrix.shape[1]), nobody)
+        else:
+            rows = _Rows.of(matrix, weights)
         stats = _row_stats(rows, "none", Units(one, None))
         return stats[1] * stats[0], stats[0]
 

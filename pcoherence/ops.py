@@ -286,9 +286,10 @@ class Operators:
 
     def coherence_total(self, *arguments: Any) -> Tensor:
         """The total of coherence_sum with these arguments, differentiable as the operator is."""
-        if torch.compiler.is_compiling():
-            compiled: Tensor = self.coherence_sum(*arguments)[0]
-            return compiled
+        # torch.func refuses an autograd function of this kind, even where it transforms others.
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            registered: Tensor = self.coherence_sum(*arguments)[0]
+            return registered
         total: Tensor = _CoherenceTotal.apply(*arguments, self.coherence_sum)[0]  # type: ignore[no-untyped-call]
         return total
 

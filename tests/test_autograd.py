@@ -314,3 +314,24 @@ def test_vmap_is_right() -> None:
         warnings.simplefilter("ignore")
         found = torch.func.vmap(by_choice, (0, None))(students, teacher)
     torch.testing.assert_close(found, torch.stack([loss(x, teacher) for x in students]))
+
+
+def test_transforms_of_something_else(cpu_backend: str) -> None:
+    """torch.func may be at work around a loss whose student it does not transform."""
+    student, teacher = make_case("gaussian", 9, 3), make_case("gaussian", 9, 4, seed=1)
+
+    def loss(factor: Tensor) -> Tensor:
+        return pcoherence.perception_coherence_loss(student, teacher * factor, backend=cpu_backend)
+
+    one = torch.ones((), dtype=torch.float64)
+    assert torch.func.grad(lambda w: 2 * w + loss(one))(one) == 2
+    assert torch.equal(torch.vmap(lambda w: w + loss(one))(torch.zeros(2)), loss(one).expand(2))
+    leaf = student.clone().requires_grad_()
+    value = pcoherence.perception_coherence_loss(leaf, teacher, backend=cpu_backend)
+    (expected,) = torch.autograd.grad(value, leaf)
+    slope, value = torch.func.grad_and_value(
+        lambda w: w * pcoherence.perception_coherence_loss(leaf, teacher, backend=cpu_backend)
+    )(one)
+    assert slope == value
+    (found,) = torch.autograd.grad(value, leaf)
+    assert torch.equal(found, expected)

@@ -58,6 +58,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     root = Path(torch.__file__).parent
     flags = ["-std=c++20", "-O1", "-g0", "-fPIC", "-Werror=switch", "-DPCOH_EMULATE"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{root / 'include'}"]
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        flags += ["-mfma", "-ffp-contract=fast"]  # nvcc contracts, too
     sources = ["csrc/tables.cpp", "csrc/cuda/ops.cpp", "csrc/cuda/emulate.cpp"]
     objects = [str(folder / f"{Path(source).stem}.o") for source in sources]
     jobs = [

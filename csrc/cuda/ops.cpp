@@ -392,6 +392,7 @@ void prepare(Tensor anchors, OptionalTensor candidates, bool directions, Tensor 
     STD_TORCH_CHECK(directions || scaled, "scaled: expected for points that are not directions");
     const std::int64_t m = dimension(anchors, 0, "anchors"), n = same ? m : dimension(*candidates, 0, "candidates");
     const std::int64_t width = dimension(anchors, 1, "anchors"), size = table_size(n);
+    STD_TORCH_CHECK(n > 0, "candidates: expected at least one");
     const T* from = same ? like.in<T>(anchors, "anchors", m * width) : like.in<T>(*candidates, "candidates", n * width);
     double* given = like.out<double>(numbers, "numbers", 1 + width);
 

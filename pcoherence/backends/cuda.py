@@ -150,12 +150,11 @@ class CudaRowKernels:
         """See RowKernels."""
         torch.ops.pcoherence_cuda.symmetrise(matrix, True)
 
-    def row_sums(self, distances: Tensor, weights: RowWeights) -> tuple[Tensor, Tensor]:
+    def row_sums(self, matrix: Tensor, weights: RowWeights | None) -> tuple[Tensor, Tensor]:
         """See RowKernels."""
-        sums = distances.new_empty(2, distances.shape[0], dtype=torch.float64)
-        torch.ops.pcoherence_cuda.row_sums(
-            distances, weights.candidates, weights.own, sums[0], sums[1]
-        )
+        sums = matrix.new_empty(2, matrix.shape[0], dtype=torch.float64)
+        candidates, own = (None, None) if weights is None else weights[:2]
+        torch.ops.pcoherence_cuda.row_sums(matrix, candidates, own, sums[0], sums[1])
         return sums[0], sums[1]
 
     def anchors(

@@ -160,8 +160,8 @@ class RowKernels(Protocol):
         """matrix_ij += matrix_ji, in place and exactly symmetric; matrix T [n, n]."""
         ...
 
-    def row_sums(self, distances: Tensor, weights: RowWeights) -> tuple[Tensor, Tensor]:
-        """sum_k w_ik d_ik and W_i = sum_k w_ik, both float64 [b]; distances T [b, n]."""
+    def row_sums(self, matrix: Tensor, weights: RowWeights | None) -> tuple[Tensor, Tensor]:
+        """sum_k w_ik m_ik and W_i = sum_k w_ik (None: ones), both float64 [b]; matrix T [b, n]."""
         ...
 
     def anchors(
@@ -397,16 +397,17 @@ class SymmetricGradient:
         self._kernels.add_transpose(v)
         self._kernels.accumulate_differences(self.anchors, x.rows, x.rows, v, near, False)
         self._kernels.clear_near(v, near)
-        _add_products(self.anchors, v, x.prepared, x.prepared)
+        _add_products(self._kernels, self.anchors, v, x.prepared, x.prepared)
 
     def finish(self) -> None:
         """After the last block."""
 
 
-def _add_products(out: Tensor, v: Tensor, x: Tensor, c: Tensor) -> None:
+def _add_products(kernels: RowKernels, out: Tensor, v: Tensor, x: Tensor, c: Tensor) -> None:
     """out_i += rowsum(v)_i x_i - (v c)_i; out, x T [b, d], v T [b, n], c T [n, d]."""
-    sums = v.sum(1, keepdim=True, dtype=torch.float64).to(v.dtype)
-    out.addcmul_(sums, x).addmm_(v, c, alpha=-1)
+    # torch would convert all of v to float64 first.
+    sums = kernels.row_sums(v, None)[0].to(v.dtype)
+    out.addcmul_(sums[:, None], x).addmm_(v, c, alpha=-1)
 
 
 class ProductGradient:
@@ -445,10 +446,11 @@ class ProductGradient:
             self._kernels.accumulate_differences(out, c.rows, x.rows, v, near, True)
         self._kernels.clear_near(v, near)
         if self.anchors is not None:
-            _add_products(self.anchors[begin:end], v, x.prepared, c.prepared)
+            _add_products(self._kernels, self.anchors[begin:end], v, x.prepared, c.prepared)
         if self.candidates is not None and self._column_sums is not None:
             self.candidates.addmm_(v.t(), x.prepared, alpha=-1)
-            self._column_sums += v.sum(0, dtype=torch.float64)
+            # Of a block in T: as exact as the product, and without a copy of it in float64.
+            self._column_sums += v.sum(0)
 
     def finish(self) -> None:
         """After the last block."""
@@ -640,7 +642,7 @@ class Coherence:
     def _distances_to_gradient(self, traits: Traits, block: Tensor, begin: int, end: int) -> None:
         """Distances -> V of sum_ik a_i w_ik d_ik, in place; block T [b, n]."""
         if traits.root:
-            block.reciprocal_().masked_fill_(block.isinf(), 0.0)
+            block.reciprocal_().nan_to_num_(nan=torch.nan, posinf=0.0, neginf=0.0)
         else:
             block.fill_(1.0)
         if self._candidates is not None:
