@@ -105,9 +105,9 @@ def accuracy(backend: str) -> Iterator[dict[str, Any]]:
     )
 
 
-def replayed(backend: str) -> Iterator[dict[str, Any]]:
-    """A step at n = 256 replayed from a CUDA graph."""
-    call = step(backend, 256, 128)
+def replayed(backend: str, n: int, d: int, bar: float | None) -> Iterator[dict[str, Any]]:
+    """A step replayed from a CUDA graph: without the host."""
+    call = step(backend, n, d)
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -117,9 +117,23 @@ def replayed(backend: str) -> Iterator[dict[str, Any]]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    (times,) = milliseconds(graph.replay, repeats=101)
-    name = f"{backend}: n 256, d 128 under a CUDA graph"
-    yield row(name, statistics.median(times), "ms", 0.25, True)
+    (times,) = milliseconds(graph.replay, repeats=101 if n <= 1024 else REPEATS)
+    name, time = f"{backend}: n {n:,}, d {d} under a CUDA graph", statistics.median(times)
+    yield without_bar(name, time, "ms") if bar is None else row(name, time, "ms", bar, True)
+
+
+def kernels(backend: str, n: int, d: int) -> Iterator[dict[str, Any]]:
+    """Where the device's time goes: a table of kernels, printed, and their sum."""
+    call = step(backend, n, d)
+    for _ in range(WARMUP):
+        call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    found = profiler.key_averages()
+    print(found.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
+    time = sum(event.self_device_time_total for event in found) / 1e3
+    yield without_bar(f"{backend}: n {n:,}, d {d}, sum of kernels", time, "ms")
 
 
 def eager(backend: str, n: int) -> Iterator[dict[str, Any]]:
@@ -137,8 +151,10 @@ def against_products(backend: str, n: int, d: int, bar: float) -> Iterator[dict[
     yield without_bar(f"the four products: n {n:,}, d {d}", statistics.median(theirs), "ms")
 
 
-def large_memory(backend: str) -> Iterator[dict[str, Any]]:
-    """Peak above inputs at n = 65,536, d = 256, forward and backward."""
+def memory(backend: str) -> Iterator[dict[str, Any]]:
+    """Peak above inputs, forward and backward: the largest symmetric batch, and a large one."""
+    peak = measure.device_peak_memory(step(backend, 8192, 512), "cuda") / 2**30
+    yield without_bar(f"{backend}: n 8,192, d 512, peak memory", peak, "GiB")
     peak = measure.device_peak_memory(step(backend, 65536, 256), "cuda") / 2**30
     yield row(f"{backend}: n 65,536, d 256, peak memory", peak, "GiB", 8, True)
 
@@ -165,12 +181,15 @@ def figures(backend: str) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
     Nothing is measured before its rows are asked for.
     """
     yield "accuracy", accuracy(backend)
-    yield "CUDA graph", replayed(backend)
+    yield "CUDA graph, n 256", replayed(backend, 256, 128, 0.25)
     for n in (256, 1024):
         yield f"eager, n {n:,}", eager(backend, n)
     for n, d, bar in ((8192, 512, 1.5), (4096, 128, 2.0)):
         yield f"products, n {n:,}, d {d}", against_products(backend, n, d, bar)
-    yield "memory", large_memory(backend)
+    for n, d in ((256, 128), (1024, 128), (8192, 512)):
+        yield f"kernels, n {n:,}", kernels(backend, n, d)
+    yield "memory", memory(backend)
+    yield "CUDA graph, n 1,024", replayed(backend, 1024, 128, None)
     for n in (1024, 2048):
         bar = 10 if backend == "cuda" else 5
         yield f"compiled reference, n {n:,}", against_compiled_reference(backend, n, bar)
