@@ -78,7 +78,7 @@ study-quick: $(VENV)/installed  ## the same on little data, to see that it works
 
 # On a GPU machine, with its own python3, torch, triton and nvcc; nothing is installed.
 GPU_OUTPUT ?= benchmarks/results/gpu
-gpu-check:  ## build, test, sanitise and measure on this machine's GPU (at most nine minutes)
+gpu-check:  ## build, test, sanitise and measure on this machine's GPU (under 8 minutes)
 	$(PYTHON) -m benchmarks.gpu_check --output $(GPU_OUTPUT)
 
 clean:  ## remove everything that the targets made

@@ -6,7 +6,7 @@ Needs no network: that machine's own Python (3.11 or newer), torch, triton and n
 nothing is installed, the extensions are built in place. Every step has a time limit, steps go on
 after one fails, and summary.txt is rewritten after each, so that a run that is cut off leaves all
 it knew. DIR gets summary.txt, gpu-check.log with what all steps printed, and figures-cuda.json and
-figures-triton.json. At most nine minutes.
+figures-triton.json. Under eight minutes.
 
 PCOHERENCE_COMMIT says which commit this is, for copies of the tree without .git.
 """
@@ -28,8 +28,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
-DEADLINE = 540
-"""Seconds for everything: the ten minutes of a short job, less one to copy the tree and start."""
+DEADLINE = 470
+"""Seconds for everything: under eight minutes, which leaves two of a ten-minute job to start it."""
 
 SHORTEST = 5
 """Seconds below which a step is not begun: Python and torch take about that to start."""
