@@ -74,7 +74,7 @@ def steps(output: Path) -> list[Step]:
         Step("triton tests", [*pytest, "tests/test_triton.py", *spread], 110),
     ]
     if shutil.which("compute-sanitizer"):
-        test = "tests/test_gpu.py::test_small_for_the_sanitizer[cuda]"
+        tests = ["tests/test_gpu.py", "-k", "sanitizer and cuda"]
         for tool, options in (
             # Calls by which torch asks what the driver can do may fail; they are not our errors.
             ("memcheck", ["--report-api-errors", "no"]),
@@ -83,7 +83,7 @@ def steps(output: Path) -> list[Step]:
             sanitizer = ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9"]
             # In torch's cache, an access out of bounds would hit another tensor unseen.
             uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            found.append(Step(tool, [*sanitizer, *pytest, test], 60, uncached))
+            found.append(Step(tool, [*sanitizer, *pytest, *tests], 60, uncached))
     return found
 
 
