@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from prepared import POINTS, check_prepared, points_with
+from row_kernels import POINTS, check_prepared, check_symmetrised, points_with
 from torch import Tensor
 
 import pcoherence
@@ -378,14 +378,7 @@ def test_equal_directions_tie(dtype: torch.dtype, emulate: Emulate) -> None:
 @pytest.mark.parametrize("n", [1, 2, 16, 31, 33, 64, 100])
 def test_mirror_and_add_transpose(n: int, dtype: torch.dtype, emulate: Emulate) -> None:
     emulate(seed=10)
-    given = make_case("gaussian", n, n, dtype=dtype)
-    kernels = cuda.CudaRowKernels()
-    found = given.clone()
-    kernels.mirror(found)
-    assert torch.equal(found, given.triu() + given.triu(1).t())
-    found = given.clone()
-    kernels.add_transpose(found)
-    assert torch.equal(found, given + given.t())
+    check_symmetrised(cuda.CudaRowKernels(), make_case("gaussian", n, n, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from prepared import POINTS, check_prepared, points_with
+from row_kernels import POINTS, check_prepared, check_symmetrised, points_with
 from torch import Tensor
 
 import pcoherence
@@ -215,14 +215,7 @@ def test_points_are_prepared_as_by_torch(case: str, metric: str, dtype: torch.dt
 
 @pytest.mark.parametrize(("n", "dtype"), covering((1, 2, 32, 65, 100), DTYPES))
 def test_mirror_and_add_transpose(n: int, dtype: torch.dtype) -> None:
-    given = make_case("gaussian", n, n, dtype=dtype).to(DEVICE)
-    kernels = row_kernels()
-    found = given.clone()
-    kernels.mirror(found)
-    assert torch.equal(found, given.triu() + given.triu(1).t())
-    found = given.clone()
-    kernels.add_transpose(found)
-    assert torch.equal(found, given + given.t())
+    check_symmetrised(row_kernels(), make_case("gaussian", n, n, dtype=dtype).to(DEVICE))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Points made ready by a backend's kernels, against pcoherence.backends.points."""
+"""What the row kernels of every GPU backend are held to."""
 
 from __future__ import annotations
 
@@ -43,3 +43,13 @@ def check_prepared(
             assert torch.equal(ours.rows.nan_to_num(), theirs.rows.nan_to_num())
         norms = ours.prepared.double().square().sum(1)
         torch.testing.assert_close(ours.norms, norms, rtol=1e-14, atol=0, equal_nan=True)
+
+
+def check_symmetrised(kernels: RowKernels, given: Tensor) -> None:
+    """The upper triangle of [n, n] mirrored, and the transpose added, to the last bit."""
+    found = given.clone()
+    kernels.mirror(found)
+    assert torch.equal(found, given.triu() + given.triu(1).t())
+    found = given.clone()
+    kernels.add_transpose(found)
+    assert torch.equal(found, given + given.t())
