@@ -177,8 +177,8 @@ class _Sums:
             )
 
 
-def _row_stats(rows: _Rows, scale: str, units: Units) -> Tensor:
-    """Statistics float64 [6, rows]."""
+def _row_stats(rows: _Rows, scale: str, units: Units, ends: bool = False) -> Tensor:
+    """Statistics float64 [6, rows]; `ends`: values may be infinite."""
     values = rows.values
     count, n = values.shape
     t = tiles(values.dtype, values.is_cuda)
@@ -192,6 +192,7 @@ def _row_stats(rows: _Rows, scale: str, units: Units) -> Tensor:
         count,
         n,
         SCALE=scale,
+        ENDS=ends,
         BR=t.row_rows,
         BN=t.row_columns,
         num_warps=t.row_warps,
@@ -480,27 +481,31 @@ class TritonRowKernels:
     ) -> Tensor:
         """See RowKernels.
 
-        A block of rows at a time: memory beyond the result is a few blocks.
+        A block of rows at a time: memory beyond the result is a few blocks. In float64: float32
+        positions of a wide range lose digits of its ends.
         """
         out = torch.empty_like(values)
         count, n = values.shape
-        if weights is None:
-            weights = values.new_ones(n)
-        step = block_rows(count, n, values.element_size())
+        weights = values.new_ones(n).double() if weights is None else weights.double()
+        step = block_rows(count, n, torch.float64.itemsize)
         units = Units(inverse_temperature(temperature, None, values.device), None)
         nobody = torch.full((step,), -1, dtype=torch.int64, device=values.device)
         for begin in range(0, count, step):
             part = slice(begin, min(begin + step, count))
             size = part.stop - part.start
             rows = _Rows(
-                values[part], weights if weights.ndim == 1 else weights[part], nobody[:size]
+                values[part].double(),
+                weights if weights.ndim == 1 else weights[part],
+                nobody[:size],
             )
-            stats = _row_stats(rows, "none", units)
+            stats = _row_stats(rows, "none", units, ends=True)
             sums = _Sums(rows, stats, resolve_method(method, n), False, None)
+            result = torch.empty_like(rows.values)
             if upstream is None:
-                sums.ranks(out[part], "rank")
+                sums.ranks(result, "rank")
             else:
-                sums.pullback(upstream[part], out[part], False)
+                sums.pullback(upstream[part].double(), result, False)
+            out[part] = result
         return out
 
 

@@ -22,14 +22,17 @@ import triton.language as tl
 # Columns of the statistics, float64 [6, rows].
 WEIGHT = tl.constexpr(0)  # W
 MEAN = tl.constexpr(1)  # sum_k w_k d_k / W; 0 where W = 0
-LOW = tl.constexpr(2)  # smallest distance of weight > 0
+LOW = tl.constexpr(2)  # where positions begin: the smallest distance of weight > 0
 FACTOR = tl.constexpr(3)  # positions per distance, 1 / (mean tau)
-EXTENT = tl.constexpr(4)  # largest position of weight > 0
+EXTENT = tl.constexpr(4)  # largest position, up or down, of weight > 0
 STATE = tl.constexpr(5)  # 1; 0 where W = 0; otherwise NaN where the distances are not finite
 
 # Above this range the positions saturate, as in csrc/cpu/rows.inc: neighbours that float32 can
 # tell apart are already hundreds of temperatures away from each other.
 MAX_RANGE = tl.constexpr(1e30)
+
+# Where infinite values of soft_rank are put. Nothing overflows on the way there and back.
+END = tl.constexpr(1e300)
 
 LOG_2 = tl.constexpr(0.6931471805599453)
 
@@ -61,16 +64,23 @@ def row_stats(
     rows,
     n,
     SCALE: tl.constexpr,
+    ENDS: tl.constexpr,
     BR: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Fill the statistics, all sums in float64."""
+    """Fill the statistics, all sums in float64.
+
+    ENDS, for soft_rank: values, float64, may be infinite, and those of weight 0 count too. Positions
+    begin at the value nearest to 0: taken from the lowest, they would lose the digits that tell
+    apart what lies close together far away.
+    """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     live = r < rows
     weight = tl.zeros([BR], tl.float64)
     total = tl.zeros([BR], tl.float64)
     low = tl.full([BR], float("inf"), tl.float64)
     high = tl.full([BR], float("-inf"), tl.float64)
+    nans = tl.zeros([BR], tl.float64)
     for k0 in range(0, n, BN):
         k = (k0 + tl.arange(0, BN))[None, :]
         v = tl.load(values + r[:, None] * n + k, mask=live[:, None] & (k < n), other=0.0)
@@ -78,8 +88,10 @@ def row_stats(
         w = load_weights(weights, weight_stride, own, r, k, rows, n).to(tl.float64)
         weight += tl.sum(w, 1)
         total += tl.sum(w * v, 1)
-        low = tl.minimum(low, tl.min(tl.where(w > 0, v, float("inf")), 1))
-        high = tl.maximum(high, tl.max(tl.where(w > 0, v, float("-inf")), 1))
+        counts = (tl.abs(v) < float("inf")) & (k < n) if ENDS else w > 0
+        low = tl.minimum(low, tl.min(tl.where(counts, v, float("inf")), 1))
+        high = tl.maximum(high, tl.max(tl.where(counts, v, float("-inf")), 1))
+        nans += tl.sum(tl.where(v == v, 0.0, 1.0), 1)
     some = weight > 0
     mean = tl.where(some, total / tl.where(some, weight, 1.0), 0.0)
     factor = tl.load(inverse_temperature) + tl.zeros([BR], tl.float64)
@@ -88,25 +100,32 @@ def row_stats(
     if SCALE == "batch":
         shared = tl.load(batch_mean)
         factor = factor / tl.where(shared > 0, shared, 1.0)
-    spread = high - low
-    factor = tl.where(factor * spread <= MAX_RANGE, factor, MAX_RANGE / spread)
-    finite = (tl.abs(total) < float("inf")) & (tl.abs(spread) < float("inf"))
-    state = tl.where(some, tl.where(finite, 1.0, float("nan")), 0.0)
+    if ENDS:
+        base = tl.where(high < 0, high, tl.maximum(low, 0.0))
+        low = tl.where(low <= high, base, 0.0)
+        extent = tl.full([BR], END, tl.float64)
+        state = tl.where(nans > 0, float("nan"), 1.0)
+    else:
+        spread = high - low
+        factor = tl.where(factor * spread <= MAX_RANGE, factor, MAX_RANGE / spread)
+        extent = factor * spread
+        finite = (tl.abs(total) < float("inf")) & (tl.abs(spread) < float("inf"))
+        state = tl.where(some, tl.where(finite, 1.0, float("nan")), 0.0)
     tl.store(stats + WEIGHT * rows + r, weight, mask=live)
     tl.store(stats + MEAN * rows + r, mean, mask=live)
     tl.store(stats + LOW * rows + r, low, mask=live)
     tl.store(stats + FACTOR * rows + r, factor, mask=live)
-    tl.store(stats + EXTENT * rows + r, factor * spread, mask=live)
+    tl.store(stats + EXTENT * rows + r, extent, mask=live)
     tl.store(stats + STATE * rows + r, state, mask=live)
 
 
 @triton.jit
 def positions(v, stats, r, rows):
-    """Distances T [BR, BK] -> positions; only candidates of weight 0 can lie outside the range."""
+    """Distances T [BR, BK] -> positions, at most EXTENT; of weight > 0 or infinite alone reach it."""
     low = load_stat(stats, LOW, r, rows).to(v.dtype)[:, None]
     factor = load_stat(stats, FACTOR, r, rows).to(v.dtype)[:, None]
     extent = load_stat(stats, EXTENT, r, rows).to(v.dtype)[:, None]
-    return tl.minimum(tl.maximum((v - low) * factor, 0.0), extent)
+    return tl.minimum(tl.maximum((v - low) * factor, -extent), extent)
 
 
 @triton.jit
@@ -159,14 +178,15 @@ def finished_ranks(total, stats, r, rows, FINISH: tl.constexpr):
 
 
 @triton.jit
-def finished_pullback(g, stats, r, rows, NORMALISE: tl.constexpr):
-    """The pullback of u T [BR, BK] over W; otherwise soft_rank's, with respect to its values."""
+def finished_pullback(g, v, stats, r, rows, NORMALISE: tl.constexpr):
+    """The pullback of u T [BR, BK] over W; otherwise soft_rank's, with respect to its values v."""
     if NORMALISE:
         return g / load_stat(stats, WEIGHT, r, rows).to(g.dtype)[:, None]
     else:
         state = load_stat(stats, STATE, r, rows).to(g.dtype)[:, None]
         factor = load_stat(stats, FACTOR, r, rows).to(g.dtype)[:, None]
-        return tl.where(state == 1.0, g * factor, state)
+        g = tl.where(tl.abs(v) < float("inf"), g * factor, 0.0)
+        return tl.where(state == 1.0, g, state)
 
 
 # ---------------------------------------------------------------- pairs
@@ -276,7 +296,7 @@ def pair_pullback(
         u_k = tl.load(upstream + r[:, None] * n + k, mask=live & (k < n), other=0.0)[:, None, :]
         w_k = load_weights(weights, weight_stride, own, r, k, rows, n)[:, None, :]
         g += tl.sum((u_j * w_k - w_j * u_k) * slope(s_j, s_k), 2)
-    g = finished_pullback(g, stats, r, rows, NORMALISE)
+    g = finished_pullback(g, v, stats, r, rows, NORMALISE)
     tl.store(out + r[:, None] * n + j, g, mask=live & (j < n))
 
 
@@ -426,7 +446,7 @@ def scan_pullback(
         g = u * from_w - w * from_u
         if DOWN:
             g += tl.load(partial + r[:, None] * n + q, mask=live & inside, other=0.0)
-            g = finished_pullback(g, stats, r, rows, NORMALISE)
+            g = finished_pullback(g, v, stats, r, rows, NORMALISE)
             tl.store(out + r[:, None] * n + k, g, mask=live & inside)
         else:
             pull = u[:, :, None] * w[:, None, :] - w[:, :, None] * u[:, None, :]

@@ -31,8 +31,17 @@ def distribution(distances: Tensor, weights: Tensor, temperature: float | None) 
 
 
 def ranks(values: Tensor, weights: Tensor | None, temperature: float | None) -> Tensor:
-    """rank_j = 1/2 + sum_k w_k P_jk; values, weights [..., n] -> [..., n], in 1..n at w = 1."""
-    compared = comparisons(values, temperature)
+    """rank_j = 1/2 + sum_k w_k P_jk; values, weights [..., n] -> [..., n], in 1..n at w = 1.
+
+    Infinite values rank at the ends, ties among them count 1/2, without a derivative.
+    """
+    infinite = values.isinf()
+    end = torch.where(infinite, values.sign(), 0.0 * values).detach()
+    compared = torch.where(
+        infinite[..., :, None] | infinite[..., None, :],
+        comparisons(end, None),
+        comparisons(torch.where(infinite, 0.0, values), temperature),
+    )
     if weights is not None:
         compared = weights.expand(values.shape)[..., None, :] * compared
     return 0.5 + compared.sum(-1)

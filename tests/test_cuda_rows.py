@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from row_kernels import POINTS, check_prepared, check_symmetrised, points_with
+from soft_rank_cases import MASKS, check_masked
 from torch import Tensor
 
 import pcoherence
@@ -299,6 +300,14 @@ def test_soft_rank(method: str, dtype: torch.dtype, emulate: Emulate) -> None:
             (ours,) = torch.autograd.grad(found, values, upstream)
             (theirs,) = torch.autograd.grad(truth, values, upstream.double())
             assert relative_error(ours, theirs, 1.0) <= tolerances(dtype, (0.0, 0.0))[1]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("method", ["auto", "scan", "pairs"])
+def test_soft_rank_beside_masks(method: str, mask: str, emulate: Emulate) -> None:
+    emulate(threads=64, seed=6)
+    for n, dtype in itertools.product((2, 33), (torch.float32, torch.float64)):
+        check_masked("cuda", method, mask, n, dtype)
 
 
 def by_products(monkeypatch: pytest.MonkeyPatch, symmetric: bool) -> None:

@@ -20,6 +20,7 @@ import numpy
 import pytest
 import torch
 from row_kernels import POINTS, check_prepared, check_symmetrised, points_with
+from soft_rank_cases import MASKS, check_masked
 from torch import Tensor
 
 import pcoherence
@@ -386,6 +387,13 @@ def test_soft_rank(n: int, dtype: torch.dtype, weights: str) -> None:
         tolerance = 1e-6 if dtype == torch.float32 else 1e-12
         for right, ours in zip(*found, strict=True):
             assert relative_error(ours.cpu(), right, 1.0) <= tolerance
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_soft_rank_beside_masks(method: str, mask: str) -> None:
+    for n, dtype in itertools.product((2, 33), (torch.float32, torch.float64)):
+        check_masked("triton", method, mask, n, dtype, DEVICE)
 
 
 def test_soft_rank_of_nothing_finite_or_weighted() -> None:

@@ -1,4 +1,4 @@
-// Kernel sums on a grid (docs/mathematics.rst): spread, convolve, gather. Positions are in units of the bin width.
+// Kernel sums on a grid (docs/mathematics.rst): spread, convolve, gather.
 //
 // With x, y the local coordinates in [-1, 1] of two points whose bins differ by D, the kernel is the polynomial
 //   kernel(width * (D + (x - y) / 2)) = sum_qr table[D][r][q] x^q y^r
@@ -47,23 +47,34 @@ struct FewBins<float> {
 template <class T>
 class Grid {
  public:
-  static constexpr double unit = kBinWidth;
-
   explicit Grid(Workspace& ws) : ws_(ws) {}
 
-  // positions, weights: [n], n a multiple of the lane count; 0 <= positions <= extent.
-  void load(const T* positions, const T* weights, int n, double extent) {
+  void load(const SumsRow<T>& row) {
+    const int n = row.n;
     n_ = n;
-    bins_ = static_cast<int>(extent) + 1;
-    w_ = weights;
+    bins_ = static_cast<int>(row.scale.range / kBinWidth) + 1;
+    w_ = row.weights;
     bin_ = ws_.bins.need<std::int32_t>(n);
     x_ = ws_.locals.need<T>(n);
-    const auto last = splat<T>(T(bins_ - 1));
+    const double per_value = row.scale.per_distance / kBinWidth;
+    const dvec low = dvec{} + double(row.low), last = dvec{} + double(bins_ - 1), end = dvec{} + double(bins_);
+    // In float64: a bin far from the lowest value resolves as much of its values as the first.
+    const auto place = [&](dvec v) {
+      const dvec t = vmin(vmax((v - low) * per_value, dvec{}), end);  // only candidates of weight 0 can lie outside
+      const dvec floor = vmin(__builtin_convertvector(__builtin_convertvector(t, WideIndex), dvec), last);
+      return Place{floor, (t - floor) * 2.0 - 1.0};
+    };
     for (int k = 0; k < n; k += lanes) {
-      const V t = PCOH_ISA::load(positions + k);
-      const V floor = vmin(__builtin_convertvector(__builtin_convertvector(t, ivec_t<T>), V), last);
-      store(bin_ + k, __builtin_convertvector(floor, index_t<T>));
-      store(x_ + k, (t - floor) * T(2) - T(1));
+      const V v = PCOH_ISA::load(row.values + k);
+      if constexpr (sizeof(T) == 4) {
+        const Place a = place(low_half(v)), b = place(high_half(v));
+        store(bin_ + k, __builtin_convertvector(join(a.bin, b.bin), index_t<T>));
+        store(x_ + k, join(a.x, b.x));
+      } else {
+        const Place a = place(v);
+        store(bin_ + k, __builtin_convertvector(a.bin, index_t<T>));
+        store(x_ + k, a.x);
+      }
     }
     moments_ = ws_.moments.need<T>(2 * std::size_t(bins_) * order);
     fields_ = ws_.fields.need<T>(2 * std::size_t(bins_) * order);
@@ -106,6 +117,11 @@ class Grid {
   static constexpr int lanes = lanes_v<T>;
   static constexpr int order = GridOrder<T>::order;
   static constexpr int parts = order / 8;
+
+  typedef std::int32_t WideIndex __attribute__((vector_size(32)));  // of a dvec
+  struct Place {
+    dvec bin, x;
+  };
 
   // One value for each term of a bin's polynomial.
   struct Terms {
@@ -196,7 +212,7 @@ class Grid {
         } else {  // sum_jk w_j w_k (t_j - t_k), kept out of the coefficients: it can dwarf them
           const T* own = moments + std::size_t(b) * order;
           const double own_first = double(own[0]) * b + double(own[1]) / 2;
-          far_total_ += unit * (own_first * count - double(own[0]) * first);
+          far_total_ += kBinWidth * (own_first * count - double(own[0]) * first);
         }
       }
       sum[0].store(field + std::size_t(b) * order);

@@ -8,21 +8,20 @@ namespace pcoherence::PCOH_ISA {
 template <class T>
 class Pairs {
  public:
-  static constexpr double unit = 1.0;
-
   explicit Pairs(Workspace&) {}
 
-  void load(const T* positions, const T* weights, int n, double) {
-    s_ = positions;
-    w_ = weights;
-    n_ = n;
+  void load(const SumsRow<T>& row) {
+    v_ = row.values;
+    w_ = row.weights;
+    n_ = row.n;
+    per_value_ = static_cast<T>(std::min(row.scale.per_distance, double(std::numeric_limits<T>::max())));
   }
 
   void ranks(T* out) {
     for (int j = 0; j < n_; ++j) {
       V sum{};
       for (int k = 0; k < n_; k += lanes) {
-        const V t = s_[j] - load_at(s_, k), z = decay(t);
+        const V t = (v_[j] - load_at(v_, k)) * per_value_, z = decay(t);
         sum += load_at(w_, k) * (select(t < V{}, z, splat<T>(1)) / (T(1) + z));
       }
       out[j] = static_cast<T>(total(sum));
@@ -34,7 +33,7 @@ class Pairs {
     for (int j = 0; j < n_; ++j) {
       Sum sum;
       for (int k = 0; k < n_; k += lanes) {
-        const V t = s_[j] - load_at(s_, k), z = decay(t);
+        const V t = (v_[j] - load_at(v_, k)) * per_value_, z = decay(t);
         V log1p{};
         for (int m = kSeriesDegree<T> - 1; m >= 0; --m) log1p = (log1p + T(series<T>().softplus[m])) * z;
         sum.add(load_at(w_, k) * (vmax(t, V{}) + log1p));
@@ -48,7 +47,7 @@ class Pairs {
     for (int l = 0; l < n_; ++l) {
       V sum{};
       for (int j = 0; j < n_; j += lanes) {
-        const V z = decay(s_[l] - load_at(s_, j)), q = T(1) + z;
+        const V z = decay((v_[l] - load_at(v_, j)) * per_value_), q = T(1) + z;
         sum += (r[l] * load_at(w_, j) - w_[l] * load_at(r, j)) * (z / (q * q));
       }
       out[l] = static_cast<T>(total(sum));
@@ -67,7 +66,8 @@ class Pairs {
   }
 
   int n_ = 0;
-  const T *s_ = nullptr, *w_ = nullptr;
+  T per_value_ = 0;  // 1 / temperature
+  const T *v_ = nullptr, *w_ = nullptr;
 };
 
 }  // namespace pcoherence::PCOH_ISA

@@ -1,4 +1,4 @@
-// Kernel sums by recurrences along the sorted row (docs/mathematics.rst). Positions are in units of the temperature.
+// Kernel sums by recurrences along the sorted row (docs/mathematics.rst). s: values in units of the temperature.
 //
 // With z = exp(-(s_j - s_k)), k below j: sigmoid(s_j - s_k) = 1 + sum_m c_m z^m, and every power decays from one
 // sorted position to the next:  up_m(j) = e^m (w_{j-1} + up_m(j - 1)),  down_m(j) = e'^m (w_{j+1} + down_m(j + 1)),
@@ -14,18 +14,17 @@ namespace pcoherence::PCOH_ISA {
 template <class T>
 class Scan {
  public:
-  static constexpr double unit = 1.0;
-
   explicit Scan(Workspace& ws) : ws_(ws) {}
 
-  void load(const T* positions, const T* weights, int n, double) {
+  void load(const SumsRow<T>& row) {
+    const int n = row.n;
+    row_ = row;
     n_ = n;
-    w_ = weights;
-    items_ = argsort(positions, n, ws_);
-    s_ = positions;
+    w_ = row.weights;
+    items_ = argsort(row.values, n, ws_);
     steps_ = ws_.steps.need<double>(n + lanes_v<double>);
     steps_[0] = 0;
-    for (int i = 1; i < n; ++i) steps_[i] = double(s_[items_[i - 1].index]) - double(s_[items_[i].index]);
+    for (int i = 1; i < n; ++i) steps_[i] = -row.temperatures(items_[i - 1].index, items_[i].index);
     for (int i = n; i < n + lanes_v<double>; ++i) steps_[i] = 0;
     for (int i = 0; i < n; i += lanes_v<double>) store(steps_ + i, exp_nonpositive<double>(PCOH_ISA::load(steps_ + i)));
   }
@@ -52,7 +51,7 @@ class Scan {
     double total = 0, count = 0, first = 0;
     for (int i = 0; i < n_; ++i) {
       const auto j = items_[i].index;
-      const double w = w_[j], s = s_[j];
+      const double w = w_[j], s = row_.position(j);
       total += w * (s * count - first + 2 * logs[i] + w * std::log(2.0));
       count += w;
       first += w * s;
@@ -123,7 +122,8 @@ class Scan {
 
   Workspace& ws_;
   int n_ = 0;
-  const T *w_ = nullptr, *s_ = nullptr;
+  SumsRow<T> row_{};
+  const T* w_ = nullptr;
   const SortItem<T>* items_ = nullptr;
   double* steps_ = nullptr;  // [n] exp(-(s_(i) - s_(i-1)))
 };

@@ -17,6 +17,7 @@ template <class T, class G>
 class Grid {
  public:
   static constexpr double unit = kBinWidth;
+  static constexpr bool from_low = true;
 
   // Memory for rows of up to `bins` bins, besides what spread_by_lanes() takes.
   static constexpr std::int64_t bytes(std::int64_t bins) { return bins * (4 * order * sizeof(T) + 2 * 8) + 6 * 16; }

@@ -12,6 +12,7 @@ template <class T, class G>
 class Pairs {
  public:
   static constexpr double unit = 1.0;
+  static constexpr bool from_low = false;
 
   static constexpr std::int64_t bytes(std::int64_t n) { return 3 * (n * sizeof(T) + 16); }
 

@@ -76,6 +76,43 @@ struct RowSumsTask {
   double* weight_sums;       // [rows] W_i
 };
 
+// ---------------------------------------------------------------- positions
+
+// What a row is in the units of some sums.
+template <class T>
+struct Positions {
+  T base, factor, bottom, top;
+
+  // Only candidates of weight 0 can lie outside of [bottom, top], or be NaN.
+  PCOH_DEVICE T operator()(T value) const { return std::fmin(std::fmax((value - base) * factor, bottom), top); }
+};
+
+// The range of a row's values, and where its positions begin. The base is the value nearest to 0: taken from the lowest
+// value, positions would lose the digits that tell apart what lies close together far away. A grid begins at the
+// lowest, which is not so far from any.
+template <class T>
+struct Range {
+  T low, high;
+
+  template <bool from_low>
+  PCOH_DEVICE T base() const {
+    return from_low || low > 0 ? low : high < 0 ? high : T(0);
+  }
+  template <class Sums>
+  PCOH_DEVICE Positions<T> positions(const Scaling& scale) const {
+    const T from = base<Sums::from_low>();
+    const double factor = scale.per_distance / Sums::unit;
+    return {from, static_cast<T>(factor), bounded((double(low) - double(from)) * factor),
+            bounded((double(high) - double(from)) * factor)};
+  }
+
+ private:
+  static PCOH_DEVICE T bounded(double position) {
+    constexpr double most = std::numeric_limits<T>::max();
+    return static_cast<T>(std::fmin(std::fmax(position, -most), most));
+  }
+};
+
 // ---------------------------------------------------------------- row statistics
 
 template <class T>
@@ -87,6 +124,7 @@ struct Stats {
 
   PCOH_DEVICE double mean() const { return weight > 0 ? product / weight : 0; }
   PCOH_DEVICE bool uniform() const { return least == most; }
+  PCOH_DEVICE Range<T> range() const { return {low, high}; }
   PCOH_DEVICE bool finite() const { return std::isfinite(product) && std::isfinite(double(high) - double(low)); }
 
   static PCOH_DEVICE Stats none() {
@@ -165,45 +203,34 @@ PCOH_DEVICE Method choose(const Summation<T>& sums, double range, int n) {
   return n <= kFewPairs ? Method::pairs : Method::scan;
 }
 
-// What a row is in the units of some sums.
-template <class T>
-struct Positions {
-  T low, factor, top;
-
-  // Only candidates of weight 0 can lie outside of [0, top], or be NaN.
-  PCOH_DEVICE T operator()(T value) const { return std::fmin(std::fmax((value - low) * factor, T(0)), top); }
-};
-
 // One way to sum. Apart, so that what the caller holds does not take registers from the loops.
 template <class Sums, class T, class G, class F>
-PCOH_APART void run_sums(G& g, const Summation<T>& how, const RowView<T>& row, T low, const Scaling& scale, Arena arena,
-                         F& f) {
-  const Positions<T> position{low, static_cast<T>(scale.per_distance / Sums::unit),
-                              static_cast<T>(scale.range / Sums::unit)};
+PCOH_APART void run_sums(G& g, const Summation<T>& how, const RowView<T>& row, const Range<T>& range,
+                         const Scaling& scale, Arena arena, F& f) {
+  const Positions<T> position = range.template positions<Sums>(scale);
   by_memory(g, row.values, [&](T* values) { each(g, row.n, [=](int k) { values[k] = position(values[k]); }); });
   g.sync();
   Sums sums(g, row, position.top, how.tables, arena);
   f(sums);
 }
 
-// Calls f(sums) with the kernel sums of a row that begins at `low`, whose values become positions in their units.
-// False: too many bins.
+// Calls f(sums) with the kernel sums of a row, whose values become positions in their units. False: too many bins.
 template <class T, class G, class F>
-PCOH_DEVICE bool with_sums(G& g, const Summation<T>& how, const RowView<T>& row, T low, const Scaling& scale,
-                           Arena arena, F f) {
+PCOH_DEVICE bool with_sums(G& g, const Summation<T>& how, const RowView<T>& row, const Range<T>& range,
+                           const Scaling& scale, Arena arena, F f) {
   switch (choose(how, scale.range, row.n)) {
     case Method::grid:
-      if (scale.range / kBinWidth >= how.most_bins) {
+      if (!(scale.range / kBinWidth < how.most_bins)) {
         if (g.thread() == 0) *how.status = 1;
         return false;
       }
-      run_sums<Grid<T, G>>(g, how, row, low, scale, arena, f);
+      run_sums<Grid<T, G>>(g, how, row, range, scale, arena, f);
       break;
     case Method::scan:
-      run_sums<Scan<T, G>>(g, how, row, low, scale, arena, f);
+      run_sums<Scan<T, G>>(g, how, row, range, scale, arena, f);
       break;
     case Method::pairs:
-      run_sums<Pairs<T, G>>(g, how, row, low, scale, arena, f);
+      run_sums<Pairs<T, G>>(g, how, row, range, scale, arena, f);
       break;
     case Method::automatic:
       PCOH_TRAP();  // choose() has chosen
@@ -391,7 +418,7 @@ PCOH_APART void anchor_row(G& g, const RowTask<T>& task, std::int64_t r, Arena a
     } else {
       const T per_weight = static_cast<T>(1 / t.weight);
       const Scaling scale = scaling(task.scale, t, task.teacher_units);
-      const bool done = with_sums(g, task.sums, row, t.low, scale, stage, [&](auto& sums) {
+      const bool done = with_sums(g, task.sums, row, t.range(), scale, stage, [&](auto& sums) {
         sums.ranks(teacher);
         g.sync();
         each(g, n, [=](int k) { teacher[k] *= per_weight; });
@@ -409,7 +436,7 @@ PCOH_APART void anchor_row(G& g, const RowTask<T>& task, std::int64_t r, Arena a
   if (!s.finite()) return give_up(g, task, r, nan);
   T* ranks = arena.take<T>(n, task.sums.reserve);
   const Scaling scale = scaling(task.scale, s, task.student_units);
-  const bool done = with_sums(g, task.sums, row, s.low, scale, arena, [&](auto& sums) {
+  const bool done = with_sums(g, task.sums, row, s.range(), scale, arena, [&](auto& sums) {
     sums.ranks(ranks);
     g.sync();
     double loss = 0;
@@ -445,28 +472,84 @@ PCOH_DEVICE void row_sums(G& g, const RowSumsTask<T>& task, std::int64_t r) {
   task.weight_sums[r] = s.weight;
 }
 
+// What the values of a row span, whatever their weights, since all of them are ranked; and the weights at its ends.
+template <class T>
+struct Span {
+  double below, between, above;  // weights of -inf, of +inf, of all others
+  T low, high;                   // of the finite values; low > high: there are none
+  int nans;
+
+  static PCOH_DEVICE Span none() {
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    return {0, 0, 0, inf, -inf, 0};
+  }
+  PCOH_DEVICE void add(T v, T w) {
+    nans += v != v;
+    if (!std::isfinite(v)) {
+      (v < 0 ? below : above) += double(w);
+      return;
+    }
+    between += double(w);
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+  }
+  PCOH_DEVICE Range<T> range() const { return low <= high ? Range<T>{low, high} : Range<T>{0, 0}; }
+  // What is counted to value v, given its sum over the finite ones.
+  PCOH_DEVICE T rank(T v, T sum) const {
+    if (std::isfinite(v)) return static_cast<T>(below + double(sum));
+    return static_cast<T>(v < 0 ? below / 2 : below + between + above / 2);
+  }
+};
+struct MergeSpans {
+  template <class T>
+  PCOH_DEVICE Span<T> operator()(const Span<T>& a, const Span<T>& b) const {
+    return {a.below + b.below,
+            a.between + b.between,
+            a.above + b.above,
+            b.low < a.low ? b.low : a.low,
+            b.high > a.high ? b.high : a.high,
+            a.nans + b.nans};
+  }
+};
+
 template <class T, class G>
 PCOH_DEVICE void soft_rank_row(G& g, const SoftRankTask<T>& task, std::int64_t r, Arena arena) {
   const int n = task.n;
-  const T* weights = task.weights ? task.weights + (task.weights_per_row ? r * n : 0) : nullptr;
+  const T* given = task.values + r * n;
+  const T* given_weights = task.weights ? task.weights + (task.weights_per_row ? r * n : 0) : nullptr;
+  const auto weight = [=](int k) { return given_weights ? given_weights[k] : T(1); };
   T* result = arena.take<T>(n, task.sums.reserve);
-  const RowView<T> row{arena.take<T>(n, task.sums.reserve), weights, n, -1};
+  T* values = arena.take<T>(n, task.sums.reserve);
+  T* weights = arena.take<T>(n, task.sums.reserve);
   T* out = task.out + r * n;
-  const Stats<T> s = stats(g, row, task.values + r * n);
-  if (s.weight == 0) return fill(g, out, task.upstream ? T(0) : T(0.5), n);
-  if (!s.finite()) return fill(g, out, std::numeric_limits<T>::quiet_NaN(), n);
-  const Scaling scale = pcoherence::scaling(s.low, s.high, 1.0, 1 / task.temperature);
-  const bool done = with_sums(g, task.sums, row, s.low, scale, arena, [&](auto& sums) {
+  Span<T> span = Span<T>::none();
+  each(g, n, [&](int k) { span.add(given[k], weight(k)); });
+  span = reduce(g, span, MergeSpans{});
+  if (span.nans > 0) return fill(g, out, std::numeric_limits<T>::quiet_NaN(), n);
+  // Infinite values rank at the ends and have no slope: they leave the row, weight 0 and any place.
+  const Range<T> range = span.range();
+  each(g, n, [=](int k) {
+    const bool finite = std::isfinite(given[k]);
+    values[k] = finite ? given[k] : range.low;
+    weights[k] = finite ? weight(k) : T(0);
+    if (task.upstream != nullptr) result[k] = finite ? task.upstream[r * n + k] : T(0);
+  });
+  g.sync();
+  // No bound on the range, which scaling() has: values that mask others may be as low as T goes.
+  const double per_value = 1 / task.temperature;
+  const Scaling scale{per_value, (double(range.high) - double(range.low)) * per_value};
+  const RowView<T> row{values, weights, n, -1};
+  const bool done = with_sums(g, task.sums, row, range, scale, arena, [&](auto& sums) {
     if (task.upstream == nullptr)
       sums.ranks(result);
     else
-      sums.pullback(task.upstream + r * n, result);
+      sums.pullback(result, result);
   });
   if (!done) return fill(g, out, std::numeric_limits<T>::quiet_NaN(), n);
   g.sync();
-  const T factor = static_cast<T>(scale.per_distance);
+  const T factor = static_cast<T>(per_value);
   const bool pulled = task.upstream != nullptr;
-  each(g, n, [=](int k) { out[k] = pulled ? result[k] * factor : result[k] + T(0.5); });
+  each(g, n, [=](int k) { out[k] = pulled ? result[k] * factor : span.rank(given[k], result[k]) + T(0.5); });
 }
 
 }  // namespace pcoherence::cuda

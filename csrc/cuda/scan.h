@@ -15,6 +15,7 @@ template <class T, class G>
 class Scan {
  public:
   static constexpr double unit = 1.0;
+  static constexpr bool from_low = false;
 
   static constexpr std::int64_t bytes(std::int64_t n, int threads) {
     return n * (sizeof(T) + 4 + 3 * 8) + threads * (kRow + 1 + 1) * 8 + kWarp * kRow * 8 + 8 * 16;

@@ -207,14 +207,18 @@ class CudaRowKernels:
         temperature: float,
         method: str,
     ) -> Tensor:
-        """See RowKernels."""
-        out = torch.empty_like(values)
-        *constants, status = self._summation(values, method)
+        """See RowKernels. In float64: float32 positions of a wide range lose digits of its ends."""
+        wide = values.double()
+        weights, upstream = (
+            None if given is None else given.double() for given in (weights, upstream)
+        )
+        out = torch.empty_like(wide)
+        *constants, status = self._summation(wide, method)
         torch.ops.pcoherence_cuda.soft_rank(
-            values, weights, upstream, temperature, method, out, *constants, status
+            wide, weights, upstream, temperature, method, out, *constants, status
         )
         self._check(method, status)
-        return out
+        return out.to(values.dtype)
 
     def small(
         self,
