@@ -48,14 +48,7 @@ Tensor new_tensor(std::vector<std::int64_t> sizes, ScalarType type) {
 template <class T>
 class TorchRuntime : public Runtime<T> {
  public:
-  ~TorchRuntime() override {
-    for (auto& buffer : memory_) return_buffer(std::move(buffer));
-  }
-
-  T* allocate(std::int64_t count) override {
-    memory_.push_back(take_buffer(count * sizeof(T)));
-    return memory_.back()->need<T>(count);
-  }
+  T* allocate(std::int64_t count) override { return memory_.emplace_back().template need<T>(count); }
 
   int threads() const override { return static_cast<int>(torch::stable::get_num_threads()); }
 
@@ -92,7 +85,7 @@ class TorchRuntime : public Runtime<T> {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
   }
 
-  std::vector<std::unique_ptr<Buffer>> memory_;
+  std::vector<Buffer> memory_;
 };
 
 // ---------------------------------------------------------------- host checks

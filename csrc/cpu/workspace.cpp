@@ -1,70 +1,140 @@
 #include "workspace.h"
 
+#include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <new>
 #include <vector>
 
-#if defined(__linux__)
+#if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
+#define PCOH_MMAP
 #endif
 
 namespace pcoherence {
 
 bool poison_workspace = false;
 
+namespace {
+
 // Blocks of distances are read down their columns too, one page for every row: pages of 2 MiB, where the system has
 // them, save most of the page faults and of the address translation.
-static constexpr std::size_t kHugePage = 2 << 20;
+constexpr std::size_t kHugePage = 2 << 20;
 
-void* Buffer::need_bytes(std::size_t bytes) {
-  if (bytes > bytes_) {
-    std::free(data_);
-    bytes_ = 0;
-    const bool huge = bytes >= 2 * kHugePage;
-    if (huge) bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    data_ = std::aligned_alloc(huge ? kHugePage : 64, bytes);
-    if (data_ == nullptr) throw std::bad_alloc();
-    bytes_ = bytes;
-#if defined(__linux__)
-    if (huge) madvise(data_, bytes, MADV_HUGEPAGE);  // a hint: without it everything works, more slowly
-#endif
-  }
-  if (poison_workspace) std::memset(data_, 0xff, bytes);
-  return data_;
-}
-
-namespace {
+// From this size on memory comes from the system's pages and goes back to them, or is kept in the pool: the heap is
+// for what is small. It cannot always join large blocks again, and then grows by one with every call.
+constexpr std::size_t kPooled = 64 << 10;
 
 // What the pool holds at most: the two square blocks of the largest symmetric problem (pipeline.cpp), and as much again
 // as a quarter for features and gradients.
 constexpr std::size_t kPoolBytes = std::size_t(160) << 20;
-// Smaller buffers are the allocator's own business.
-constexpr std::size_t kPooledBuffer = 1 << 20;
 
-std::mutex pool_mutex;
-std::vector<std::unique_ptr<Buffer>> pool;  // oldest first
+constexpr std::size_t kAlignment = 64;
+
+#if defined(PCOH_MMAP)
+
+Block allocate_pages(std::size_t bytes) {
+  const bool huge = bytes >= 2 * kHugePage;
+  const std::size_t unit = huge ? kHugePage : kPooled;
+  bytes = (bytes + unit - 1) / unit * unit;
+  const std::size_t mapped = bytes + (huge ? kHugePage : 0);
+  void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  if (!huge) return {memory, bytes};
+  // Aligned by giving back what lies before and behind.
+  char* begin = static_cast<char*>(memory);
+  const std::size_t before = (kHugePage - reinterpret_cast<std::uintptr_t>(memory) % kHugePage) % kHugePage;
+  if (before > 0) munmap(begin, before);
+  if (before < kHugePage) munmap(begin + before + bytes, kHugePage - before);
+#if defined(MADV_HUGEPAGE)
+  madvise(begin + before, bytes, MADV_HUGEPAGE);  // a hint: without it everything works, more slowly
+#endif
+  return {begin + before, bytes};
+}
+void free_pages(Block block) { munmap(block.data, block.bytes); }
+
+#endif
+
+// Aligned by hand, with the distance to the heap's own block in front: what aligned_alloc gives back, glibc's heap
+// cuts into pieces.
+Block allocate_small(std::size_t bytes) {
+  char* memory = static_cast<char*>(std::malloc(bytes + kAlignment));
+  if (memory == nullptr) throw std::bad_alloc();
+  const std::size_t shift = kAlignment - reinterpret_cast<std::uintptr_t>(memory) % kAlignment;  // 1 .. 64
+  memory[shift - 1] = static_cast<char>(shift);
+  return {memory + shift, bytes};
+}
+void free_small(Block block) {
+  char* memory = static_cast<char*>(block.data);
+  std::free(memory - memory[-1]);
+}
+
+Block allocate(std::size_t bytes) {
+#if defined(PCOH_MMAP)
+  if (bytes >= kPooled) return allocate_pages(bytes);
+#endif
+  return allocate_small(bytes);
+}
+
+void release(Block block) {
+#if defined(PCOH_MMAP)
+  if (block.bytes >= kPooled) return free_pages(block);
+#endif
+  free_small(block);
+}
+
+struct Pool {
+  std::mutex mutex;
+  std::vector<Block> blocks;  // oldest first
+  std::size_t bytes = 0;
+};
+
+// Never destroyed: threads may outlive the end of main.
+Pool& pool() {
+  static Pool& instance = *new Pool;
+  return instance;
+}
 
 }  // namespace
 
-std::unique_ptr<Buffer> take_buffer(std::size_t bytes) {
-  const std::lock_guard<std::mutex> lock(pool_mutex);
-  for (auto it = pool.begin(); it != pool.end(); ++it)
-    if (bytes <= (*it)->bytes() && (*it)->bytes() <= 2 * bytes) {
-      auto found = std::move(*it);
-      pool.erase(it);
-      return found;
-    }
-  return std::make_unique<Buffer>();
+Block take_block(std::size_t bytes) {
+  if (bytes >= kPooled) {
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    auto& blocks = pool().blocks;
+    for (auto it = blocks.begin(); it != blocks.end(); ++it)
+      if (bytes <= it->bytes && it->bytes <= 2 * bytes) {
+        const Block found = *it;
+        blocks.erase(it);
+        pool().bytes -= found.bytes;
+        return found;
+      }
+  }
+  return allocate(bytes);
 }
 
-void return_buffer(std::unique_ptr<Buffer> buffer) {
-  if (buffer->bytes() < kPooledBuffer) return;
-  const std::lock_guard<std::mutex> lock(pool_mutex);
-  pool.push_back(std::move(buffer));
-  std::size_t total = 0;
-  for (const auto& kept : pool) total += kept->bytes();
-  for (; total > kPoolBytes; pool.erase(pool.begin())) total -= pool.front()->bytes();
+void return_block(Block block) {
+  if (block.data == nullptr) return;
+  if (block.bytes < kPooled) return release(block);
+  const std::lock_guard<std::mutex> lock(pool().mutex);
+  auto& blocks = pool().blocks;
+  blocks.push_back(block);
+  pool().bytes += block.bytes;
+  while (pool().bytes > kPoolBytes) {
+    pool().bytes -= blocks.front().bytes;
+    release(blocks.front());
+    blocks.erase(blocks.begin());
+  }
+}
+
+void* Buffer::need_bytes(std::size_t bytes) {
+  if (bytes > block_.bytes) {
+    return_block(block_);
+    block_ = {};
+    block_ = take_block(bytes);
+  }
+  if (poison_workspace) std::memset(block_.data, 0xff, bytes);
+  return block_.data;
 }
 
 }  // namespace pcoherence

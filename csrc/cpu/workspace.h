@@ -1,9 +1,8 @@
-// Scratch memory of one thread: named buffers that grow on demand and are reused from row to row.
+// Scratch memory: named buffers that grow on demand, are reused from row to row, and come from a pool that outlives
+// the call.
 #pragma once
 
 #include <cstddef>
-#include <cstdlib>
-#include <memory>
 
 #include "../inline.h"
 
@@ -12,14 +11,23 @@ namespace pcoherence {
 // When set (tests), every buffer handed out is filled with 0xff first: NaN as floating point, -1 as integer.
 extern bool poison_workspace;
 
+// Memory [bytes], 64-byte aligned; null: none.
+struct Block {
+  void* data = nullptr;
+  std::size_t bytes = 0;
+};
+
+// Large blocks of finished calls are kept for the next: a training loop asks for the same ones in every step, and the
+// system takes longer to clear fresh pages than a matrix product takes to fill them. Thread-safe.
+Block take_block(std::size_t bytes);
+void return_block(Block block);
+
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-
-  std::size_t bytes() const { return bytes_; }
+  Buffer(Buffer&& other) noexcept : block_(other.block_) { other.block_ = {}; }
+  Buffer& operator=(Buffer&&) = delete;
+  ~Buffer() { return_block(block_); }
 
   // At least `count` elements, 64-byte aligned, contents undefined. Inlined into each instruction set's kernels; what
   // it calls is compiled once.
@@ -31,22 +39,17 @@ class Buffer {
  private:
   void* need_bytes(std::size_t bytes);
 
-  void* data_ = nullptr;
-  std::size_t bytes_ = 0;
+  Block block_;
 };
 
-// Large buffers of finished calls, kept for the next: a training loop asks for the same ones in every step, and the
-// system takes longer to clear fresh pages than a matrix product takes to fill them. Thread-safe.
-std::unique_ptr<Buffer> take_buffer(std::size_t bytes);
-void return_buffer(std::unique_ptr<Buffer> buffer);
-
+// Of one thread.
 struct Workspace {
-  Buffer student, teacher;                                             // [n], distances that may not be overwritten
-  Buffer weights, positions, ranks, teacher_ranks, residuals, pulled;  // [n], one anchor's row
-  Buffer bins, locals, moments, replicas, fields, carry;               // grid
-  Buffer items, items_swap, histogram;                                 // radix sort
-  Buffer bucket, arrival, counts, sorted, sorted_ranks;                // hard ranks
-  Buffer steps, up, down;                                              // scan
+  Buffer student, teacher;                                  // [n], distances that may not be overwritten
+  Buffer weights, ranks, teacher_ranks, residuals, pulled;  // [n], one anchor's row
+  Buffer bins, locals, moments, replicas, fields, carry;    // grid
+  Buffer items, items_swap, histogram;                      // radix sort
+  Buffer bucket, arrival, counts, sorted, sorted_ranks;     // hard ranks
+  Buffer steps, up, down;                                   // scan
 };
 
 }  // namespace pcoherence
