@@ -183,6 +183,12 @@ def memory(n: int) -> Figure:
     return at_most(f"n {n:,}, d 128: peak memory above inputs", peak, 256, " MiB")
 
 
+def memory_over_time(steps: int) -> Figure:
+    """What a long training adds."""
+    added = measure.growth_in_training(128, steps) / 2**20
+    return at_most(f"n 128: memory added in {steps:,} steps of training", added, 8, " MiB")
+
+
 def repeatable() -> Figure:
     """Loss and gradient, bit for bit, on repeated runs."""
     student, teacher = make_case("gaussian", 1501, 40, dtype=torch.float32), torch.randn(1501, 30)
@@ -210,6 +216,7 @@ def figures(quick: bool) -> Iterator[Figure]:
     yield growth(repeats)
     yield memory(4096)
     yield memory(16384)
+    yield memory_over_time(2_000 if quick else 20_000)
     yield repeatable()
     for dtype in (torch.float32, torch.float64):
         yield from accuracy(dtype, SIZES[:4] if quick else SIZES)

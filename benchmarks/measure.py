@@ -168,6 +168,32 @@ def step_peak_memory(n: int, d: int) -> int:
     return int(result.stdout.split()[-1])
 
 
+def growth_in_training(n: int, steps: int) -> int:
+    """Bytes that training a small student adds after a twentieth of the steps; a process of its own."""
+    program = (
+        "import torch, pcoherence\n"
+        "from benchmarks.measure import resident_bytes\n"
+        "student = torch.nn.Sequential(\n"
+        "    torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16))\n"
+        "teacher = torch.nn.Linear(32, 24)\n"
+        "criterion = pcoherence.PerceptionCoherenceLoss()\n"
+        "optimizer = torch.optim.Adam(student.parameters())\n"
+        f"for step in range({steps}):\n"
+        f"    if step == {steps // 20}:\n"
+        "        before = resident_bytes()\n"
+        f"    x = torch.randn({n}, 32)\n"
+        "    loss = criterion(student(x), teacher(x).detach())\n"
+        "    optimizer.zero_grad()\n"
+        "    loss.backward()\n"
+        "    optimizer.step()\n"
+        "print(resident_bytes() - before)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    return int(result.stdout.split()[-1])
+
+
 def device_peak_memory(call: Callable[[], object], device: str) -> int:
     """Bytes above those in use before the call: resident, or on a GPU allocated by torch."""
     if device == "cpu":

@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <limits>
-#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -14,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../boxing.h"
 #include "../soft_ranks.h"
 #include "agreement.h"
 #include "pipeline.h"
@@ -439,11 +439,11 @@ Tensor soft_rank_backward(Tensor values, OptionalTensor weights, Tensor grad, do
 }  // namespace pcoherence
 
 STABLE_TORCH_LIBRARY_IMPL(pcoherence, CPU, m) {
-  m.impl("coherence_sum", TORCH_BOX(&pcoherence::coherence_sum));
-  m.impl("coherence_rows", TORCH_BOX(&pcoherence::coherence_rows));
-  m.impl("coherence_sum_from_distances", TORCH_BOX(&pcoherence::coherence_sum_from_distances));
-  m.impl("coherence_rows_from_distances", TORCH_BOX(&pcoherence::coherence_rows_from_distances));
-  m.impl("rank_agreement", TORCH_BOX(&pcoherence::rank_agreement_rows));
-  m.impl("soft_rank", TORCH_BOX(&pcoherence::soft_rank));
-  m.impl("soft_rank_backward", TORCH_BOX(&pcoherence::soft_rank_backward));
+  m.impl("coherence_sum", PCOH_BOX(&pcoherence::coherence_sum));
+  m.impl("coherence_rows", PCOH_BOX(&pcoherence::coherence_rows));
+  m.impl("coherence_sum_from_distances", PCOH_BOX(&pcoherence::coherence_sum_from_distances));
+  m.impl("coherence_rows_from_distances", PCOH_BOX(&pcoherence::coherence_rows_from_distances));
+  m.impl("rank_agreement", PCOH_BOX(&pcoherence::rank_agreement_rows));
+  m.impl("soft_rank", PCOH_BOX(&pcoherence::soft_rank));
+  m.impl("soft_rank_backward", PCOH_BOX(&pcoherence::soft_rank_backward));
 }

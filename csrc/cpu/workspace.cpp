@@ -22,8 +22,9 @@ namespace {
 // them, save most of the page faults and of the address translation.
 constexpr std::size_t kHugePage = 2 << 20;
 
-// From this size on memory comes from the system's pages and goes back to them, or is kept in the pool: the heap is
-// for what is small. It cannot always join large blocks again, and then grows by one with every call.
+// From this size on memory comes from the system's pages and goes back to them, or is kept in the pool. In the heap a
+// large block cannot be joined again to what was beside it once something small stays there, and training would grow
+// by one with every call.
 constexpr std::size_t kPooled = 64 << 10;
 
 // What the pool holds at most: the two square blocks of the largest symmetric problem (pipeline.cpp), and as much again

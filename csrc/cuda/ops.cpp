@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "../boxing.h"
 #include "launch.h"
 
 namespace pcoherence::cuda {
@@ -624,17 +625,17 @@ STABLE_TORCH_LIBRARY(PCOH_LIBRARY, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PCOH_LIBRARY, PCOH_DISPATCH_KEY, m) {
-  m.impl("rows", TORCH_BOX(&pcoherence::cuda::operators::rows));
-  m.impl("small_rows", TORCH_BOX(&pcoherence::cuda::operators::small_rows));
-  m.impl("small_gradient", TORCH_BOX(&pcoherence::cuda::operators::small_gradient));
-  m.impl("soft_rank", TORCH_BOX(&pcoherence::cuda::operators::soft_rank));
-  m.impl("row_sums", TORCH_BOX(&pcoherence::cuda::operators::row_sums));
-  m.impl("prepare", TORCH_BOX(&pcoherence::cuda::operators::prepare));
-  m.impl("product_distances", TORCH_BOX(&pcoherence::cuda::operators::product_distances));
-  m.impl("difference_distances", TORCH_BOX(&pcoherence::cuda::operators::difference_distances));
-  m.impl("accumulate_differences", TORCH_BOX(&pcoherence::cuda::operators::accumulate_differences));
-  m.impl("clear_near", TORCH_BOX(&pcoherence::cuda::operators::clear_near));
-  m.impl("symmetrise", TORCH_BOX(&pcoherence::cuda::operators::symmetrise));
-  m.impl("tables", TORCH_BOX(&pcoherence::cuda::operators::tables));
-  m.impl("series", TORCH_BOX(&pcoherence::cuda::operators::series_of));
+  m.impl("rows", PCOH_BOX(&pcoherence::cuda::operators::rows));
+  m.impl("small_rows", PCOH_BOX(&pcoherence::cuda::operators::small_rows));
+  m.impl("small_gradient", PCOH_BOX(&pcoherence::cuda::operators::small_gradient));
+  m.impl("soft_rank", PCOH_BOX(&pcoherence::cuda::operators::soft_rank));
+  m.impl("row_sums", PCOH_BOX(&pcoherence::cuda::operators::row_sums));
+  m.impl("prepare", PCOH_BOX(&pcoherence::cuda::operators::prepare));
+  m.impl("product_distances", PCOH_BOX(&pcoherence::cuda::operators::product_distances));
+  m.impl("difference_distances", PCOH_BOX(&pcoherence::cuda::operators::difference_distances));
+  m.impl("accumulate_differences", PCOH_BOX(&pcoherence::cuda::operators::accumulate_differences));
+  m.impl("clear_near", PCOH_BOX(&pcoherence::cuda::operators::clear_near));
+  m.impl("symmetrise", PCOH_BOX(&pcoherence::cuda::operators::symmetrise));
+  m.impl("tables", PCOH_BOX(&pcoherence::cuda::operators::tables));
+  m.impl("series", PCOH_BOX(&pcoherence::cuda::operators::series_of));
 }
