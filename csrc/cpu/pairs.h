@@ -14,6 +14,7 @@ class Pairs {
     v_ = row.values;
     w_ = row.weights;
     n_ = row.n;
+    per_distance_ = row.scale.per_distance;
     per_value_ = static_cast<T>(std::min(row.scale.per_distance, double(std::numeric_limits<T>::max())));
   }
 
@@ -28,17 +29,21 @@ class Pairs {
     }
   }
 
+  // softplus(t) = max(t, 0) + log(1 + exp(-|t|)): the first part in float64, since it can dwarf what is left of the sum
+  // after the linear part of cross_entropy.
   double softplus_total() {
     double result = 0;
     for (int j = 0; j < n_; ++j) {
       Sum sum;
+      double higher = 0;
+      for (int k = 0; k < n_; ++k) higher += double(w_[k]) * std::max(double(v_[j]) - double(v_[k]), 0.0);
       for (int k = 0; k < n_; k += lanes) {
         const V t = (v_[j] - load_at(v_, k)) * per_value_, z = decay(t);
         V log1p{};
         for (int m = kSeriesDegree<T> - 1; m >= 0; --m) log1p = (log1p + T(series<T>().softplus[m])) * z;
-        sum.add(load_at(w_, k) * (vmax(t, V{}) + log1p));
+        sum.add(load_at(w_, k) * log1p);
       }
-      result += double(w_[j]) * sum.total();
+      result += double(w_[j]) * (higher * per_distance_ + sum.total());
     }
     return result;
   }
@@ -66,7 +71,8 @@ class Pairs {
   }
 
   int n_ = 0;
-  T per_value_ = 0;  // 1 / temperature
+  double per_distance_ = 0;  // 1 / temperature, ...
+  T per_value_ = 0;          // ... and in T
   const T *v_ = nullptr, *w_ = nullptr;
 };
 
