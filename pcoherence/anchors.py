@@ -14,6 +14,12 @@ from .inputs import LossInputs
 from .spec import LossSpec
 
 
+GENERATOR_IN_GRAPH = (
+    "generator: expected None under torch.compile, whose graphs cannot hold one; got one. "
+    "torch.manual_seed seeds the draw without it"
+)
+
+
 def estimate(
     spec: LossSpec,
     inputs: LossInputs,
@@ -28,6 +34,16 @@ def estimate(
     if spec.reduction != "none":
         return loss
     return loss.new_zeros(inputs.student.shape[0]).index_put((part.drawn,), loss)
+
+
+def _permutation(m: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """0 to m - 1 in random order, int64 [m]."""
+    if generator is None:
+        # Without the argument: with generator=None, torch.compile would fix m.
+        return torch.randperm(m, device=device)
+    if torch.compiler.is_compiling():
+        raise RuntimeError(GENERATOR_IN_GRAPH)
+    return torch.randperm(m, generator=generator, device=generator.device).to(device)
 
 
 class Sample(NamedTuple):
@@ -48,8 +64,7 @@ def sample(spec: LossSpec, inputs: LossInputs, generator: torch.Generator | None
     if k is None or k >= m:
         return None
     student = inputs.student
-    where = student.device if generator is None else generator.device
-    index = torch.randperm(m, generator=generator, device=where)[:k].to(student.device)
+    index = _permutation(m, generator, student.device)[:k]
     weights = objectives.coefficients(inputs.anchor_weights, student, spec.reduction)
     square = inputs.student_candidates is None
     return Sample(

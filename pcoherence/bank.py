@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,37 +10,70 @@ from torch import Tensor, nn
 from .inputs import LossInputs, candidates, converted_weights
 from .spec import check_count
 
+POINTS = ("student", "teacher", "weights")
+"""The buffers that hold the points; all of them exist, or none does."""
+
 
 class CandidateBank(nn.Module):
     """The last `size` points that were pushed, without gradient; more candidates for the loss.
 
     Given to `PerceptionCoherenceLoss(bank=...)`, which appends its content to the candidates and,
     in training mode, pushes every batch (all processes' batches with gather=True, so that banks
-    stay equal) after its loss. Anchors stay those of the batch. The content moves and is saved
-    with the module; what a state_dict brings must have been a bank of the same size.
+    stay equal) after its loss. Anchors stay those of the batch.
+
+    All of its state is tensors, which move and are saved with the module. Without widths they come
+    into being at the first push; what fills a new module's own state_dict in place, as
+    torch.distributed.checkpoint does, needs them from the start: give both widths.
 
     Args:
         size: how many points to keep, at least 1.
+        student_width: ds, or None: that of the first push.
+        teacher_width: dt; given together with student_width or not at all.
+        dtype: of the points, with widths only; None: float32.
+        device: of the points, with widths only; None: torch's default.
 
     Attributes:
-        student: [size, ds], allocated by the first push; rows from `filled` on mean nothing.
-        teacher: [size, dt], likewise.
-        weights: [size], the candidate weights that the points came with.
-        filled: how many rows are in use.
+        student: [size, ds] or None; rows of weight 0 mean nothing.
+        teacher: [size, dt] or None, likewise.
+        weights: [size] or None, the candidate weights that the points came with; 0: no point.
+        pushed: int64 [], how many points were ever kept: the next goes to row pushed % size.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
     student: Tensor | None
     teacher: Tensor | None
     weights: Tensor | None
+    pushed: Tensor
 
-    def __init__(self, size: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        student_width: int | None = None,
+        teacher_width: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
         super().__init__()
         check_count("size", size)
         self.size = size
-        self.filled = 0
-        self._next = 0  # the row that the next point is written to
-        for name in ("student", "teacher", "weights"):
-            self.register_buffer(name, None)
+        self.widths = _widths(student_width, teacher_width)
+        with torch.inference_mode(False):  # or training could not use what validation made
+            self.register_buffer("pushed", torch.zeros((), dtype=torch.int64, device=device))
+            for name in POINTS:
+                self.register_buffer(name, None)
+            if self.widths is not None:
+                used = torch.float32 if dtype is None else dtype
+                self._allocate(*self.widths, used, used, self.pushed.device)
+            elif dtype is not None:
+                raise ValueError(f"dtype: expected None without student_width; got {dtype}")
+
+    @property
+    def filled(self) -> int:
+        """How many points there are. Waits for the device."""
+        return 0 if self.weights is None else int((self.weights > 0).sum())
 
     def __len__(self) -> int:
         return self.filled
@@ -50,33 +82,48 @@ class CandidateBank(nn.Module):
         """How full it is."""
         return f"size={self.size}, filled={self.filled}"
 
+    def reset_parameters(self) -> None:
+        """Forget all points."""
+        self.pushed.zero_()
+        if self.weights is not None:
+            self.weights.zero_()
+
     @torch.no_grad()
     def push(self, student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> None:
         """Append points, forgetting the oldest: student [b, ds], teacher [b, dt], weights [b].
+
+        Points that weigh 0, or are not finite for student or teacher, are not kept: one bad sample
+        would be a candidate of every batch until it is forgotten.
 
         Raises:
             ValueError: rows that do not match, or a width or device that the bank does not have.
         """
         self.check(student, teacher)
         weights = converted_weights(weights, student)
-        if student.shape[0] > self.size:
-            student, teacher, weights = (t[-self.size :] for t in (student, teacher, weights))
         if self.student is None:
-            with torch.inference_mode(False):  # or training could not use what validation filled
-                self.student = student.new_zeros(self.size, student.shape[1])
-                self.teacher = teacher.new_zeros(self.size, teacher.shape[1])
-                self.weights = weights.new_zeros(self.size)
-        count = student.shape[0]
-        rows = (torch.arange(count, device=student.device) + self._next) % self.size
-        for buffer, values in (
-            (self.student, student),
-            (self.teacher, teacher),
-            (self.weights, weights),
-        ):
-            assert buffer is not None
-            buffer[rows] = values.to(buffer.dtype)
-        self._next = (self._next + count) % self.size
-        self.filled = min(self.size, self.filled + count)
+            with torch.inference_mode(False):
+                self._allocate(
+                    student.shape[1], teacher.shape[1], student.dtype, teacher.dtype, student.device
+                )
+        buffers = [buffer for buffer in (self.student, self.teacher, self.weights) if buffer is not None]
+        # As they will be kept: half precision makes infinities of large values.
+        given = [
+            values.detach().to(buffer.dtype)
+            for values, buffer in zip((student, teacher, weights), buffers, strict=True)
+        ]
+        kept = given[0].isfinite().all(1) & given[1].isfinite().all(1) & (given[2] > 0)
+        # No shape depends on values, so that nothing waits for the device and a graph can capture
+        # it: those to keep are put last, and the rows before theirs are written as they were.
+        order = kept.to(torch.uint8).argsort(stable=True)[-self.size :]
+        keep = kept[order]
+        missed = (~keep).sum()
+        if self.pushed.device != student.device:  # that of a bank without widths is the first push's
+            self.pushed = self.pushed.to(student.device)
+        rows = (self.pushed - missed + torch.arange(len(order), device=student.device)) % self.size
+        for buffer, values in zip(buffers, given, strict=True):
+            chosen = keep.view(-1, *[1] * (values.ndim - 1))
+            buffer[rows] = torch.where(chosen, values[order], buffer[rows])
+        self.pushed += keep.sum()
 
     def check(self, student: Tensor, teacher: Tensor) -> None:
         """Raise ValueError unless these features [b, d] fit what the bank holds."""
@@ -102,43 +149,112 @@ class CandidateBank(nn.Module):
                 )
 
     def extend(self, inputs: LossInputs) -> LossInputs:
-        """The call's candidates followed by the bank's."""
+        """The call's candidates followed by all rows of the bank, used or not.
+
+        The shape is the same from the first push on. Rows without a point have weight 0 and repeat
+        the first candidate, so that they are not far from where all others are.
+        """
         self.check(inputs.student, inputs.teacher)
         if self.student is None or self.teacher is None or self.weights is None:
             return inputs
-        used = slice(0, self.filled)
         student = candidates(inputs.student, inputs.student_candidates)
         teacher = candidates(inputs.teacher, inputs.teacher_candidates)
+        if student.shape[0] < 2 and not torch.compiler.is_compiling():
+            if student.shape[0] + self.filled < 2:
+                return inputs  # too few: for the caller to say
         own = converted_weights(inputs.candidate_weights, student)
         return inputs._replace(
-            student_candidates=torch.cat([student, self.student[used].to(student.dtype)]),
-            teacher_candidates=torch.cat([teacher, self.teacher[used].to(teacher.dtype)]),
-            candidate_weights=torch.cat([own, self.weights[used].to(own.dtype)]),
+            student_candidates=torch.cat([student, self._points(self.student, student)]),
+            teacher_candidates=torch.cat([teacher, self._points(self.teacher, teacher)]),
+            candidate_weights=torch.cat([own, self.weights.to(own.dtype)]),
         )
 
-    def get_extra_state(self) -> dict[str, int]:
-        """What the buffers do not say."""
-        return {"size": self.size, "filled": self.filled, "next": self._next}
+    def _points(self, kept: Tensor, points: Tensor) -> Tensor:
+        """The bank's points [size, d] in the dtype of the call's, [n, d]."""
+        kept = kept.to(points.dtype)
+        if points.shape[0] == 0 or self.weights is None:
+            return kept.clone()
+        return torch.where(self.weights[:, None] > 0, kept, points[:1].detach())
 
-    def set_extra_state(self, state: Mapping[str, int]) -> None:
-        """Restore it; the size has been checked."""
-        self.filled, self._next = state["filled"], state["next"]
+    def _allocate(
+        self,
+        student_width: int,
+        teacher_width: int,
+        student_dtype: torch.dtype,
+        teacher_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """All three at once, without points."""
+        self.student = torch.zeros(self.size, student_width, dtype=student_dtype, device=device)
+        self.teacher = torch.zeros(self.size, teacher_width, dtype=teacher_dtype, device=device)
+        self.weights = torch.zeros(self.size, dtype=student_dtype, device=device)
+
+    def _apply(self, function: Any, recurse: bool = True) -> Any:
+        """What .to(), .cuda(), .half(), .to_empty() and the like are made of."""
+        was_meta = self.pushed.is_meta
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.pushed.is_meta:
+            self.reset_parameters()  # memory that nobody has written to
+        return self
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_messages: list[str],
     ) -> None:
-        saved = state_dict.get(prefix + "_extra_state")
-        if saved is not None and saved["size"] != self.size:
+        found = {name: state_dict.get(prefix + name) for name in POINTS}
+        pushed = state_dict.get(prefix + "pushed")
+        weights = found["weights"]
+        if weights is not None and len(weights) != self.size:
             # Before anything is copied: the bank keeps what it holds.
             raise ValueError(
-                f"size: expected a saved bank of {self.size} points; got one of {saved['size']}"
+                f"size: expected a saved bank of {self.size} points; got one of {len(weights)}"
             )
-        for name in ("student", "teacher", "weights"):
-            found = state_dict.get(prefix + name)
-            kept = getattr(self, name)
-            if found is not None and (kept is None or kept.shape != found.shape):
-                where = found.device if kept is None else kept.device
-                setattr(self, name, torch.empty_like(found, device=where))
-            elif found is None:
-                setattr(self, name, None)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        whole = pushed is not None and all(points is not None for points in found.values())
+        empty = pushed is not None and not any(points is not None for points in found.values())
+        if not whole and not (empty and int(pushed) == 0):
+            missing = [prefix + n for n in (*POINTS, "pushed") if prefix + n not in state_dict]
+            missing_keys += missing
+            self.reset_parameters()  # with strict=False: no points rather than some that never were
+            if strict and empty:
+                error_messages.append(
+                    f"{prefix}student: expected the points of a bank that has seen {int(pushed)}; "
+                    "got none. What loads into a new module's own state_dict, as "
+                    "torch.distributed.checkpoint does, needs CandidateBank(size, "
+                    "student_width=..., teacher_width=...)"
+                )
+            return
+        if self.widths is None:
+            for name, points in found.items():
+                kept = getattr(self, name)
+                if points is None:
+                    setattr(self, name, None)
+                elif kept is None or kept.shape != points.shape:
+                    where = points.device if kept is None else kept.device
+                    setattr(self, name, torch.empty_like(points, device=where))
+        elif empty:
+            self.reset_parameters()
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_messages
+        )  # type: ignore[no-untyped-call]
+
+
+def _widths(student: int | None, teacher: int | None) -> tuple[int, int] | None:
+    """Both or neither, checked."""
+    if student is None and teacher is None:
+        return None
+    if student is None or teacher is None:
+        missing = "student_width" if student is None else "teacher_width"
+        raise ValueError(
+            f"{missing}: expected a width, because student_width and teacher_width come together "
+            "or not at all; got None"
+        )
+    check_count("student_width", student)
+    check_count("teacher_width", teacher)
+    return student, teacher

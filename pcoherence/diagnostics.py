@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import distances
-from .inputs import LossInputs, candidates
+from .inputs import LossInputs, candidates, with_gradient
 from .metrics import ordered_distances
 from .spec import LossSpec, Metric
 
@@ -110,13 +110,7 @@ def _gradient(
 ) -> tuple[float, float]:
     """The loss and its gradient times the spread of the features."""
     with torch.inference_mode(False), torch.enable_grad():
-        # Tensors made in inference mode cannot take part in a gradient; copies of them can.
-        copies = {
-            name: value.clone()
-            for name, value in inputs._asdict().items()
-            if isinstance(value, Tensor) and value.is_inference()
-        }
-        inputs = inputs._replace(**copies)
+        inputs = with_gradient(inputs)
         student = inputs.student.detach().requires_grad_()
         loss = evaluate(spec, inputs._replace(student=student))
         (gradient,) = torch.autograd.grad(loss, student)

@@ -22,6 +22,37 @@ HEADER = ("failed", "rows", "student width", "teacher width", "dtype", "requires
 """What processes tell one another before any features travel."""
 
 
+class Group:
+    """A process group that a module holds: a deep copy shares it, a pickle cannot hold it."""
+
+    def __init__(self, group: dist.ProcessGroup | None, *, lost: bool = False) -> None:
+        self._group, self._lost = group, lost
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group; None: the default one.
+
+        Raises:
+            RuntimeError: the module was unpickled and has not been given its group again.
+        """
+        if self._lost:
+            raise RuntimeError(
+                "process_group: expected to be set again after unpickling, which cannot bring a "
+                "group along: criterion.process_group = group"
+            )
+        return self._group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self._group is not None or self._lost,)
+
+
+def _unpickled(lost: bool) -> Group:
+    return Group(None, lost=lost)
+
+
 def check_group(group: dist.ProcessGroup | None) -> None:
     """Raise unless there is a process group that this process belongs to."""
     if not dist.is_available() or not dist.is_initialized():

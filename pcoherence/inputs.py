@@ -59,15 +59,32 @@ def prepare_inputs(
     _check_weights("anchor_weights", anchor_weights, (m,), student)
     _check_weights("candidate_weights", candidate_weights, (n,), student)
     index = _resolve_self_index(self_index, student, n, square=student_candidates is None)
-    return LossInputs(
-        at_least_float32(student),
-        _optional(student_candidates),
-        at_least_float32(teacher.detach()),
-        None if teacher_candidates is None else at_least_float32(teacher_candidates.detach()),
-        _converted(anchor_weights, student),
-        _converted(candidate_weights, student),
-        None if include_self else index,
+    return with_gradient(
+        LossInputs(
+            at_least_float32(student),
+            _optional(student_candidates),
+            at_least_float32(teacher.detach()),
+            None if teacher_candidates is None else at_least_float32(teacher_candidates.detach()),
+            _converted(anchor_weights, student),
+            _converted(candidate_weights, student),
+            None if include_self else index,
+        )
     )
+
+
+def differentiable(tensor: Tensor) -> Tensor:
+    """A copy of what was made in inference mode and may now take part in a gradient.
+
+    Everything else is returned as it is.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def with_gradient(inputs: LossInputs) -> LossInputs:
+    """The tensors as `differentiable` makes them."""
+    return LossInputs(*(None if tensor is None else differentiable(tensor) for tensor in inputs))
 
 
 def check_candidates(inputs: LossInputs) -> None:
@@ -91,7 +108,11 @@ def prepare_values(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tens
     if values.ndim < 1:
         raise ValueError("values: expected at least 1 dimension; got a 0-d tensor")
     _check_weights("weights", weights, tuple(values.shape), values, broadcast=True)
-    return at_least_float32(values), _converted(weights, values)
+    converted = _converted(weights, values)
+    return (
+        differentiable(at_least_float32(values)),
+        None if converted is None else differentiable(converted),
+    )
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

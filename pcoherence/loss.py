@@ -180,8 +180,6 @@ class PerceptionCoherenceLoss(nn.Module):
             backend=backend,
         )
         self.gather = gather
-        if process_group is not None and not gather:
-            raise ValueError("process_group: expected None without gather=True; got a group")
         if bank is not None and not isinstance(bank, CandidateBank):
             raise TypeError(f"bank: expected a CandidateBank; got {type(bank).__name__}")
         self.process_group = process_group
@@ -202,6 +200,20 @@ class PerceptionCoherenceLoss(nn.Module):
             if name == "gather":
                 self._check_gather(value)
             super().__setattr__(name, value)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """Whose batches are gathered, None: the default group's. To be set again after unpickling.
+
+        Deep copies share it.
+        """
+        return self._group.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        if group is not None and not self.gather:
+            raise ValueError("process_group: expected None without gather=True; got a group")
+        self._group = distributed.Group(group)
 
     def _check_gather(self, gather: bool) -> None:
         check_flag("gather", gather)
@@ -247,6 +259,7 @@ class PerceptionCoherenceLoss(nn.Module):
             self_index=self_index,
             include_self=self.spec.include_self,
         )
+        self._refuse_recomputation(generator)
         spec, inputs = self._gathered(prepare) if self.gather else (self.spec, prepare())
         extended = inputs if self.bank is None else self.bank.extend(inputs)
         check_candidates(extended)
@@ -292,6 +305,22 @@ class PerceptionCoherenceLoss(nn.Module):
         if student.shape[0] == 0:
             raise ValueError("student: expected at least 1 anchor (row); got 0")
         return diagnostics.diagnose(self.spec, inputs, _evaluate)
+
+    def _refuse_recomputation(self, generator: torch.Generator | None) -> None:
+        """Raise where activation checkpointing computes the loss again, in the backward pass.
+
+        What has changed since, the bank or the generator, would make it another loss.
+        """
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return
+        drawn = generator is not None and self.spec.num_anchors is not None
+        if not drawn and (self.bank is None or not self.training):
+            return
+        raise RuntimeError(
+            f"{'generator' if drawn else 'bank'}: expected the loss outside of "
+            "torch.utils.checkpoint, whose second pass would not see what the first one saw; got a "
+            "call in the backward pass. Checkpoint the networks, and compute the loss after them"
+        )
 
     def _gathered(self, prepare: Callable[[], LossInputs]) -> tuple[LossSpec, LossInputs]:
         distributed.check_group(self.process_group)

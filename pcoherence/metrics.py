@@ -99,7 +99,7 @@ def _agreement(inputs: LossInputs, metric: Metric, teacher_metric: Metric, neare
     teachers = candidates(inputs.teacher, inputs.teacher_candidates)
     step = max(1, BLOCK_ELEMENTS // max(1, students.shape[0]))
     compiled = available_backends()["cpu"] is None
-    parts = [torch.empty(0, 3, dtype=torch.float64)]
+    parts = [torch.empty(0, 3, dtype=torch.float64, device="cpu")]
     for start in range(0, m, step):
         block = slice(start, start + step)
         ours = ordered_distances(inputs.student[block], students, metric, "metric")
@@ -139,16 +139,16 @@ def rank_agreement(
     """
     found = []
     for i in range(student.shape[0]):
-        keep = torch.ones(student.shape[1], dtype=torch.bool)
+        keep = torch.ones(student.shape[1], dtype=torch.bool, device=student.device)
         if self_index is not None and self_index[i] >= 0:
             keep[self_index[i]] = False
         found.append(_row_agreement(student[i][keep].double(), teacher[i][keep].double(), nearest))
-    return torch.stack(found) if found else torch.empty(0, 3, dtype=torch.float64)
+    return torch.stack(found) if found else student.new_empty(0, 3, dtype=torch.float64)
 
 
 def _row_agreement(a: Tensor, b: Tensor, nearest: int) -> Tensor:
     if a.isnan().any() or b.isnan().any():
-        return torch.full((3,), torch.nan, dtype=torch.float64)
+        return a.new_full((3,), torch.nan, dtype=torch.float64)
     signs = [(x[:, None] - x[None, :]).sign() for x in (a, b)]
     kendall = _correlation(*signs)  # tau-b is the correlation of the signs of all pairs
     ranks = [sign.sum(1) for sign in signs]  # 2 mid-rank - n - 1

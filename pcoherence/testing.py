@@ -32,10 +32,11 @@ def make_case(
     point n times, "mean1000" adds 1000 to every feature, "clustered" has tight groups, and
     "lattice" integer points, whose distances tie often and exactly.
     """
-    generator = torch.Generator().manual_seed(seed)
-    points = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn: dict[str, Any] = {"generator": generator, "device": "cpu"}
+    points = torch.randn(n, d, dtype=torch.float64, **drawn)
     if case == "duplicates":
-        points = points[torch.randint((n + 1) // 2, (n,), generator=generator)]
+        points = points[torch.randint((n + 1) // 2, (n,), **drawn)]
     elif case == "outlier":
         points[n // 2] += 1e4
     elif case == "equal":
@@ -43,8 +44,8 @@ def make_case(
     elif case == "mean1000":
         points = points + 1000.0
     elif case == "clustered":
-        centres = 10.0 * torch.randn(4, d, generator=generator, dtype=torch.float64)
-        points = centres[torch.randint(4, (n,), generator=generator)] + 0.01 * points
+        centres = 10.0 * torch.randn(4, d, dtype=torch.float64, **drawn)
+        points = centres[torch.randint(4, (n,), **drawn)] + 0.01 * points
     elif case == "lattice":
         points = (2.0 * points).round()
     elif case != "gaussian":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distances
-from .inputs import at_least_float32, check_points, check_same_length
+from .inputs import at_least_float32, check_points, check_same_length, differentiable
 from .spec import check_count, check_flag, check_name, check_temperature
 
 SOLVERS = ("exact", "sinkhorn")
@@ -92,7 +92,7 @@ def optimal_transport_loss(
             raise ValueError(f"{name}: expected at least 1 neuron (column); got 0")
     if student.shape[0] == 0:
         return at_least_float32(student).sum()
-    x, y = at_least_float32(student), at_least_float32(teacher.detach())
+    x, y = at_least_float32(student), at_least_float32(differentiable(teacher.detach()))
     with torch.autocast(x.device.type, enabled=False):
         if standardize:
             x, y = _standardized(x), _standardized(y)
@@ -168,18 +168,18 @@ def _plan(costs: Tensor, solver: str, regularization: float, max_iterations: int
     exact = costs.double().cpu().numpy() if solver == "exact" else costs.double()
     uniform = [ot.unif(size, type_as=exact) for size in costs.shape]
     if solver == "exact":
-        return torch.as_tensor(ot.emd(*uniform, exact)).to(costs)
+        return torch.from_numpy(ot.emd(*uniform, exact)).to(costs)
     mean = exact.mean()
     if mean == 0:  # all neurons are equal: every plan is optimal
         return (uniform[0][:, None] * uniform[1]).to(costs)
-    plan = ot.sinkhorn(
+    plan: Tensor = ot.sinkhorn(
         *uniform,
         exact / mean,
         reg=regularization,
         method="sinkhorn_log",
         numItermax=max_iterations,
     )
-    return torch.as_tensor(plan).to(costs)
+    return plan.to(costs)
 
 
 def _pot() -> ModuleType:

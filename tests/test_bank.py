@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed.checkpoint as checkpoint
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 from pcoherence import CandidateBank, PerceptionCoherenceLoss, perception_coherence_loss
 from pcoherence.testing import make_case
@@ -125,3 +133,263 @@ def test_training_goes_on_with_what_inference_filled() -> None:
     (gradient,) = torch.autograd.grad(loss, student)
     assert gradient.any()
     assert criterion(*batch(3)).isfinite()  # the bank remembers the batch in training
+
+
+# --- what is not kept ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_rows_that_are_not_finite_are_not_kept(side: str, bad: float) -> None:
+    bank = CandidateBank(8)
+    student, teacher = batch(0)
+    {"student": student, "teacher": teacher}[side][1, 2] = bad
+    bank.push(student, teacher)
+    good = [0, 2, 3, 4]
+    assert len(bank) == 4
+    assert torch.equal(bank.student[:4], student[good])
+    assert torch.equal(bank.teacher[:4], teacher[good])
+    bank.push(*batch(1))
+    assert len(bank) == 8
+    assert bank.student.isfinite().all()
+    assert bank.teacher.isfinite().all()
+
+
+def test_one_bad_batch_costs_one_loss() -> None:
+    criterion = PerceptionCoherenceLoss(bank=CandidateBank(64))
+    scaler_sees = []
+    for seed in range(6):
+        student, teacher = batch(seed)
+        if seed == 2:
+            student[3] = math.nan
+        scaler_sees.append(bool(criterion(student, teacher).isfinite()))
+    assert scaler_sees == [True, True, False, True, True, True]
+
+
+def test_half_precision_does_not_keep_what_it_makes_infinite() -> None:
+    bank = CandidateBank(8, student_width=3, teacher_width=4, dtype=torch.float16)
+    student, teacher = (t.float() for t in batch(0))
+    student[2, 0] = 1e6
+    bank.push(student, teacher)
+    assert len(bank) == 4
+    assert bank.student.isfinite().all()
+
+
+def test_the_ring_keeps_the_last_points_that_are_kept() -> None:
+    """Against a list, with batches of many sizes, bad rows and padding among them."""
+    generator = torch.Generator().manual_seed(0)
+    bank, kept = CandidateBank(7), torch.empty(0, 3)
+    for size in torch.randint(0, 20, (40,), generator=generator).tolist():
+        student = torch.randn(size, 3, generator=generator)
+        weights = torch.randint(0, 3, (size,), generator=generator).float()
+        student[torch.rand(size, generator=generator) < 0.2] = math.nan
+        bank.push(student, student.nan_to_num()[:, :2], weights)
+        used = (weights > 0) & student.isfinite().all(1)
+        kept = torch.cat([kept, student[used]])[-7:]
+        assert len(bank) == len(kept)
+        found = bank.student[bank.weights > 0]
+        assert torch.equal(found.sort(0).values, kept.sort(0).values)
+
+
+def test_a_bank_with_room_changes_nothing() -> None:
+    """Rows without a point are nobody, also far from 0 and in float32, where they might cost digits."""
+    student, teacher = (1000 + t.float() for t in batch(0, 40))
+    plain = perception_coherence_loss(student, teacher)
+    for bank in (CandidateBank(500), CandidateBank(500, student_width=3, teacher_width=4)):
+        found = PerceptionCoherenceLoss(bank=bank)(student, teacher)
+        torch.testing.assert_close(found, plain)
+        few = batch(1, 2)
+        bank.reset_parameters()
+        bank.push(few[0].float() + 1000, few[1].float() + 1000)
+        expected = perception_coherence_loss(
+            student,
+            teacher,
+            student_candidates=torch.cat([student, few[0].float() + 1000]),
+            teacher_candidates=torch.cat([teacher, few[1].float() + 1000]),
+            self_index=torch.arange(40),
+        )
+        found = PerceptionCoherenceLoss(bank=bank).eval()(student, teacher)
+        torch.testing.assert_close(found, expected)
+
+
+def test_one_point_and_an_empty_bank_are_too_few() -> None:
+    for bank in (CandidateBank(8), CandidateBank(8, student_width=3, teacher_width=4)):
+        with pytest.raises(ValueError, match=r"^student: expected at least 2 candidates"):
+            PerceptionCoherenceLoss(bank=bank)(*batch(0, 1))
+
+
+# --- what is saved -------------------------------------------------------------------------------
+
+
+def trained(bank: CandidateBank) -> PerceptionCoherenceLoss:
+    criterion = PerceptionCoherenceLoss(bank=bank)
+    for seed in range(3):
+        criterion(*(t.float() for t in batch(seed)))
+    return criterion
+
+
+def known(size: int = 8) -> CandidateBank:
+    return CandidateBank(size, student_width=3, teacher_width=4)
+
+
+def test_all_state_is_tensors() -> None:
+    for bank in (CandidateBank(8), known()):
+        state = trained(bank).state_dict()
+        assert all(isinstance(value, torch.Tensor) for value in state.values())
+        assert set(state) == {"bank.student", "bank.teacher", "bank.weights", "bank.pushed"}
+
+
+def same_from_here(ours: PerceptionCoherenceLoss, theirs: PerceptionCoherenceLoss) -> bool:
+    batches = [tuple(t.float() for t in batch(seed)) for seed in range(3, 6)]
+    return all(torch.equal(ours(*b), theirs(*b)) for b in batches)
+
+
+def test_distributed_checkpoints_idiom(tmp_path: Path) -> None:
+    """A new module's state_dict, filled in place."""
+    criterion = trained(known())
+    checkpoint.save(criterion.state_dict(), checkpoint_id=tmp_path)
+    other = PerceptionCoherenceLoss(bank=known())
+    state = other.state_dict()
+    checkpoint.load(state, checkpoint_id=tmp_path)
+    other.load_state_dict(state)
+    assert same_from_here(criterion, other)
+
+
+def test_what_cannot_be_restored_is_an_error_and_no_points(tmp_path: Path) -> None:
+    checkpoint.save(trained(CandidateBank(8)).state_dict(), checkpoint_id=tmp_path)
+    other = PerceptionCoherenceLoss(bank=CandidateBank(8))
+    state = other.state_dict()
+    checkpoint.load(state, checkpoint_id=tmp_path)
+    with pytest.raises(RuntimeError, match=r"bank\.student: expected the points .* student_width"):
+        other.load_state_dict(state)
+    assert len(other.bank) == 0
+    first = tuple(t.float() for t in batch(9))
+    torch.testing.assert_close(other(*first), perception_coherence_loss(*first))
+    assert len(other.bank) == 5
+
+
+@pytest.mark.parametrize("left_out", ["student", "teacher", "weights", "pushed"])
+def test_parts_of_a_bank_are_missing_keys_or_no_points(left_out: str) -> None:
+    for make in (lambda: CandidateBank(8), known):
+        state = trained(make()).state_dict()
+        del state[f"bank.{left_out}"]
+        with pytest.raises(RuntimeError, match=rf"Missing key.*bank\.{left_out}"):
+            PerceptionCoherenceLoss(bank=make()).load_state_dict(state)
+        other = trained(make())
+        found = other.load_state_dict(state, strict=False)
+        assert found.missing_keys == [f"bank.{left_out}"]
+        assert len(other.bank) == 0
+
+
+def test_a_saved_bank_without_points_empties_another() -> None:
+    for make in (lambda: CandidateBank(8), known):
+        other = trained(make())
+        other.load_state_dict(PerceptionCoherenceLoss(bank=CandidateBank(8)).state_dict())
+        assert len(other.bank) == 0
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    criterion = trained(CandidateBank(8))
+    safetensors.save_model(criterion, tmp_path / "model.safetensors")
+    other = PerceptionCoherenceLoss(bank=CandidateBank(8))
+    other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
+    assert same_from_here(criterion, other)
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    criterion = trained(known())
+    accelerator = accelerate.Accelerator(cpu=True)
+    prepared = accelerator.prepare(criterion)
+    accelerator.save_model(prepared, tmp_path / "model")
+    accelerator.save_state(tmp_path / "state")
+    points = criterion.bank.student.clone()
+    criterion(*(t.float() for t in batch(8)))
+    assert not torch.equal(criterion.bank.student, points)
+    accelerator.load_state(tmp_path / "state")
+    assert torch.equal(criterion.bank.student, points)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_go_on_alike_and_apart(copied: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    criterion = trained(CandidateBank(8))
+    other = copied(criterion)
+    assert same_from_here(criterion, other)
+    criterion(*(t.float() for t in batch(7)))
+    assert not torch.equal(criterion.bank.student, other.bank.student)
+
+
+def test_memory_that_nobody_wrote_to_holds_no_points() -> None:
+    with torch.device("meta"):
+        bank = known()
+    bank.to_empty(device="cpu")
+    assert len(bank) == 0
+    assert bank.pushed == 0
+
+
+def test_widths_come_together() -> None:
+    with pytest.raises(ValueError, match=r"^teacher_width: expected a width"):
+        CandidateBank(8, student_width=3)
+    with pytest.raises(ValueError, match=r"^student_width: expected an int of at least 1"):
+        CandidateBank(8, student_width=0, teacher_width=3)
+    with pytest.raises(ValueError, match=r"^dtype: expected None without student_width"):
+        CandidateBank(8, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^student: expected width 2, which the bank holds"):
+        CandidateBank(8, student_width=2, teacher_width=4).push(*batch(0))
+
+
+# --- compiled, recomputed ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: CandidateBank(20), lambda: known(20)])
+def test_compiled_with_a_bank(make: Callable[[], CandidateBank]) -> None:
+    """More steps, and batch sizes, than torch compiles a function anew for."""
+    torch._dynamo.reset()
+    eager, other = (PerceptionCoherenceLoss(bank=make()) for _ in range(2))
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for step in range(24):
+        student, teacher = (t.float() for t in batch(step, 6 + max(0, step - 12)))
+        found = []
+        for criterion in (eager, compiled):
+            leaf = student.clone().requires_grad_()
+            loss = criterion(leaf, teacher)
+            found.append((loss, *torch.autograd.grad(loss, leaf)))
+        assert all(map(torch.equal, *found)), step
+    assert torch.equal(eager.bank.student, other.bank.student)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_is_refused_by_name(use_reentrant: bool) -> None:
+    criterion = PerceptionCoherenceLoss(bank=CandidateBank(20))
+    criterion(*batch(0))
+    student, teacher = batch(1)
+    loss = checkpointed(
+        criterion, student.requires_grad_(), teacher, use_reentrant=use_reentrant
+    )
+    with pytest.raises(RuntimeError, match=r"^bank: expected the loss outside of torch.utils"):
+        loss.backward()
+    assert len(criterion.bank) == 10
+    # Nothing changes a bank in evaluation mode.
+    loss = checkpointed(criterion.eval(), student, teacher, use_reentrant=use_reentrant)
+    expected = torch.autograd.grad(criterion(student, teacher), student)
+    loss.backward()
+    assert torch.equal(student.grad, expected[0])
+
+
+def test_recomputation_with_a_generator_is_refused_by_name() -> None:
+    criterion = PerceptionCoherenceLoss(num_anchors=3)
+    student, teacher = batch(1)
+    generator = torch.Generator().manual_seed(0)
+    loss = checkpointed(
+        criterion, student.requires_grad_(), teacher, generator=generator, use_reentrant=False
+    )
+    with pytest.raises(RuntimeError, match=r"^generator: expected the loss outside of"):
+        loss.backward()
+    # torch's own random numbers are drawn again alike.
+    torch.manual_seed(3)
+    loss = checkpointed(criterion, student, teacher, use_reentrant=False)
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(criterion(student, teacher), student)
+    loss.backward()
+    assert torch.equal(student.grad, expected[0])

@@ -93,7 +93,7 @@ class CoherenceMetric(_Metric):
     def compute(self) -> dict[str, Tensor]:
         """The fields of `Coherence`, 0-d, float32; NaN with fewer than 2 points."""
         student, teacher = (
-            dim_zero_cat(kept) if len(kept) else torch.empty(0, 1)
+            dim_zero_cat(kept) if len(kept) else torch.empty(0, 1, device=self.device)
             for kept in (self.student, self.teacher)
         )
         if len(student) < 2:
