@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from processes import join_group, run_in_processes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pcoherence import coherence, perception_coherence_loss
+from pcoherence import CandidateBank, coherence, perception_coherence_loss
 from pcoherence.adapters.lightning import CoherenceCallback, DistillationModule
 
 POINTS = torch.randn(41, 4, generator=torch.manual_seed(0))
@@ -173,3 +175,54 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(ImportError, match=r"pip install pcoherence\[lightning\]"):
         importlib.import_module("pcoherence.adapters.lightning")
+
+
+def test_emptying_leaves_the_teacher() -> None:
+    student, teacher = networks()
+    before = [parameter.clone() for parameter in teacher.parameters()]
+    module = DistillationModule(student, teacher, bank=CandidateBank(8))
+    module.criterion(*(torch.randn(4, width) for width in (3, 6)))
+    module.to_empty(device="cpu")
+    for now, then in zip(module.teacher.parameters(), before, strict=True):
+        assert torch.equal(now, then)
+    assert len(module.criterion.bank) == 0
+    assert all(parameter.is_meta for parameter in module.to_empty(device="meta").parameters())
+
+
+def test_processes_without_points_are_left_out(tmp_path: Path) -> None:
+    run_in_processes(__file__, 3, tmp_path)
+
+
+class SumsOfProcesses:
+    """What the callback asks of a Trainer and its strategy."""
+
+    def __init__(self) -> None:
+        self.num_val_batches, self.strategy = [1, 1], self
+
+    def reduce(self, tensor: Tensor, *, reduce_op: str) -> Tensor:
+        assert reduce_op == "sum"
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+def work(rank: int, size: int) -> None:
+    """Process 0 has 9 points, process 1 has 1, the last has none; nobody has any of loader 1."""
+    logged: dict[str, Tensor] = {}
+    module: Any = types.SimpleNamespace(
+        device="cpu", log_dict=lambda values, sync_dist: logged.update(values)
+    )
+    callback, run = CoherenceCallback(), SumsOfProcesses()
+    student, teacher = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    count = (9, 1, 0)[rank]
+    if count:
+        outputs = {"student": student[:count], "teacher": teacher[:count]}
+        callback.on_validation_batch_end(run, module, outputs, None, 0)
+    callback.on_validation_epoch_end(run, module)
+    expected = coherence(student, teacher)._asdict()
+    assert logged.keys() == {f"val_{name}/0" for name in expected}
+    for name, value in expected.items():
+        torch.testing.assert_close(logged[f"val_{name}/0"], value.float())
+
+
+if __name__ == "__main__":
+    join_group(work)

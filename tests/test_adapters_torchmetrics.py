@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -99,6 +100,28 @@ def work(rank: int, size: int) -> None:
     for half in (slice(0, 4), slice(4, None)):
         metric.update(student[half], teacher[half])
     check(metric.compute())
+    # All points in one process, none in the other; in any precision that holds them.
+    for owner, dtype in itertools.product(range(size), (torch.float64, torch.float32, torch.float16)):
+        metric = CoherenceMetric()
+        given = [tensor.to(dtype) for tensor in points()]
+        if rank == owner:
+            metric.update(*given)
+        expected = coherence(*given)._asdict()
+        for name, value in metric.compute().items():
+            torch.testing.assert_close(value, expected[name].float())
+        metric.update(*given)  # what was synchronised is taken back
+        assert len(metric.student) == 1 + (rank == owner)
+    # Another precision for each process: the wider one.
+    metric = CoherenceMetric()
+    metric.update(student.to((torch.float32, torch.float64)[rank]), teacher)
+    assert all(value.isfinite() for value in metric.compute().values())
+    # None in any.
+    assert all(value.isnan() for value in CoherenceMetric().compute().values())
+    # Widths that differ.
+    metric = CoherenceMetric()
+    metric.update(student[:, : 2 + rank], teacher)
+    with pytest.raises(ValueError, match=r"^student: expected one width .* got \[2, 3\]"):
+        metric.compute()
 
 
 if __name__ == "__main__":

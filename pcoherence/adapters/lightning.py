@@ -66,6 +66,7 @@ class DistillationModule(LightningModule):
         super().__init__()
         self.criterion = PerceptionCoherenceLoss(**options)
         self.student = student
+        self._emptying = False
         # In a tuple, so that it is no submodule: not saved, trained, nor put in training mode.
         self._unregistered = (teacher.requires_grad_(False).eval(),)
         self.optimizer = optimizer
@@ -77,8 +78,28 @@ class DistillationModule(LightningModule):
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         """What .to(), .cuda(), .half() and the like are made of."""
-        self.teacher._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        if not self._emptying:
+            self.teacher._apply(*arguments, **options)  # type: ignore[no-untyped-call]
         return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Any:
+        """Memory without values for the module's own parameters; the teacher keeps its values.
+
+        It moves to the device. On the meta device it has none, and is emptied too.
+        """
+        tensors = (*self.teacher.parameters(), *self.teacher.buffers())
+        if any(tensor.is_meta for tensor in tensors):
+            return super().to_empty(device=device, recurse=recurse)
+        self._emptying = True
+        try:
+            super().to_empty(device=device, recurse=recurse)
+        finally:
+            self._emptying = False
+        if device is not None:
+            self.teacher.to(device)
+        if self.criterion.bank is not None:
+            self.criterion.bank.reset_parameters()
+        return self
 
     def inputs(self, batch: Any) -> Any:
         """What both networks are called with: the batch, or its first element."""
@@ -107,9 +128,12 @@ class DistillationModule(LightningModule):
         """The features of a batch, for `CoherenceCallback`."""
         student, teacher = self.features(batch)
         # The last batch may be one point, with nobody to rank; gathered, all must call the loss.
-        if self.criterion.gather or len(student) > 1:
-            loss = self.criterion(student, teacher)
-            self.log("val_loss", loss, prog_bar=True, batch_size=len(student), sync_dist=True)
+        ranked = self.criterion.gather or len(student) > 1
+        # Another process would wait for what this one does not log: then it has no weight.
+        if ranked or self.trainer.world_size > 1:
+            loss = self.criterion(student, teacher) if ranked else student.new_zeros(())
+            count = len(student) if ranked else 0
+            self.log("val_loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
         return {"student": student, "teacher": teacher}
 
     def configure_optimizers(self) -> Any:
@@ -123,8 +147,8 @@ class CoherenceCallback(Callback):
     For every module whose validation_step returns a dict with "student" [batch, ds] and "teacher"
     [batch, dt], as `DistillationModule` does. Logs val_concordance, val_kendall, val_spearman and
     val_overlap at the end of validation; with several loaders, val_concordance/0 and so on.
-    Processes measure their own points, and the mean over processes is logged. Nothing is logged
-    for fewer than 2 points.
+    Processes measure their own points, and the mean over those that have 2 or more is logged;
+    nothing where none has.
 
     Args:
         max_points: the first points of each loader, no more: O(max_points^2 log) time and
@@ -190,21 +214,27 @@ class CoherenceCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and log."""
-        for index, kept in self._points.items():
-            found = self._measured(kept)
-            if found is None:
-                continue
-            suffix = f"/{index}" if len(self._points) > 1 else ""
+        loaders = len(trainer.num_val_batches) or len(trainer.num_sanity_val_batches)
+        for index in range(loaders):
+            # What this process adds to the sums over processes, all of which have to call.
+            found = self._measured(self._points.get(index, []))
+            added = torch.zeros(5) if found is None else torch.stack([*found, torch.ones(())])
             # float32, because some accelerators have no float64.
+            *sums, count = trainer.strategy.reduce(
+                added.float().to(pl_module.device), reduce_op="sum"
+            ).unbind()
+            if count == 0:
+                continue
+            suffix = f"/{index}" if loaders > 1 else ""
             values = {
-                f"{self.prefix}{name}{suffix}": value.float().to(pl_module.device)
-                for name, value in found._asdict().items()
+                f"{self.prefix}{name}{suffix}": total / count
+                for name, total in zip(Coherence._fields, sums, strict=True)
             }
             pl_module.log_dict(values, sync_dist=True)
         self._points = {}
 
     def _measured(self, kept: list[tuple[Tensor, Tensor]]) -> Coherence | None:
-        student, teacher = (torch.cat(side) for side in zip(*kept, strict=True))
-        if len(student) < 2:
+        if sum(len(student) for student, _ in kept) < 2:
             return None
+        student, teacher = (torch.cat(side) for side in zip(*kept, strict=True))
         return coherence(*same_dtype(student, teacher), **self.options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,16 +12,21 @@ from torch import Tensor
 try:
     from torchmetrics import Metric as _Metric
     from torchmetrics.utilities import dim_zero_cat
+    from torchmetrics.utilities.distributed import gather_all_tensors
 except ImportError as error:
     raise ImportError(
         "pcoherence.adapters.torchmetrics: expected torchmetrics; got no such package "
         "(pip install pcoherence[torchmetrics])"
     ) from error
 
+from pcoherence.inputs import FLOAT_DTYPES
 from pcoherence.metrics import Coherence, coherence
 from pcoherence.spec import Metric, check_count, check_flag, check_metrics
 
 from ._dtypes import same_dtype
+
+
+SIDES = ("student", "teacher")
 
 
 class CoherenceMetric(_Metric):
@@ -65,7 +72,7 @@ class CoherenceMetric(_Metric):
             "include_self": include_self,
             "nearest": nearest,
         }
-        for name in ("student", "teacher"):
+        for name in SIDES:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, student: Tensor, teacher: Tensor) -> None:
@@ -78,6 +85,8 @@ class CoherenceMetric(_Metric):
             if not isinstance(given, Tensor) or given.ndim != 2:
                 got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
                 raise ValueError(f"{name}: expected a tensor [points, features]; got {got}")
+            if given.dtype not in FLOAT_DTYPES:
+                raise TypeError(f"{name}: expected floating point features; got {given.dtype}")
             kept = getattr(self, name)
             if kept and kept[0].shape[1] != given.shape[1]:
                 raise ValueError(
@@ -90,11 +99,45 @@ class CoherenceMetric(_Metric):
         self.student.append(student.detach())
         self.teacher.append(teacher.detach())
 
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None
+    ) -> None:
+        """Gather the points of all processes, some of which may have seen none.
+
+        Collectives want tensors of as many dimensions and of one dtype from everybody: processes
+        first tell one another what they hold, width and dtype, -1 for nothing.
+        """
+        held = []
+        for name in SIDES:
+            kept = getattr(self, name)
+            dtypes = {tensor.dtype for tensor in kept}
+            common = functools.reduce(torch.promote_types, dtypes) if dtypes else None
+            held += [-1, -1] if common is None else [kept[0].shape[1], FLOAT_DTYPES.index(common)]
+        header = torch.tensor(held, device=self.device)
+        headers = dist_sync_fn(header, group=process_group or self.process_group)
+        seen = torch.stack(headers).view(-1, len(SIDES), 2).tolist()
+        device = "cpu" if self.compute_on_cpu else self.device
+        for side, name in enumerate(SIDES):
+            widths = {process[side][0] for process in seen} - {-1}
+            if not widths:
+                continue
+            if len(widths) > 1:
+                raise ValueError(
+                    f"{name}: expected one width on all processes; got {sorted(widths)}"
+                )
+            dtype = functools.reduce(
+                torch.promote_types,
+                (FLOAT_DTYPES[process[side][1]] for process in seen if process[side][1] >= 0),
+            )
+            nothing = [torch.empty(0, widths.pop(), dtype=dtype, device=device)]
+            setattr(self, name, [tensor.to(dtype) for tensor in getattr(self, name)] or nothing)
+        super()._sync_dist(dist_sync_fn, process_group)
+
     def compute(self) -> dict[str, Tensor]:
         """The fields of `Coherence`, 0-d, float32; NaN with fewer than 2 points."""
         student, teacher = (
             dim_zero_cat(kept) if len(kept) else torch.empty(0, 1, device=self.device)
-            for kept in (self.student, self.teacher)
+            for kept in (getattr(self, name) for name in SIDES)
         )
         if len(student) < 2:
             nan = torch.tensor(torch.nan, device=self.device)
