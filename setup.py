@@ -79,9 +79,10 @@ def extension_modules():
     """What can be built here, or nothing when it is switched off; only building needs torch."""
     if os.environ.get("PCOHERENCE_NO_EXTENSION") == "1":
         return [], {}
+    extension = cpu_extension()  # says what is missing, torch itself for one
     from torch.utils.cpp_extension import BuildExtension
 
-    built = [extension for extension in (cpu_extension(), cuda_extension()) if extension]
+    built = [found for found in (extension, cuda_extension()) if found]
     return built, {"build_ext": BuildExtension.with_options(use_ninja=True)}
 
 

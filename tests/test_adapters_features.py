@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -154,3 +156,69 @@ def test_torchvision_itself() -> None:
     models = pytest.importorskip("torchvision.models")
     found = FeatureExtractor(models.resnet18().eval(), "avgpool")(torch.rand(2, 3, 32, 32))
     assert found.shape == (2, 512)
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "pool"),
+    [
+        (2, "mean"),
+        (2, "flatten"),
+        (2, lambda t: t),
+        (4, "mean"),
+        (4, "flatten"),
+        (4, lambda t: t[:, :, 0, 0]),
+        (4, lambda t: t.square().flatten(1)),  # which needs the output in the backward pass
+    ],
+)
+def test_what_comes_next_may_write_over_the_output(dimensions: int, pool: Any) -> None:
+    """As VGG's and DenseNet's ReLU(inplace=True) do; gradients too."""
+    first = nn.Linear(4, 3) if dimensions == 2 else nn.Conv2d(4, 3, 1)
+    x = torch.randn(5, 4, *(2, 2)[: dimensions - 2])
+    inplace = FeatureExtractor(nn.Sequential(first, nn.ReLU(inplace=True)), "0", pool=pool)(x)
+    apart = FeatureExtractor(nn.Sequential(first, nn.ReLU()), "0", pool=pool)(x)
+    assert torch.equal(inplace, apart)
+    ours, theirs = (torch.autograd.grad(f.sin().sum(), first.weight)[0] for f in (inplace, apart))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_tuple_that_is_written_over() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x + 1, x + 2
+
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.two = Two()
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.two(x)
+            return first.zero_() + second
+
+    found = FeatureExtractor(Overwriting(), "two", pool=lambda pair: pair[0])(torch.ones(2, 3))
+    assert torch.equal(found, torch.full((2, 3), 2.0))
+
+
+def test_threads_get_their_own_features() -> None:
+    """Both are inside the model when either's layer has been called."""
+    together = threading.Barrier(2)
+
+    class Waiting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            together.wait(timeout=30)
+            return x
+
+    extractor = FeatureExtractor(nn.Sequential(nn.Identity(), Waiting()), "0")
+    inputs = [torch.full((2, 3), float(i)) for i in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(20):
+            found = list(pool.map(extractor, inputs))
+            assert all(map(torch.equal, found, inputs))
+    assert not extractor.model[0]._forward_hooks
+
+
+def test_compiled() -> None:
+    torch._dynamo.reset()
+    extractor = FeatureExtractor(TorchvisionLike(), "stem.0")
+    compiled = torch.compile(extractor, backend="aot_eager")
+    torch.testing.assert_close(compiled(IMAGES), extractor(IMAGES))

@@ -46,6 +46,19 @@ def same(loss: Tensor, expected: Tensor, student: Tensor) -> None:
     ],
     ids=["euclidean", "sqeuclidean", "cityblock", "cosine"],
 )
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_rows_of_any_integer_dtype_are_rows(dtype: torch.dtype) -> None:
+    """An index of bytes would be a mask."""
+    student, rows = embeddings(0), torch.tensor([1, 0, 1, 4, 9, 2, 6, 5])
+    found = CoherenceLoss(TABLE)(student, rows.to(dtype))
+    same(found, CoherenceLoss(TABLE)(student, rows), student)
+
+
+def test_rows_are_no_mask() -> None:
+    with pytest.raises(TypeError, match=r"^labels: expected rows .*int64; got torch.bool"):
+        CoherenceLoss(TABLE)(embeddings(0), torch.ones(8, dtype=torch.bool))
+
+
 def test_distances_as_metrics(distance: Any, name: str) -> None:
     student = embeddings(0)
     loss = perception_coherence_loss(student, TABLE[:8], metric=DistanceMetric(distance))

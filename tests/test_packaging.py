@@ -122,6 +122,23 @@ def test_wheel_works_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
     assert f"-{version}-" in wheel.name
 
 
+@pytest.mark.parametrize("missing", ["torch", "pybind11"])
+def test_building_without_what_it_needs_says_what_to_install(missing: str) -> None:
+    program = f"import runpy, sys; sys.modules[{missing!r}] = None; runpy.run_path('setup.py')"
+    environment = {k: v for k, v in os.environ.items() if k != "PCOHERENCE_NO_EXTENSION"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert f"building the extension needs {missing}; install torch>=2.11" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_version_is_that_of_the_metadata() -> None:
     from importlib.metadata import version
 

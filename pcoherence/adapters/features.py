@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 Pool: TypeAlias = str | Callable[[Tensor], Tensor]
 """A name from POOLS, or a callable: a layer's output -> [batch, width]."""
@@ -65,41 +67,60 @@ class FeatureExtractor(nn.Module):
             model: Any = self.model
             output = model.forward_head(model.forward_features(inputs), pre_logits=True)
             return _checked(output, "model")
-        return _checked(self._pooled(self._output(inputs, self.layer)), "pool")
+        return _checked(self._features(inputs, self.layer), "pool")
 
-    def _output(self, inputs: Any, layer: str) -> Tensor:
-        """What the layer returns; the last time, where it is called several times."""
-        outputs: list[Any] = []
+    def _features(self, inputs: Any, layer: str) -> Any:
+        """What the layer returns, pooled; the last time, where it is called several times."""
+        found: list[Any] = []
+        caller = _thread()
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            outputs[:] = [output]
+            # Another thread may be using the same model, with a hook of its own.
+            if _thread() == caller:
+                found[:] = [self._pooled(output, layer)]
 
-        handle = self.model.get_submodule(layer).register_forward_hook(keep)
+        handle = _register(self.model.get_submodule(layer), keep)
         try:
             self.model(inputs)
         finally:
             handle.remove()
-        if not outputs:
+        if not found:
             raise RuntimeError(f"layer: expected the model to call {layer!r}; it did not")
-        (output,) = outputs
-        if not isinstance(output, Tensor) and not callable(self.pool):
+        return found[0]
+
+    def _pooled(self, output: Any, layer: str) -> Any:
+        """At once, and apart from the output, which the next layer may write over (inplace=True)."""
+        if not isinstance(self.pool, str):
+            return self.pool(tree_map_only(Tensor, torch.clone, output))
+        if not isinstance(output, Tensor):
             raise TypeError(
                 f"layer: expected a tensor from {layer!r}, or a callable pool that makes one; "
                 f"got {type(output).__name__}"
             )
-        return output
-
-    def _pooled(self, output: Tensor) -> Tensor:
-        if not isinstance(self.pool, str):
-            return self.pool(output)
         if self.pool == "flatten":
-            return output.flatten(1)
+            return output.clone().flatten(1)
         if output.ndim == 3:
             raise ValueError(
                 'pool: expected "flatten" or a callable for 3 dimensions, tokens or channels; '
                 f"got {self.pool!r} and shape {tuple(output.shape)}"
             )
-        return output.flatten(2).mean(2) if output.ndim > 3 else output
+        return output.flatten(2).mean(2) if output.ndim > 3 else output.clone()
+
+
+_REGISTERING = threading.Lock()
+"""torch gives hooks their numbers without one, the same to two threads now and then."""
+
+
+def _register(module: nn.Module, hook: Callable[[nn.Module, Any, Any], None]) -> Any:
+    if torch.compiler.is_compiling():
+        return module.register_forward_hook(hook)
+    with _REGISTERING:
+        return module.register_forward_hook(hook)
+
+
+def _thread() -> int:
+    """Which thread this is; torch.compile traces one alone."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _check_timm(model: nn.Module) -> None:

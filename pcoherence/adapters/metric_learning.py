@@ -155,12 +155,14 @@ class CoherenceLoss(BaseMetricLossFunction):
     def _rows(self, argument: str, rows: object) -> Tensor:
         count = len(self.teacher)
         expected = f"{argument}: expected rows of the teacher's embeddings, 0 to {count - 1}"
-        if not isinstance(rows, Tensor) or rows.is_floating_point() or rows.is_complex():
+        # bool is no row, and an index of bool or uint8 would be taken for a mask.
+        numbers = isinstance(rows, Tensor) and not rows.is_floating_point() and not rows.is_complex()
+        if not isinstance(rows, Tensor) or not numbers or rows.dtype == torch.bool:
             got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
             raise TypeError(f"{expected}, int64; got {got}")
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
             raise ValueError(f"{expected}; got {int(rows.min())} to {int(rows.max())}")
-        return self.teacher[rows.to(self.teacher.device)]
+        return self.teacher[rows.to(self.teacher.device, torch.int64)]
 
 
 @torch.no_grad()
