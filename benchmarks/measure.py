@@ -169,7 +169,7 @@ def step_peak_memory(n: int, d: int) -> int:
 
 
 def growth_in_training(n: int, steps: int) -> int:
-    """Bytes that training a small student adds after a twentieth of the steps; a process of its own."""
+    """Bytes that training adds after a twentieth of the steps, in a process of its own."""
     program = (
         "import torch, pcoherence\n"
         "from benchmarks.measure import resident_bytes\n"

@@ -70,9 +70,9 @@ def row_stats(
 ):
     """Fill the statistics, all sums in float64.
 
-    ENDS, for soft_rank: values, float64, may be infinite, and those of weight 0 count too. Positions
-    begin at the value nearest to 0: taken from the lowest, they would lose the digits that tell
-    apart what lies close together far away.
+    ENDS, for soft_rank: values, float64, may be infinite, and those of weight 0 count too.
+    Positions begin at the value nearest to 0: taken from the lowest, they would lose the digits
+    that tell apart what lies close together far away.
     """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     live = r < rows
@@ -121,7 +121,7 @@ def row_stats(
 
 @triton.jit
 def positions(v, stats, r, rows):
-    """Distances T [BR, BK] -> positions, at most EXTENT; of weight > 0 or infinite alone reach it."""
+    """Distances T [BR, BK] -> positions; none outside EXTENT but of weight 0, or infinite."""
     low = load_stat(stats, LOW, r, rows).to(v.dtype)[:, None]
     factor = load_stat(stats, FACTOR, r, rows).to(v.dtype)[:, None]
     extent = load_stat(stats, EXTENT, r, rows).to(v.dtype)[:, None]

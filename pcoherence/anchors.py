@@ -13,7 +13,6 @@ from . import objectives
 from .inputs import LossInputs
 from .spec import LossSpec
 
-
 GENERATOR_IN_GRAPH = (
     "generator: expected None under torch.compile, whose graphs cannot hold one; got one. "
     "torch.manual_seed seeds the draw without it"

@@ -13,6 +13,12 @@ from .spec import check_count
 POINTS = ("student", "teacher", "weights")
 """The buffers that hold the points; all of them exist, or none does."""
 
+NO_POINTS = (
+    "{}student: expected the points of a bank that has seen {}; got none. What loads into a new "
+    "module's own state_dict, as torch.distributed.checkpoint does, needs CandidateBank(size, "
+    "student_width=..., teacher_width=...)"
+)
+
 
 class CandidateBank(nn.Module):
     """The last `size` points that were pushed, without gradient; more candidates for the loss.
@@ -105,7 +111,9 @@ class CandidateBank(nn.Module):
                 self._allocate(
                     student.shape[1], teacher.shape[1], student.dtype, teacher.dtype, student.device
                 )
-        buffers = [buffer for buffer in (self.student, self.teacher, self.weights) if buffer is not None]
+        buffers = [
+            buffer for buffer in (self.student, self.teacher, self.weights) if buffer is not None
+        ]
         # As they will be kept: half precision makes infinities of large values.
         given = [
             values.detach().to(buffer.dtype)
@@ -117,7 +125,9 @@ class CandidateBank(nn.Module):
         order = kept.to(torch.uint8).argsort(stable=True)[-self.size :]
         keep = kept[order]
         missed = (~keep).sum()
-        if self.pushed.device != student.device:  # that of a bank without widths is the first push's
+        if (
+            self.pushed.device != student.device
+        ):  # that of a bank without widths is the first push's
             self.pushed = self.pushed.to(student.device)
         rows = (self.pushed - missed + torch.arange(len(order), device=student.device)) % self.size
         for buffer, values in zip(buffers, given, strict=True):
@@ -159,14 +169,14 @@ class CandidateBank(nn.Module):
             return inputs
         student = candidates(inputs.student, inputs.student_candidates)
         teacher = candidates(inputs.teacher, inputs.teacher_candidates)
-        if student.shape[0] < 2 and not torch.compiler.is_compiling():
-            if student.shape[0] + self.filled < 2:
-                return inputs  # too few: for the caller to say
-        own = converted_weights(inputs.candidate_weights, student)
+        own = student.shape[0]
+        if own < 2 and not torch.compiler.is_compiling() and own + self.filled < 2:
+            return inputs  # too few: for the caller to say
+        weights = converted_weights(inputs.candidate_weights, student)
         return inputs._replace(
             student_candidates=torch.cat([student, self._points(self.student, student)]),
             teacher_candidates=torch.cat([teacher, self._points(self.teacher, teacher)]),
-            candidate_weights=torch.cat([own, self.weights.to(own.dtype)]),
+            candidate_weights=torch.cat([weights, self.weights.to(weights.dtype)]),
         )
 
     def _points(self, kept: Tensor, points: Tensor) -> Tensor:
@@ -207,42 +217,44 @@ class CandidateBank(nn.Module):
         unexpected_keys: list[str],
         error_messages: list[str],
     ) -> None:
-        found = {name: state_dict.get(prefix + name) for name in POINTS}
-        pushed = state_dict.get(prefix + "pushed")
-        weights = found["weights"]
-        if weights is not None and len(weights) != self.size:
+        saved = {
+            name: state_dict[prefix + name]
+            for name in (*POINTS, "pushed")
+            if prefix + name in state_dict
+        }
+        if "weights" in saved and len(saved["weights"]) != self.size:
             # Before anything is copied: the bank keeps what it holds.
             raise ValueError(
-                f"size: expected a saved bank of {self.size} points; got one of {len(weights)}"
+                f"size: expected a saved bank of {self.size} points; "
+                f"got one of {len(saved['weights'])}"
             )
-        whole = pushed is not None and all(points is not None for points in found.values())
-        empty = pushed is not None and not any(points is not None for points in found.values())
-        if not whole and not (empty and int(pushed) == 0):
-            missing = [prefix + n for n in (*POINTS, "pushed") if prefix + n not in state_dict]
-            missing_keys += missing
-            self.reset_parameters()  # with strict=False: no points rather than some that never were
-            if strict and empty:
-                error_messages.append(
-                    f"{prefix}student: expected the points of a bank that has seen {int(pushed)}; "
-                    "got none. What loads into a new module's own state_dict, as "
-                    "torch.distributed.checkpoint does, needs CandidateBank(size, "
-                    "student_width=..., teacher_width=...)"
-                )
+        absent = [name for name in (*POINTS, "pushed") if name not in saved]
+        without_points = absent == list(POINTS)
+        if absent and not (without_points and int(saved["pushed"]) == 0):
+            # With strict=False no points, rather than some that never were.
+            self.reset_parameters()
+            missing_keys += [prefix + name for name in absent]
+            if strict and without_points:
+                error_messages.append(NO_POINTS.format(prefix, int(saved["pushed"])))
             return
-        if self.widths is None:
-            for name, points in found.items():
-                kept = getattr(self, name)
-                if points is None:
-                    setattr(self, name, None)
-                elif kept is None or kept.shape != points.shape:
-                    where = points.device if kept is None else kept.device
-                    setattr(self, name, torch.empty_like(points, device=where))
-        elif empty:
+        if without_points:
             self.reset_parameters()
             return
+        if self.widths is None:
+            for name in POINTS:
+                kept, points = getattr(self, name), saved[name]
+                if kept is None or kept.shape != points.shape:
+                    where = points.device if kept is None else kept.device
+                    setattr(self, name, torch.empty_like(points, device=where))
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_messages
-        )  # type: ignore[no-untyped-call]
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_messages,
+        )
 
 
 def _widths(student: int | None, teacher: int | None) -> tuple[int, int] | None:

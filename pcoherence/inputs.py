@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -84,18 +85,30 @@ def differentiable(tensor: Tensor) -> Tensor:
 
 def with_gradient(inputs: LossInputs) -> LossInputs:
     """The tensors as `differentiable` makes them."""
-    return LossInputs(*(None if tensor is None else differentiable(tensor) for tensor in inputs))
+    copies = {
+        name: differentiable(tensor)
+        for name, tensor in inputs._asdict().items()
+        if tensor is not None
+    }
+    return inputs._replace(**copies)
 
 
-def check_candidates(inputs: LossInputs) -> None:
-    """Raise ValueError unless there are 2 candidates, or nothing at all."""
+def check_candidates(inputs: LossInputs, gathered: bool = False) -> None:
+    """Raise ValueError unless there are 2 candidates, or nothing at all.
+
+    `gathered`: the candidates are the rows of all processes, which a process may have none of.
+    """
     m, n = inputs.student.shape[0], candidates(inputs.student, inputs.student_candidates).shape[0]
     square = inputs.student_candidates is None
-    if n >= 2 or (m == 0 and square):
+    if n >= 2 or (m == 0 and (square or (gathered and n == 0))):
         return
-    hint = "; a DataLoader's drop_last=True avoids last batches of one" if square else ""
-    argument = "student" if square else "student_candidates"
-    raise ValueError(f"{argument}: expected at least 2 candidates (rows); got {n}{hint}")
+    hint = "; a DataLoader's drop_last=True avoids last batches of one"
+    argument = "student" if square or gathered else "student_candidates"
+    where = " in all processes together" if gathered else ""
+    raise ValueError(
+        f"{argument}: expected at least 2 candidates (rows){where}; got {n}"
+        + (hint if square or gathered else "")
+    )
 
 
 def prepare_values(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -147,10 +160,34 @@ def _check_float(argument: str, value: Tensor) -> None:
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{argument}: expected dtype float16, bfloat16, float32 or float64; got {value.dtype}"
-            + ("" if value.is_floating_point() else " (embeddings, not class labels)")
+            + _integer_hint(argument, value)
+        )
+    if _is_distributed(value):
+        raise TypeError(
+            f"{argument}: expected a plain tensor; got a DTensor (take {argument}.full_tensor(), "
+            "or .to_local() where gather=True collects the processes' rows)"
         )
     if value.layout != torch.strided:
         raise TypeError(f"{argument}: expected a dense tensor; got layout {value.layout}")
+
+
+def _integer_hint(argument: str, value: Tensor) -> str:
+    if value.is_floating_point() or value.is_complex():
+        return ""
+    if value.ndim == 2 and value.shape[1] > 1:
+        return f" (of quantised embeddings, take {argument}.float())"
+    return " (embeddings, not class labels)"
+
+
+def _is_distributed(value: Tensor) -> bool:
+    """Whether it is a DTensor; if there is any, its module has been imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def _values_are_hidden(tensor: Tensor) -> bool:
+    """Reading values would break torch.compile's graph; torch.func's transforms may refuse it."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_get_level(tensor) != -1
 
 
 def _check_device(argument: str, value: Tensor, like: Tensor) -> None:
@@ -260,8 +297,8 @@ def _check_weights(
             f"{argument}: expected a constant, because weights get no gradient; "
             "got a tensor that requires grad (detach it)"
         )
-    # Reading values would break the graph of torch.compile; the compiled op checks them itself.
-    if not torch.compiler.is_compiling() and not bool(((weights >= 0) & weights.isfinite()).all()):
+    # The compiled operator checks them itself.
+    if not _values_are_hidden(weights) and not bool(((weights >= 0) & weights.isfinite()).all()):
         worst = weights[~((weights >= 0) & weights.isfinite())][0].item()
         raise ValueError(f"{argument}: expected finite weights of at least 0; got {worst}")
 
@@ -294,7 +331,7 @@ def _resolve_self_index(
     if tuple(self_index.shape) != (m,):
         raise ValueError(f"self_index: expected shape {(m,)}; got {tuple(self_index.shape)}")
     _check_device("self_index", self_index, student)
-    if not torch.compiler.is_compiling() and m > 0:
+    if not _values_are_hidden(self_index) and m > 0:
         low, high = self_index.min().item(), self_index.max().item()
         if low < -1 or high >= n:
             raise ValueError(

@@ -262,7 +262,7 @@ class PerceptionCoherenceLoss(nn.Module):
         self._refuse_recomputation(generator)
         spec, inputs = self._gathered(prepare) if self.gather else (self.spec, prepare())
         extended = inputs if self.bank is None else self.bank.extend(inputs)
-        check_candidates(extended)
+        check_candidates(extended, self.gather)
         loss = anchors.estimate(spec, extended, generator, _evaluate)
         if self.bank is not None and self.training:
             self._remember(self.bank, inputs)

@@ -96,7 +96,9 @@ def _rank_shares(points: Tensor, metric: Metric, argument: str) -> NDArray[np.fl
     shown = torch.linspace(0, n - 1, min(n, MAX_POINTS), device=points.device).long()
     points = at_least_float32(points[shown])
     full = ordered_distances(points, points, metric, argument).cpu()
-    others = full[~torch.eye(len(full), dtype=torch.bool, device="cpu")].view(len(full), -1).contiguous()
+    others = (
+        full[~torch.eye(len(full), dtype=torch.bool, device="cpu")].view(len(full), -1).contiguous()
+    )
     ordered = others.sort(1).values
     # Mid-ranks: halfway between the first and the last place that a value could take.
     places = [torch.searchsorted(ordered, others, right=right) for right in (False, True)]

@@ -51,9 +51,7 @@ def check_masked(
     def computed(with_backend: str, used: torch.dtype, with_method: str) -> tuple[Tensor, Tensor]:
         leaf, *constants = (t.to(device, used) for t in (row, weights, upstream))
         leaf.requires_grad_()
-        ranks = soft_rank(
-            leaf, 0.1, weights=constants[0], backend=with_backend, method=with_method
-        )
+        ranks = soft_rank(leaf, 0.1, weights=constants[0], backend=with_backend, method=with_method)
         gradient = torch.autograd.grad(ranks, leaf, constants[1])[0]
         return ranks.detach().cpu(), gradient.cpu()
 

@@ -171,3 +171,27 @@ def test_its_trainer(tmp_path: Path) -> None:
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "CoherenceDistillationLoss" in card
     assert "2505.06595" in card
+
+
+def test_labels_that_matryoshka_cuts_are_refused(model: Model) -> None:
+    """They are as wide as the student: 4. Others pass through whole."""
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    model.get_embedding_dimension = lambda: 4  # type: ignore[attr-defined]
+
+    def loss(labels: Tensor) -> Tensor:
+        inner = CoherenceDistillationLoss(model, metric="euclidean")
+        return losses.MatryoshkaLoss(model, inner, [4, 2])([column(0)], labels)
+
+    for labels in (
+        make_case("gaussian", 6, 4, seed=1),
+        make_case("gaussian", 6, 4, seed=1)[:, None],
+    ):
+        with pytest.raises(ValueError, match=r"^labels: .* width 4; got them cut to 2 by Matryosh"):
+            loss(labels)
+    labels = make_case("gaussian", 6, 4, seed=1)
+    padded = nn.functional.pad(labels, (0, 1))
+    full = nn.functional.normalize(model(column(0))["sentence_embedding"], dim=-1)
+    cut = nn.functional.normalize(full[:, :2], dim=-1)
+    expected = sum(perception_coherence_loss(points, labels) for points in (full, cut))
+    torch.testing.assert_close(loss(padded), expected)
+    assert loss(make_case("gaussian", 6, 2, seed=1)).isfinite()  # as wide as a cut, but whole

@@ -101,7 +101,9 @@ def work(rank: int, size: int) -> None:
         metric.update(student[half], teacher[half])
     check(metric.compute())
     # All points in one process, none in the other; in any precision that holds them.
-    for owner, dtype in itertools.product(range(size), (torch.float64, torch.float32, torch.float16)):
+    for owner, dtype in itertools.product(
+        range(size), (torch.float64, torch.float32, torch.float16)
+    ):
         metric = CoherenceMetric()
         given = [tensor.to(dtype) for tensor in points()]
         if rank == owner:

@@ -316,6 +316,30 @@ def test_vmap_is_right() -> None:
     torch.testing.assert_close(found, torch.stack([loss(x, teacher) for x in students]))
 
 
+def test_vmap_over_weights_and_self_index() -> None:
+    student, teacher = torch.randn(7, 3).double(), torch.randn(7, 4).double()
+    weights = torch.rand(3, 7, dtype=torch.float64)
+    index = torch.stack([torch.arange(7), torch.full((7,), -1), torch.arange(7).flip(0)])
+
+    def one(w: Tensor, i: Tensor) -> Tensor:
+        return pcoherence.perception_coherence_loss(
+            student, teacher, anchor_weights=w, candidate_weights=w, self_index=i
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = torch.func.vmap(one)(weights, index)
+    expected = torch.stack([one(w, i) for w, i in zip(weights, index, strict=True)])
+    torch.testing.assert_close(found, expected)
+    ranks = torch.func.vmap(lambda w: pcoherence.soft_rank(student[:, 0], weights=w))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = ranks(weights)
+    torch.testing.assert_close(
+        found, pcoherence.soft_rank(student[:, 0].expand(3, 7), weights=weights)
+    )
+
+
 def test_transforms_of_something_else(cpu_backend: str) -> None:
     """torch.func may be at work around a loss whose student it does not transform."""
     student, teacher = make_case("gaussian", 9, 3), make_case("gaussian", 9, 4, seed=1)

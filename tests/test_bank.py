@@ -192,7 +192,7 @@ def test_the_ring_keeps_the_last_points_that_are_kept() -> None:
 
 
 def test_a_bank_with_room_changes_nothing() -> None:
-    """Rows without a point are nobody, also far from 0 and in float32, where they might cost digits."""
+    """Rows without a point are nobody, also far from 0, where float32 has few digits to lose."""
     student, teacher = (1000 + t.float() for t in batch(0, 40))
     plain = perception_coherence_loss(student, teacher)
     for bank in (CandidateBank(500), CandidateBank(500, student_width=3, teacher_width=4)):
@@ -364,9 +364,7 @@ def test_recomputation_is_refused_by_name(use_reentrant: bool) -> None:
     criterion = PerceptionCoherenceLoss(bank=CandidateBank(20))
     criterion(*batch(0))
     student, teacher = batch(1)
-    loss = checkpointed(
-        criterion, student.requires_grad_(), teacher, use_reentrant=use_reentrant
-    )
+    loss = checkpointed(criterion, student.requires_grad_(), teacher, use_reentrant=use_reentrant)
     with pytest.raises(RuntimeError, match=r"^bank: expected the loss outside of torch.utils"):
         loss.backward()
     assert len(criterion.bank) == 10

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,41 @@ def failures(rank: int) -> None:
     with pytest.raises(ValueError, match=r"^student_candidates: expected None with gather=True"):
         criterion(images, teacher, student_candidates=images, teacher_candidates=teacher)
     assert criterion(images, teacher).isfinite()
+    only = slice(0, int(rank == 0))
+    with pytest.raises(ValueError, match=r"^student: .* in all processes together; got 1; "):
+        criterion(images[only], teacher[only])
+    none = criterion(images[:0].requires_grad_(), teacher[:0])
+    assert none == 0
+
+
+def tensors_of_many_processes(rank: int, size: int) -> None:
+    """DTensors are refused by name."""
+    images, teacher, _ = whole()
+    sharded = DTensor.from_local(images, init_device_mesh("cpu", (size,)))
+    for student in (sharded, torch.nn.Parameter(sharded)):
+        with pytest.raises(
+            TypeError, match=r"^student: .*got a DTensor \(take student.full_tensor"
+        ):
+            pcoherence.perception_coherence_loss(student, teacher)
+
+
+def copies(rank: int, size: int) -> None:
+    """Of a loss that gathers, with a group of its own and a bank."""
+    images, teacher, _ = whole()
+    own, group = slice(*SHARDS[size][rank]), dist.new_group(list(range(size)))
+    criterion = PerceptionCoherenceLoss(gather=True, process_group=group, bank=CandidateBank(20))
+    criterion(images[own], teacher[own])
+    copied, unpickled = copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))
+    assert copied.process_group is group
+    with pytest.raises(
+        RuntimeError, match=r"^process_group: expected to be set again after unpick"
+    ):
+        unpickled(images[own], teacher[own])
+    unpickled.process_group = group
+    losses = [each(images[own] + 1, teacher[own]) for each in (criterion, copied, unpickled)]
+    assert losses[0] == losses[1] == losses[2]
+    default = pickle.loads(pickle.dumps(PerceptionCoherenceLoss(gather=True)))
+    assert default.process_group is None
 
 
 def work(rank: int, size: int) -> None:
@@ -110,6 +147,8 @@ def work(rank: int, size: int) -> None:
     rows_alone(rank, size)
     fully_sharded(rank, size)
     failures(rank)
+    tensors_of_many_processes(rank, size)
+    copies(rank, size)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -169,6 +169,12 @@ def test_what_is_no_embedding() -> None:
         perception_coherence_loss(X, X, metric=torch.nn.functional.pairwise_distance)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_quantised_embeddings_are_told_what_to_do(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=r"^teacher: .*quantised embeddings, take teacher\.float"):
+        perception_coherence_loss(X, torch.ones(len(X), 4).to(dtype))
+
+
 def test_a_temperature_may_be_set() -> None:
     criterion = PerceptionCoherenceLoss(objective="huber")
     criterion.temperature = 0.03

@@ -89,7 +89,7 @@ class FeatureExtractor(nn.Module):
         return found[0]
 
     def _pooled(self, output: Any, layer: str) -> Any:
-        """At once, and apart from the output, which the next layer may write over (inplace=True)."""
+        """At once, apart from the output, which the next layer may write over (inplace=True)."""
         if not isinstance(self.pool, str):
             return self.pool(tree_map_only(Tensor, torch.clone, output))
         if not isinstance(output, Tensor):

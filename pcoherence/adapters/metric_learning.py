@@ -156,7 +156,9 @@ class CoherenceLoss(BaseMetricLossFunction):
         count = len(self.teacher)
         expected = f"{argument}: expected rows of the teacher's embeddings, 0 to {count - 1}"
         # bool is no row, and an index of bool or uint8 would be taken for a mask.
-        numbers = isinstance(rows, Tensor) and not rows.is_floating_point() and not rows.is_complex()
+        numbers = (
+            isinstance(rows, Tensor) and not rows.is_floating_point() and not rows.is_complex()
+        )
         if not isinstance(rows, Tensor) or not numbers or rows.dtype == torch.bool:
             got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
             raise TypeError(f"{expected}, int64; got {got}")

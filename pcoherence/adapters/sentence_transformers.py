@@ -63,6 +63,7 @@ class CoherenceDistillationLoss(nn.Module):
         if not columns:
             raise ValueError("sentence_features: expected at least one text column; got none")
         teacher = _teacher_points(labels, len(columns))
+        _refuse_cut(self.model, labels)
         student = torch.cat([self.model(column)["sentence_embedding"] for column in columns])
         loss: Tensor = self.criterion(*same_dtype(student, teacher.to(student.device)))
         return loss
@@ -88,6 +89,24 @@ class CoherenceDistillationLoss(nn.Module):
     archivePrefix={arXiv}
 }
 """
+
+
+def _refuse_cut(model: nn.Module, labels: Tensor) -> None:
+    """Raise ValueError where MatryoshkaLoss has cut the teacher's embeddings.
+
+    It cuts labels that are as wide as the model along with the model's embeddings, which suits a
+    regression; here it would change the order that is to be learnt. It calls the model through an
+    object that knows the width, and what it has cut is a view of wider rows.
+    """
+    width = getattr(vars(model).get("forward"), "dim", None)
+    if width is None or labels.shape[-1] != width or labels.stride(-2) <= width:
+        return
+    raise ValueError(
+        f"labels: expected the teacher's embeddings whole, width {labels.stride(-2)}; got them cut "
+        f"to {width} by MatryoshkaLoss, which does so to labels as wide as the student. A column "
+        "of zeros, torch.nn.functional.pad(label, (0, 1)), keeps it from that and changes no "
+        "distance"
+    )
 
 
 def _teacher_points(labels: object, columns: int) -> Tensor:

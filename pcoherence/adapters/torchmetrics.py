@@ -25,7 +25,6 @@ from pcoherence.spec import Metric, check_count, check_flag, check_metrics
 
 from ._dtypes import same_dtype
 
-
 SIDES = ("student", "teacher")
 
 
