@@ -25,8 +25,10 @@ $(VENV)/dependencies: pyproject.toml
 $(VENV)/installed: $(VENV)/dependencies $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --no-build-isolation --editable '.[demo,sentences,test,bench,lint]'
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchdistill
 	touch $@
 
+# torchdistill is for a recipe of the docs: its losses need nothing else, its metadata ask for torchvision.
 install: $(VENV)/installed  ## set up .venv with the library and everything below
 
 demo: $(VENV)/installed  ## train a teacher and a small student on real images; plots in demo-output/

@@ -67,3 +67,6 @@ def constructor(
         return None
     _, *parameters = inspect.signature(obj.__init__).parameters.values()
     return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters])), None
+
+
+doctest_global_setup = "import importlib.util"  # for the conditions of skipif

@@ -272,3 +272,35 @@ def test_soft_rank(
         slack = torch.finfo(dtype).eps * 10 / temperature + tolerance
         bound = slack * max(1.0, float(found[0][1].norm())) + tolerance / temperature
         assert float((found[1][1] - found[0][1]).norm()) <= bound
+
+
+@pytest.mark.parametrize("method", ["auto", "scan", "pairs"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_distances_of_any_sign_and_size(objective: str, method: str, cpu_backend: str) -> None:
+    """What a callable metric may give: two of 60 candidates are 10^6 away, on either side."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = torch.rand(2, 20, 60, generator=generator, dtype=torch.float64).unbind()
+    ours[:, 7], ours[:, 11] = -1e6, 1e6
+    ours, theirs = ours.float(), theirs.float()
+
+    def computed(dtype: torch.dtype, backend: str, used: str) -> tuple[Tensor, Tensor]:
+        leaf = ours.to(dtype).requires_grad_()
+        points, others = torch.zeros(20, 1, dtype=dtype), torch.zeros(60, 1, dtype=dtype)
+        loss = perception_coherence_loss(
+            points, points, student_candidates=others, teacher_candidates=others,
+            metric=lambda a, b: leaf, teacher_metric=lambda a, b: theirs.to(dtype),
+            scale="none", objective=objective, backend=backend, method=used,
+        )  # fmt: skip
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    truth = computed(torch.float64, "reference", "auto")
+    errors = [
+        tuple(relative_error(found, right) for found, right in zip(pair, truth, strict=True))
+        for pair in (
+            computed(torch.float32, "reference", "auto"),
+            computed(torch.float32, cpu_backend, method),
+        )
+    ]
+    allowed = tolerances(torch.float32, (errors[0][0], errors[0][1]))
+    assert errors[1][0] <= allowed[0]
+    assert errors[1][1] <= allowed[1]
