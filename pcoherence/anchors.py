@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 
 from . import objectives
-from .inputs import LossInputs
+from .inputs import LossInputs, candidates
 from .spec import LossSpec
-
-GENERATOR_IN_GRAPH = (
-    "generator: expected None under torch.compile, whose graphs cannot hold one; got one. "
-    "torch.manual_seed seeds the draw without it"
-)
 
 
 def estimate(
@@ -26,6 +21,8 @@ def estimate(
     evaluate: Callable[[LossSpec, LossInputs], Tensor],
 ) -> Tensor:
     """The loss by `evaluate`, over all anchors or over those drawn."""
+    if inputs.student.shape[0] == 0:
+        return _nothing(spec, inputs)
     part = sample(spec, inputs, generator)
     if part is None:
         return evaluate(spec, inputs)
@@ -40,9 +37,16 @@ def _permutation(m: int, generator: torch.Generator | None, device: torch.device
     if generator is None:
         # Without the argument: with generator=None, torch.compile would fix m.
         return torch.randperm(m, device=device)
-    if torch.compiler.is_compiling():
-        raise RuntimeError(GENERATOR_IN_GRAPH)
     return torch.randperm(m, generator=generator, device=generator.device).to(device)
+
+
+def _nothing(spec: LossSpec, inputs: LossInputs) -> Tensor:
+    """The loss of no anchors, which no metric is asked about: 0, or [0] for "none".
+
+    In the graph all the same: a process without anchors takes part in the backward pass of others.
+    """
+    zero = candidates(inputs.student, inputs.student_candidates)[:0].sum()
+    return zero + (inputs.student.sum(1) if spec.reduction == "none" else inputs.student.sum())
 
 
 class Sample(NamedTuple):

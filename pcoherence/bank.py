@@ -125,10 +125,6 @@ class CandidateBank(nn.Module):
         order = kept.to(torch.uint8).argsort(stable=True)[-self.size :]
         keep = kept[order]
         missed = (~keep).sum()
-        if (
-            self.pushed.device != student.device
-        ):  # that of a bank without widths is the first push's
-            self.pushed = self.pushed.to(student.device)
         rows = (self.pushed - missed + torch.arange(len(order), device=student.device)) % self.size
         for buffer, values in zip(buffers, given, strict=True):
             chosen = keep.view(-1, *[1] * (values.ndim - 1))
@@ -194,7 +190,8 @@ class CandidateBank(nn.Module):
         teacher_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """All three at once, without points."""
+        """All of them at once, without points."""
+        self.pushed = torch.zeros((), dtype=torch.int64, device=device)
         self.student = torch.zeros(self.size, student_width, dtype=student_dtype, device=device)
         self.teacher = torch.zeros(self.size, teacher_width, dtype=teacher_dtype, device=device)
         self.weights = torch.zeros(self.size, dtype=student_dtype, device=device)
@@ -246,6 +243,7 @@ class CandidateBank(nn.Module):
                 if kept is None or kept.shape != points.shape:
                     where = points.device if kept is None else kept.device
                     setattr(self, name, torch.empty_like(points, device=where))
+                    self.pushed = torch.empty_like(saved["pushed"], device=where)
         super()._load_from_state_dict(
             state_dict,
             prefix,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import distances
-from .inputs import LossInputs, candidates, with_gradient
+from .inputs import LossInputs, candidates, evenly_spaced, with_gradient
 from .metrics import ordered_distances
 from .spec import LossSpec, Metric
 
@@ -98,11 +98,18 @@ def diagnose(
         temperature=spec.temperature,
         candidates=(weights > 0).double().sum(1).mean().item(),
         saturated=int((pairs.distinct & (z.abs() > SATURATED)).sum()) / count,
-        resolution=1 / (1 / torch.cosh(z.double() / 2).square()).mean().item(),
+        resolution=_resolution(z, weights),
         misordered=int(wrong.sum()) / count,
         gradient_scale=gradient_scale,
         suggested_temperature=middle / SUGGESTED if middle > 0 else None,
     )
+
+
+def _resolution(z: Tensor, weights: Tensor) -> float:
+    """1 / mean of 4 sigmoid'(z), at most the number of candidates: no pair drawn may be near."""
+    mean = (1 / torch.cosh(z.double() / 2).square()).mean().item()
+    most = (weights > 0).double().sum(1).mean().item()
+    return min(most, 1 / mean) if mean > 0 else most
 
 
 def _gradient(
@@ -127,7 +134,7 @@ def _draw(spec: LossSpec, inputs: LossInputs) -> tuple[Tensor, _Pairs]:
     m = len(counting)
     if m == 0:
         raise ValueError("anchor_weights: expected an anchor that weighs more than 0; got none")
-    rows = counting[torch.linspace(0, m - 1, min(m, MAX_ANCHORS), device=counting.device).long()]
+    rows = counting[evenly_spaced(m, MAX_ANCHORS, counting.device)]
     student = _distances(
         inputs.student[rows],
         candidates(inputs.student, inputs.student_candidates),

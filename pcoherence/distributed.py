@@ -151,12 +151,21 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _exchange(header: list[int], group: dist.ProcessGroup | None) -> list[list[int]]:
-    # Not the features' device: a process that has refused them may have none.
-    on_cpu = "gloo" in dist.get_backend(group) or "mpi" in dist.get_backend(group)
-    own = torch.tensor(header, device="cpu" if on_cpu else torch.cuda.current_device())
+    own = torch.tensor(header, device=_header_device(group))
     all_headers = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(all_headers, own, group=group)
     return [shard.tolist() for shard in all_headers]
+
+
+def _header_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where the group's collectives work, the CPU if it can be.
+
+    Not the features' device: a process that has refused them may have none.
+    """
+    chosen = dist.group.WORLD if group is None else group
+    assert chosen is not None
+    devices = {device.type: device for device in chosen._device_types}
+    return devices.get("cpu") or next(iter(devices.values()))
 
 
 def _check_headers(headers: list[list[int]]) -> None:

@@ -46,7 +46,8 @@ def prepare_inputs(
     """Check the tensors of a call and return them as `LossInputs`.
 
     Half precision is raised to float32, the teacher detached, weights (any real dtype) converted.
-    Weights' signs and the range of `self_index` are not checked while torch.compile traces.
+    Weights' signs and the range of `self_index` are not checked where there are no values to see:
+    while torch.compile traces, under torch.func's transforms, of fake and meta tensors.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -128,6 +129,12 @@ def prepare_values(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tens
     )
 
 
+def evenly_spaced(total: int, most: int, device: torch.device) -> Tensor:
+    """Indices of `most` of `total` rows, first and last among them; all where there are fewer."""
+    count = min(total, most)
+    return torch.arange(count, device=device) * (total - 1) // max(1, count - 1)
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision raised to float32; other dtypes as they are. Gradients flow through."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
@@ -185,9 +192,29 @@ def _is_distributed(value: Tensor) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def check_generator(generator: object) -> None:
+    """Raise unless it is one of torch's, or None, and can be used here."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: expected a torch.Generator or None; got {type(generator).__name__}"
+        )
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "generator: expected None under torch.compile, whose graphs cannot hold one; got one. "
+            "torch.manual_seed seeds the draw without it"
+        )
+
+
 def _values_are_hidden(tensor: Tensor) -> bool:
-    """Reading values would break torch.compile's graph; torch.func's transforms may refuse it."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_get_level(tensor) != -1
+    """Whether there are no values to read, or reading them would break what is being traced."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return True
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    if fake is not None and isinstance(tensor, fake.FakeTensor):
+        return True
+    return torch._C._functorch.maybe_get_level(tensor) != -1
 
 
 def _check_device(argument: str, value: Tensor, like: Tensor) -> None:
@@ -297,7 +324,7 @@ def _check_weights(
             f"{argument}: expected a constant, because weights get no gradient; "
             "got a tensor that requires grad (detach it)"
         )
-    # The compiled operator checks them itself.
+    # Once compiled, the CPU's operators check them.
     if not _values_are_hidden(weights) and not bool(((weights >= 0) & weights.isfinite()).all()):
         worst = weights[~((weights >= 0) & weights.isfinite())][0].item()
         raise ValueError(f"{argument}: expected finite weights of at least 0; got {worst}")

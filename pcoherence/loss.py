@@ -13,8 +13,16 @@ from torch import Tensor, nn
 
 from . import anchors, diagnostics, distributed
 from .backends import select
+from .backends.base import Backend
 from .bank import CandidateBank
-from .inputs import LossInputs, candidates, check_candidates, prepare_inputs, prepare_values
+from .inputs import (
+    LossInputs,
+    candidates,
+    check_candidates,
+    check_generator,
+    prepare_inputs,
+    prepare_values,
+)
 from .spec import BACKENDS, METHODS, LossSpec, Metric, check_flag, check_name, check_temperature
 
 FIXED = frozenset(field.name for field in dataclasses.fields(LossSpec)) - {"temperature"}
@@ -126,6 +134,7 @@ def perception_coherence_loss(
         include_self=include_self,
     )
     check_candidates(inputs)
+    check_generator(generator)
     return anchors.estimate(spec, inputs, generator, _evaluate)
 
 
@@ -166,7 +175,7 @@ class PerceptionCoherenceLoss(nn.Module):
         bank: CandidateBank | None = None,
     ) -> None:
         super().__init__()
-        self.spec = LossSpec(
+        self._spec = LossSpec(
             temperature=temperature,
             teacher_temperature=teacher_temperature,
             metric=metric,
@@ -189,12 +198,9 @@ class PerceptionCoherenceLoss(nn.Module):
                 self.add_module(name, function)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in FIXED and name in self._modules and isinstance(value, nn.Module):
-            # A metric that is wrapped in place, as tools for checkpoints and sharding do.
-            changed: dict[str, Any] = {name: value}
-            self.spec = dataclasses.replace(self.spec, **changed)
-            super().__setattr__(name, value)
-        elif name in FIXED:
+        # A metric may be wrapped in place, as tools for checkpoints and sharding do.
+        wrapped = name in self._modules and isinstance(value, nn.Module)
+        if name in FIXED and not wrapped:
             raise AttributeError(f"{name}: expected to stay as the loss was made; got {value!r}")
         else:
             if name == "gather":
@@ -215,6 +221,14 @@ class PerceptionCoherenceLoss(nn.Module):
             raise ValueError("process_group: expected None without gather=True; got a group")
         self._group = distributed.Group(group)
 
+    @property
+    def spec(self) -> LossSpec:
+        """The options; a metric that is a submodule is what it is now."""
+        modules = {name: m for name, m in self._modules.items() if name in FIXED and m is not None}
+        if all(getattr(self._spec, name) is module for name, module in modules.items()):
+            return self._spec
+        return dataclasses.replace(self._spec, **modules)  # type: ignore[arg-type]
+
     def _check_gather(self, gather: bool) -> None:
         check_flag("gather", gather)
         if gather and self.spec.scale == "batch":
@@ -230,7 +244,7 @@ class PerceptionCoherenceLoss(nn.Module):
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        self.spec = dataclasses.replace(self.spec, temperature=value)
+        self._spec = dataclasses.replace(self._spec, temperature=value)
 
     def forward(
         self,
@@ -259,8 +273,13 @@ class PerceptionCoherenceLoss(nn.Module):
             self_index=self_index,
             include_self=self.spec.include_self,
         )
-        self._refuse_recomputation(generator)
-        spec, inputs = self._gathered(prepare) if self.gather else (self.spec, prepare())
+
+        def checked() -> LossInputs:
+            check_generator(generator)
+            self._refuse_recomputation(generator)
+            return prepare()
+
+        spec, inputs = self._gathered(checked) if self.gather else (self.spec, checked())
         extended = inputs if self.bank is None else self.bank.extend(inputs)
         check_candidates(extended, self.gather)
         loss = anchors.estimate(spec, extended, generator, _evaluate)
@@ -333,6 +352,7 @@ class PerceptionCoherenceLoss(nn.Module):
                 )
             if self.bank is not None:
                 self.bank.check(inputs.student, inputs.teacher)
+            _select(self.spec, inputs)
         except Exception:
             distributed.report_failure(self.process_group)
             raise
@@ -396,10 +416,13 @@ def soft_rank(
     return chosen.soft_rank(values, weights, temperature, method)
 
 
-def _evaluate(spec: LossSpec, inputs: LossInputs) -> Tensor:
-    backend = select(
+def _select(spec: LossSpec, inputs: LossInputs) -> Backend:
+    return select(
         spec.backend,
         inputs.student.device,
         lambda candidate: candidate.supports(spec, inputs),
     )
-    return backend.loss(spec, inputs)
+
+
+def _evaluate(spec: LossSpec, inputs: LossInputs) -> Tensor:
+    return _select(spec, inputs).loss(spec, inputs)

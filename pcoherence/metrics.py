@@ -67,7 +67,8 @@ def coherence(
         reduction: "mean" over anchors, 0-d, or "none", [m].
 
     Returns:
-        Coherence, on the CPU, float64, without gradient. No anchors give NaN means.
+        Coherence, on the CPU, float64, without gradient. No anchors give NaN means, distances that
+        are not finite NaN for their anchor.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -107,7 +108,8 @@ def _agreement(inputs: LossInputs, metric: Metric, teacher_metric: Metric, neare
             inputs.teacher[block], teachers, teacher_metric, "teacher_metric"
         )
         index = None if inputs.self_index is None else inputs.self_index[block].cpu().contiguous()
-        rows = ours.cpu().contiguous(), theirs.to(ours.dtype).cpu().contiguous()
+        dtype = torch.promote_types(ours.dtype, theirs.dtype)  # rounding would make ties
+        rows = ours.to(dtype).cpu().contiguous(), theirs.to(dtype).cpu().contiguous()
         compute = ops.rank_agreement if compiled else rank_agreement
         parts.append(compute(*rows, index, nearest))
     return torch.cat(parts)
@@ -147,7 +149,7 @@ def rank_agreement(
 
 
 def _row_agreement(a: Tensor, b: Tensor, nearest: int) -> Tensor:
-    if a.isnan().any() or b.isnan().any():
+    if not (a.isfinite().all() and b.isfinite().all()):
         return a.new_full((3,), torch.nan, dtype=torch.float64)
     signs = [(x[:, None] - x[None, :]).sign() for x in (a, b)]
     kendall = _correlation(*signs)  # tau-b is the correlation of the signs of all pairs

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .inputs import at_least_float32
+from .inputs import at_least_float32, evenly_spaced
 from .metrics import coherence, ordered_distances
 from .spec import Metric, check_metrics
 
@@ -93,8 +93,7 @@ def rank_agreement(
 def _rank_shares(points: Tensor, metric: Metric, argument: str) -> NDArray[np.float64]:
     """For every point, the ranks of the others by distance, [n, n - 1], scaled to (0, 1)."""
     n = points.shape[0]
-    shown = torch.linspace(0, n - 1, min(n, MAX_POINTS), device=points.device).long()
-    points = at_least_float32(points[shown])
+    points = at_least_float32(points[evenly_spaced(n, MAX_POINTS, points.device)])
     full = ordered_distances(points, points, metric, argument).cpu()
     others = (
         full[~torch.eye(len(full), dtype=torch.bool, device="cpu")].view(len(full), -1).contiguous()
@@ -102,7 +101,7 @@ def _rank_shares(points: Tensor, metric: Metric, argument: str) -> NDArray[np.fl
     ordered = others.sort(1).values
     # Mid-ranks: halfway between the first and the last place that a value could take.
     places = [torch.searchsorted(ordered, others, right=right) for right in (False, True)]
-    return np.asarray((places[0] + places[1]) / (2 * others.shape[1]))
+    return np.asarray((places[0] + places[1]).double() / (2 * others.shape[1]))
 
 
 def _matplotlib() -> tuple[type, type]:

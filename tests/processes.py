@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import subprocess
 import sys
@@ -41,8 +42,9 @@ def join_group(work: Callable[[int, int], None]) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     work(rank, size)
+    # DistributedDataParallel leaves cycles that hold the group, and with it gloo's threads: they
+    # would meet an interpreter that is ending, and the process abort.
+    gc.collect()
     # Not barrier(): it keeps earlier collectives' tensors, which gloo's thread drops when it ends.
-    # DistributedDataParallel keeps the group, and so that thread, alive: it then meets an
-    # interpreter that is ending, and the process aborts.
     dist.monitored_barrier()
     dist.destroy_process_group()

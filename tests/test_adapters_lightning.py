@@ -189,6 +189,13 @@ def test_emptying_leaves_the_teacher() -> None:
     assert all(parameter.is_meta for parameter in module.to_empty(device="meta").parameters())
 
 
+def test_a_teacher_of_lightning_knows_where_it_is() -> None:
+    inner = DistillationModule(*networks())
+    module = DistillationModule(nn.Linear(4, 3), inner)
+    assert module.double().teacher.dtype == torch.float64
+    assert module.to("meta").teacher.device.type == "meta"
+
+
 def test_processes_without_points_are_left_out(tmp_path: Path) -> None:
     run_in_processes(__file__, 3, tmp_path)
 
@@ -217,11 +224,32 @@ def work(rank: int, size: int) -> None:
     if count:
         outputs = {"student": student[:count], "teacher": teacher[:count]}
         callback.on_validation_batch_end(run, module, outputs, None, 0)
-    callback.on_validation_epoch_end(run, module)
+    with torch.device("meta"):  # a default device changes nothing
+        callback.on_validation_epoch_end(run, module)
     expected = coherence(student, teacher)._asdict()
     assert logged.keys() == {f"val_{name}/0" for name in expected}
     for name, value in expected.items():
         torch.testing.assert_close(logged[f"val_{name}/0"], value.float())
+    gathered_loss(rank, size)
+
+
+def gathered_loss(rank: int, size: int) -> None:
+    """val_loss of uneven shards, as Lightning averages it, is that of the whole batches."""
+    module = DistillationModule(*networks(), gather=True)
+    module._trainer = types.SimpleNamespace(world_size=size, strategy=SumsOfProcesses())
+    shards = [[(0, 10), (10, 12), (12, 12)], [(0, 3), (3, 20), (20, 41)]]
+    sums = torch.zeros(2)  # of the loss times its weight, of the weight
+    module.log = lambda name, loss, batch_size, **_: sums.add_(  # type: ignore[method-assign]
+        torch.stack([loss.detach() * batch_size, torch.tensor(float(batch_size))])
+    )
+    expected = torch.zeros(2)
+    for batch in shards:
+        module.validation_step(POINTS[slice(*batch[rank])], 0)
+        points = POINTS[: batch[-1][1]]
+        loss = perception_coherence_loss(*module.features(points))
+        expected += torch.stack([loss.detach() * len(points), torch.tensor(float(len(points)))])
+    torch.distributed.all_reduce(sums)
+    torch.testing.assert_close(sums[0] / sums[1], expected[0] / expected[1])
 
 
 if __name__ == "__main__":

@@ -148,3 +148,14 @@ assert asked(torch.zeros(())) == torch.cuda.is_available()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_warning_that_is_an_error_is_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the slow reference without a word from the second call on."""
+    monkeypatch.setattr(backends, "FASTEST", {})
+    monkeypatch.setattr(backends, "_warned", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(RuntimeWarning, match="using the slow reference"):
+                pcoherence.soft_rank(X)

@@ -167,3 +167,18 @@ def test_errors() -> None:
         loss.diagnose(student, teacher, candidate_weights=torch.zeros(N))
     with pytest.raises(ValueError, match=r"^teacher: expected as many rows"):
         loss.diagnose(student, teacher[1:])
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-9])
+def test_where_no_pair_is_near_the_resolution_is_the_number_of_candidates(
+    temperature: float,
+) -> None:
+    candidates = make_case("gaussian", 5000, 3)
+    found = PerceptionCoherenceLoss(temperature=temperature).diagnose(
+        candidates[:1],
+        candidates[:1],
+        student_candidates=candidates,
+        teacher_candidates=candidates,
+    )
+    assert found.resolution == pytest.approx(5000, rel=0.9)
+    assert found.resolution <= 5000

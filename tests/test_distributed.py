@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,46 @@ def failures(rank: int) -> None:
     assert none == 0
 
 
+def refused(rank: int, error: type[Exception], message: str) -> Any:
+    """By process 1, of which the others hear."""
+    if rank == 1:
+        return pytest.raises(error, match=message)
+    return pytest.raises(RuntimeError, match=r"^gather: process 1 refused its arguments")
+
+
+def no_process_waits(rank: int, size: int) -> None:
+    """What goes wrong on one of them alone, after its tensors were found right."""
+    images, teacher, _ = whole()
+    wrong: Any = 7 if rank == 1 else None
+    criterion = PerceptionCoherenceLoss(gather=True, num_anchors=3)
+    with refused(rank, TypeError, r"^generator: expected"):
+        criterion(images, teacher, generator=wrong)
+    criterion = PerceptionCoherenceLoss(gather=True, backend="cuda" if rank == 1 else "auto")
+    with refused(rank, RuntimeError, r"'cuda' is not available"):
+        criterion(images, teacher)
+
+    def picky(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Not for empty shards."""
+        return torch.cdist(a, b) / a.abs().amax()
+
+    own = slice(0, 12) if rank == 0 else slice(0, 0)
+    for reduction in ("mean", "none"):
+        student = images[own].requires_grad_()
+        criterion = PerceptionCoherenceLoss(gather=True, metric=picky, reduction=reduction)
+        criterion(student, teacher[own]).sum().backward()
+        assert student.grad is not None
+
+
+def any_group(rank: int, size: int) -> None:
+    """Also one that names a backend for each kind of device."""
+    images, teacher, _ = whole()
+    own = slice(*SHARDS[size][rank])
+    group = dist.new_group(list(range(size)), backend="cpu:gloo")
+    criterion = PerceptionCoherenceLoss(gather=True, process_group=group, reduction="none")
+    expected = pcoherence.perception_coherence_loss(images, teacher, reduction="none")[own]
+    torch.testing.assert_close(criterion(images[own], teacher[own]), expected)
+
+
 def tensors_of_many_processes(rank: int, size: int) -> None:
     """DTensors are refused by name."""
     images, teacher, _ = whole()
@@ -147,6 +188,8 @@ def work(rank: int, size: int) -> None:
     rows_alone(rank, size)
     fully_sharded(rank, size)
     failures(rank)
+    no_process_waits(rank, size)
+    any_group(rank, size)
     tensors_of_many_processes(rank, size)
     copies(rank, size)
 

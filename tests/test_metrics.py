@@ -96,3 +96,27 @@ def test_scale_of_float32_features_does_not_matter(scale: float) -> None:
     expected = coherence(student, teacher)
     for one, other in zip(coherence(student * scale, teacher), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-3)  # near ties may turn around
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_features_that_are_not_finite_give_nan(bad: float) -> None:
+    x, y = make_case("gaussian", 9, 3), make_case("gaussian", 9, 4, seed=1)
+    x[3, 1] = bad
+    found = coherence(x, y, reduction="none")
+    assert all(values.isnan().all() for values in found)
+    distances = torch.cdist(y, y)
+    distances[2, 5] = bad
+    for rows in (metrics.rank_agreement, ops.rank_agreement):
+        found = rows(distances, torch.cdist(y, y), torch.arange(9), 3).isnan().all(1)
+        assert found.tolist() == [i == 2 for i in range(9)]
+
+
+def test_a_teacher_keeps_its_digits_beside_a_metric_of_fewer() -> None:
+    """Named metrics are measured in float64: rounding them would make ties."""
+    x = make_case("gaussian", 40, 3, dtype=torch.float32)
+    y = (1000 + 1e-3 * make_case("gaussian", 40, 4, seed=1)).float()
+    found = coherence(x, y, metric=lambda a, b: torch.cdist(a, b), teacher_metric="euclidean")
+    expected = coherence(
+        x, y, metric=lambda a, b: torch.cdist(a, b).double(), teacher_metric="euclidean"
+    )
+    assert found == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import re
 from typing import Any
@@ -170,6 +172,36 @@ def test_what_is_no_embedding() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_a_generator_is_checked_before_any_work() -> None:
+    for call in (perception_coherence_loss, PerceptionCoherenceLoss()):
+        with pytest.raises(
+            TypeError, match=r"^generator: expected a torch.Generator or None; got int"
+        ):
+            call(X, Y, generator=3)
+
+
+@pytest.mark.parametrize("name", ["metric", "teacher_metric"])
+@pytest.mark.parametrize("way", ["register_module", "set_submodule", "setattr"])
+def test_a_metric_is_the_submodule_that_is_there(name: str, way: str) -> None:
+    """However it came to be there."""
+
+    class Weighted(torch.nn.Module):
+        def __init__(self, power: float) -> None:
+            super().__init__()
+            self.power = power
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return torch.cdist(a, b, p=self.power)
+
+    criterion = PerceptionCoherenceLoss(**{name: Weighted(1.0)}, teacher_temperature=0.1)
+    shallow = copy.copy(criterion)
+    change = {"setattr": functools.partial(setattr, criterion)}.get(way) or getattr(criterion, way)
+    change(name, Weighted(5.0))
+    expected = PerceptionCoherenceLoss(**{name: Weighted(5.0)}, teacher_temperature=0.1)(X, Y)
+    assert torch.equal(criterion(X, Y), expected)
+    assert torch.equal(shallow(X, Y), expected)  # which shares its submodules
+
+
 def test_quantised_embeddings_are_told_what_to_do(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=r"^teacher: .*quantised embeddings, take teacher\.float"):
         perception_coherence_loss(X, torch.ones(len(X), 4).to(dtype))

@@ -76,7 +76,9 @@ def append(path: Path, result: Result) -> None:
 def save(path: Path, results: list[Result]) -> None:
     """Replace the file by these results."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(_write(result) + "\n" for result in results))
+    part = path.with_suffix(".part")  # whole or not at all, whenever it is interrupted
+    part.write_text("".join(_write(result) + "\n" for result in results))
+    part.replace(path)
 
 
 def _write(result: Result) -> str:

@@ -75,7 +75,7 @@ Agreement rank_agreement(const T* a, const T* b, std::int64_t n, std::int64_t se
   by_a.clear();
   for (std::int32_t i = 0; i < n; ++i) {
     if (i == self) continue;
-    if (std::isnan(a[i]) || std::isnan(b[i])) {
+    if (!std::isfinite(a[i]) || !std::isfinite(b[i])) {
       constexpr double nan = std::numeric_limits<double>::quiet_NaN();
       return {nan, nan, nan};
     }

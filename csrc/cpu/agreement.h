@@ -19,7 +19,7 @@ struct AgreementScratch {
 };
 
 // a, b: [n]; self: candidate left out, or -1. Correlations are 0 where a or b is constant, everything is NaN where a
-// value is.
+// value is not finite.
 template <class T>
 Agreement rank_agreement(const T* a, const T* b, std::int64_t n, std::int64_t self, std::int64_t nearest,
                          AgreementScratch& scratch);

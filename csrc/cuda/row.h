@@ -220,7 +220,7 @@ PCOH_DEVICE bool with_sums(G& g, const Summation<T>& how, const RowView<T>& row,
                            const Scaling& scale, Arena arena, F f) {
   switch (choose(how, scale.range, row.n)) {
     case Method::grid:
-      if (!(scale.range / kBinWidth < how.most_bins)) {
+      if (!(static_cast<T>(scale.range / kBinWidth) < T(how.most_bins))) {  // as the grid will round it
         if (g.thread() == 0) *how.status = 1;
         return false;
       }

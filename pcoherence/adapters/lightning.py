@@ -80,6 +80,7 @@ class DistillationModule(LightningModule):
         """What .to(), .cuda(), .half() and the like are made of."""
         if not self._emptying:
             self.teacher._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+            _tell(self.teacher)
         return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Any:
@@ -132,13 +133,32 @@ class DistillationModule(LightningModule):
         # Another process would wait for what this one does not log: then it has no weight.
         if ranked or self.trainer.world_size > 1:
             loss = self.criterion(student, teacher) if ranked else student.new_zeros(())
-            count = len(student) if ranked else 0
+            count = self._weight(len(student)) if ranked else 0
             self.log("val_loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
         return {"student": student, "teacher": teacher}
+
+    def _weight(self, points: int) -> int:
+        """Of a batch's loss in the mean that is logged.
+
+        Gathered, a process's loss has its share of the anchors in it: the mean over processes
+        counts for the points of all.
+        """
+        if not self.criterion.gather or self.trainer.world_size == 1:
+            return points
+        own = torch.tensor(float(points), device=self.device)
+        return int(self.trainer.strategy.reduce(own, reduce_op="sum"))
 
     def configure_optimizers(self) -> Any:
         """The optimizer that was asked for."""
         return self.optimizer([p for p in self.parameters() if p.requires_grad])
+
+
+def _tell(network: nn.Module) -> None:
+    """Lightning's modules keep a note of where they are, which their own .to() and so on write."""
+    parameter = next(network.parameters(), None)
+    for module in network.modules():
+        if isinstance(module, LightningModule) and parameter is not None:
+            module._device, module._dtype = parameter.device, parameter.dtype
 
 
 class CoherenceCallback(Callback):
@@ -218,7 +238,9 @@ class CoherenceCallback(Callback):
         for index in range(loaders):
             # What this process adds to the sums over processes, all of which have to call.
             found = self._measured(self._points.get(index, []))
-            added = torch.zeros(5) if found is None else torch.stack([*found, torch.ones(())])
+            added = torch.zeros(5, device="cpu")
+            if found is not None:
+                added = torch.stack([*found, found.kendall.new_ones(())])
             # float32, because some accelerators have no float64.
             *sums, count = trainer.strategy.reduce(
                 added.float().to(pl_module.device), reduce_op="sum"

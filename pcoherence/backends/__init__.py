@@ -87,13 +87,13 @@ def _named(name: str, objection: Callable[[Backend], str | None]) -> Backend:
 def _warn_once(reason: str) -> None:
     if reason in _warned or torch.compiler.is_compiling():
         return
-    _warned.add(reason)
     warnings.warn(
         f"pcoherence: using the slow reference, memory n^3 ({reason}). "
         'backend="reference" asks for it without this warning.',
         RuntimeWarning,
         stacklevel=_callers_level(),
     )
+    _warned.add(reason)  # not where the warning was an error
 
 
 def _callers_level() -> int:

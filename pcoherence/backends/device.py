@@ -650,9 +650,10 @@ class Coherence:
         anchors = None if self._anchors is None else self._anchors[begin:end, None]
         block.mul_(traits.chain if anchors is None else anchors * traits.chain)
         own = self._own[begin:end, None]
-        # Nobody's own column (-1) keeps its value.
-        kept = block.gather(1, own.clamp(min=0))
-        block.scatter_(1, own.clamp(min=0), torch.where(own >= 0, 0.0, kept))
+        # Nobody's own column (-1) keeps its value; beyond the last is nobody either, unchecked.
+        column = own.clamp(0, block.shape[1] - 1)
+        nobody = own != column
+        block.scatter_(1, column, torch.where(nobody, block.gather(1, column), 0.0))
 
 
 def _or_ones(given: Tensor | None, like: Tensor, size: int) -> Tensor:
