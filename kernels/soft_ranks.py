@@ -22,12 +22,12 @@ import triton.language as tl
 # Columns of the statistics, float64 [6, rows].
 WEIGHT = tl.constexpr(0)  # W
 MEAN = tl.constexpr(1)  # sum_k w_k d_k / W; 0 where W = 0
-LOW = tl.constexpr(2)  # where positions begin: the smallest distance of weight > 0
+LOW = tl.constexpr(2)  # where positions begin: the smallest distance of weight > 0; see row_stats
 FACTOR = tl.constexpr(3)  # positions per distance, 1 / (mean tau)
 EXTENT = tl.constexpr(4)  # largest position, up or down, of weight > 0
-STATE = tl.constexpr(5)  # 1; 0 where W = 0; otherwise NaN where the distances are not finite
+STATE = tl.constexpr(5)  # 1; 0 where W = 0; NaN where the distances are not finite
 
-# Above this range the positions saturate, as in csrc/cpu/rows.inc: neighbours that float32 can
+# Above this range the positions saturate, as in csrc/soft_ranks.h: neighbours that float32 can
 # tell apart are already hundreds of temperatures away from each other.
 MAX_RANGE = tl.constexpr(1e30)
 
