@@ -295,7 +295,9 @@ def pair_pullback(
         s_k = positions(v_k, stats, r, rows)[:, None, :]
         u_k = tl.load(upstream + r[:, None] * n + k, mask=live & (k < n), other=0.0)[:, None, :]
         w_k = load_weights(weights, weight_stride, own, r, k, rows, n)[:, None, :]
-        g += tl.sum((u_j * w_k - w_j * u_k) * slope(s_j, s_k), 2)
+        # Without j itself, whose rounding would stay where it is fused.
+        pull = tl.where(j[:, :, None] == k[:, None, :], 0.0, u_j * w_k - w_j * u_k)
+        g += tl.sum(pull * slope(s_j, s_k), 2)
     g = finished_pullback(g, v, stats, r, rows, NORMALISE)
     tl.store(out + r[:, None] * n + j, g, mask=live & (j < n))
 

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inputs import LossInputs, candidates, converted_weights
+from .inputs import (
+    FLOAT_DTYPES,
+    LossInputs,
+    at_least_float32,
+    candidates,
+    check_points,
+    check_weights,
+    converted_weights,
+    differentiable,
+    values_are_hidden,
+)
 from .spec import check_count
 
 POINTS = ("student", "teacher", "weights")
@@ -28,8 +38,9 @@ class CandidateBank(nn.Module):
     stay equal) after its loss. Anchors stay those of the batch.
 
     All of its state is tensors, which move and are saved with the module. Without widths they come
-    into being at the first push; what fills a new module's own state_dict in place, as
-    torch.distributed.checkpoint does, needs them from the start: give both widths.
+    into being at the first push. What fills a new module's own state_dict in place, as
+    torch.distributed.checkpoint does, or pairs the buffers of two modules, as AveragedModel does,
+    needs them from the start: give both widths.
 
     Args:
         size: how many points to keep, at least 1.
@@ -66,6 +77,9 @@ class CandidateBank(nn.Module):
         check_count("size", size)
         self.size = size
         self.widths = _widths(student_width, teacher_width)
+        if dtype is not None and (self.widths is None or dtype not in FLOAT_DTYPES):
+            wanted = "None without widths" if self.widths is None else "a floating point dtype"
+            raise ValueError(f"dtype: expected {wanted}; got {dtype}")
         with torch.inference_mode(False):  # or training could not use what validation made
             self.register_buffer("pushed", torch.zeros((), dtype=torch.int64, device=device))
             for name in POINTS:
@@ -73,8 +87,6 @@ class CandidateBank(nn.Module):
             if self.widths is not None:
                 used = torch.float32 if dtype is None else dtype
                 self._allocate(*self.widths, used, used, self.pushed.device)
-            elif dtype is not None:
-                raise ValueError(f"dtype: expected None without student_width; got {dtype}")
 
     @property
     def filled(self) -> int:
@@ -86,7 +98,8 @@ class CandidateBank(nn.Module):
 
     def extra_repr(self) -> str:
         """How full it is."""
-        return f"size={self.size}, filled={self.filled}"
+        filled = "?" if values_are_hidden(self.pushed) else self.filled
+        return f"size={self.size}, filled={filled}"
 
     def reset_parameters(self) -> None:
         """Forget all points."""
@@ -94,7 +107,6 @@ class CandidateBank(nn.Module):
         if self.weights is not None:
             self.weights.zero_()
 
-    @torch.no_grad()
     def push(self, student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> None:
         """Append points, forgetting the oldest: student [b, ds], teacher [b, dt], weights [b].
 
@@ -102,15 +114,25 @@ class CandidateBank(nn.Module):
         would be a candidate of every batch until it is forgotten.
 
         Raises:
-            ValueError: rows that do not match, or a width or device that the bank does not have.
+            TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        check_points("student", student)
+        check_points("teacher", teacher)
         self.check(student, teacher)
+        check_weights("weights", weights, (student.shape[0],), student)
+        self.keep(at_least_float32(student), at_least_float32(teacher), weights)
+
+    @torch.no_grad()
+    def keep(self, student: Tensor, teacher: Tensor, weights: Tensor | None) -> None:
+        """As push, of tensors that have been checked: nothing here reads a value."""
         weights = converted_weights(weights, student)
         if self.student is None:
             with torch.inference_mode(False):
                 self._allocate(
                     student.shape[1], teacher.shape[1], student.dtype, teacher.dtype, student.device
                 )
+        for name in (*POINTS, "pushed"):  # perhaps moved or loaded in inference mode
+            setattr(self, name, differentiable(getattr(self, name)))
         buffers = [
             buffer for buffer in (self.student, self.teacher, self.weights) if buffer is not None
         ]
@@ -119,7 +141,7 @@ class CandidateBank(nn.Module):
             values.detach().to(buffer.dtype)
             for values, buffer in zip((student, teacher, weights), buffers, strict=True)
         ]
-        kept = given[0].isfinite().all(1) & given[1].isfinite().all(1) & (given[2] > 0)
+        kept = _finite(given[0], given[1]) & (given[2] > 0)
         # No shape depends on values, so that nothing waits for the device and a graph can capture
         # it: those to keep are put last, and the rows before theirs are written as they were.
         order = kept.to(torch.uint8).argsort(stable=True)[-self.size :]
@@ -194,14 +216,21 @@ class CandidateBank(nn.Module):
         self.pushed = torch.zeros((), dtype=torch.int64, device=device)
         self.student = torch.zeros(self.size, student_width, dtype=student_dtype, device=device)
         self.teacher = torch.zeros(self.size, teacher_width, dtype=teacher_dtype, device=device)
-        self.weights = torch.zeros(self.size, dtype=student_dtype, device=device)
+        wide = torch.promote_types(student_dtype, torch.float32)  # half precision loses weights
+        self.weights = torch.zeros(self.size, dtype=wide, device=device)
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:
         """What .to(), .cuda(), .half(), .to_empty() and the like are made of."""
-        was_meta = self.pushed.is_meta
+        was_meta, weights = self.pushed.is_meta, self.weights
         super()._apply(function, recurse)  # type: ignore[no-untyped-call]
         if was_meta and not self.pushed.is_meta:
             self.reset_parameters()  # memory that nobody has written to
+        elif weights is not None and self.weights is not None:
+            if self.weights.dtype.itemsize < weights.dtype.itemsize:
+                self.weights = weights.to(self.weights.device)
+            if self.student is not None and self.teacher is not None:
+                # What half precision has made infinite.
+                self.weights = self.weights * _finite(self.student, self.teacher)
         return self
 
     def _load_from_state_dict(
@@ -219,31 +248,35 @@ class CandidateBank(nn.Module):
             for name in (*POINTS, "pushed")
             if prefix + name in state_dict
         }
-        if "weights" in saved and len(saved["weights"]) != self.size:
-            # Before anything is copied: the bank keeps what it holds.
-            raise ValueError(
-                f"size: expected a saved bank of {self.size} points; "
-                f"got one of {len(saved['weights'])}"
-            )
+        # Before anything is copied: the bank keeps what it holds.
+        for name in POINTS:
+            shape = tuple(saved[name].shape) if name in saved else None
+            dimensions = 1 if name == "weights" else 2
+            if shape is not None and (len(shape) != dimensions or shape[0] != self.size):
+                got = f"one of {shape[0]}" if len(shape) == dimensions else f"{name} {shape}"
+                raise ValueError(f"size: expected a saved bank of {self.size} points; got {got}")
         absent = [name for name in (*POINTS, "pushed") if name not in saved]
         without_points = absent == list(POINTS)
-        if absent and not (without_points and int(saved["pushed"]) == 0):
+        pushed = saved.get("pushed")
+        seen = 0 if pushed is None or values_are_hidden(pushed) else int(pushed)
+        if absent and not (without_points and seen == 0):
             # With strict=False no points, rather than some that never were.
             self.reset_parameters()
             missing_keys += [prefix + name for name in absent]
             if strict and without_points:
-                error_messages.append(NO_POINTS.format(prefix, int(saved["pushed"])))
+                error_messages.append(NO_POINTS.format(prefix, seen))
             return
         if without_points:
             self.reset_parameters()
             return
         if self.widths is None:
-            for name in POINTS:
-                kept, points = getattr(self, name), saved[name]
-                if kept is None or kept.shape != points.shape:
-                    where = points.device if kept is None else kept.device
-                    setattr(self, name, torch.empty_like(points, device=where))
-                    self.pushed = torch.empty_like(saved["pushed"], device=where)
+            with torch.inference_mode(False):
+                for name in POINTS:
+                    kept, points = getattr(self, name), saved[name]
+                    if kept is None or kept.shape != points.shape:
+                        where = points.device if kept is None else kept.device
+                        setattr(self, name, torch.empty_like(points, device=where))
+                        self.pushed = torch.empty_like(saved["pushed"], device=where)
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -253,6 +286,11 @@ class CandidateBank(nn.Module):
             unexpected_keys,
             error_messages,
         )
+
+
+def _finite(student: Tensor, teacher: Tensor) -> Tensor:
+    """Rows without NaN or infinity on either side, bool [b]."""
+    return student.isfinite().all(1) & teacher.isfinite().all(1)
 
 
 def _widths(student: int | None, teacher: int | None) -> tuple[int, int] | None:

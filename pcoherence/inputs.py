@@ -58,8 +58,8 @@ def prepare_inputs(
     _check_candidates(student, teacher, student_candidates, teacher_candidates)
     m = student.shape[0]
     n = candidates(student, student_candidates).shape[0]
-    _check_weights("anchor_weights", anchor_weights, (m,), student)
-    _check_weights("candidate_weights", candidate_weights, (n,), student)
+    check_weights("anchor_weights", anchor_weights, (m,), student)
+    check_weights("candidate_weights", candidate_weights, (n,), student)
     index = _resolve_self_index(self_index, student, n, square=student_candidates is None)
     return with_gradient(
         LossInputs(
@@ -121,7 +121,7 @@ def prepare_values(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tens
     _check_float("values", values)
     if values.ndim < 1:
         raise ValueError("values: expected at least 1 dimension; got a 0-d tensor")
-    _check_weights("weights", weights, tuple(values.shape), values, broadcast=True)
+    check_weights("weights", weights, tuple(values.shape), values, broadcast=True)
     converted = _converted(weights, values)
     return (
         differentiable(at_least_float32(values)),
@@ -207,7 +207,7 @@ def check_generator(generator: object) -> None:
         )
 
 
-def _values_are_hidden(tensor: Tensor) -> bool:
+def values_are_hidden(tensor: Tensor) -> bool:
     """Whether there are no values to read, or reading them would break what is being traced."""
     if torch.compiler.is_compiling() or tensor.is_meta:
         return True
@@ -301,13 +301,14 @@ def _check_candidates(
     )
 
 
-def _check_weights(
+def check_weights(
     argument: str,
     weights: Tensor | None,
     shape: tuple[int, ...],
     like: Tensor,
     broadcast: bool = False,
 ) -> None:
+    """Raise unless weights are None, or constant, finite and at least 0, of this shape."""
     if weights is None:
         return
     _check_tensor(argument, weights)
@@ -325,7 +326,7 @@ def _check_weights(
             "got a tensor that requires grad (detach it)"
         )
     # Once compiled, the CPU's operators check them.
-    if not _values_are_hidden(weights) and not bool(((weights >= 0) & weights.isfinite()).all()):
+    if not values_are_hidden(weights) and not bool(((weights >= 0) & weights.isfinite()).all()):
         worst = weights[~((weights >= 0) & weights.isfinite())][0].item()
         raise ValueError(f"{argument}: expected finite weights of at least 0; got {worst}")
 
@@ -358,7 +359,7 @@ def _resolve_self_index(
     if tuple(self_index.shape) != (m,):
         raise ValueError(f"self_index: expected shape {(m,)}; got {tuple(self_index.shape)}")
     _check_device("self_index", self_index, student)
-    if not _values_are_hidden(self_index) and m > 0:
+    if not values_are_hidden(self_index) and m > 0:
         low, high = self_index.min().item(), self_index.max().item()
         if low < -1 or high >= n:
             raise ValueError(

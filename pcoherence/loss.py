@@ -362,9 +362,9 @@ class PerceptionCoherenceLoss(nn.Module):
         """Push the batch, as gathered; not candidates that were given."""
         given = not self.gather and inputs.student_candidates is not None
         if given:
-            bank.push(inputs.student, inputs.teacher)
+            bank.keep(inputs.student, inputs.teacher, None)
         else:
-            bank.push(
+            bank.keep(
                 candidates(inputs.student, inputs.student_candidates),
                 candidates(inputs.teacher, inputs.teacher_candidates),
                 inputs.candidate_weights,

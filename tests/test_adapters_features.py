@@ -217,6 +217,39 @@ def test_threads_get_their_own_features() -> None:
     assert not extractor.model[0]._forward_hooks
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_of_a_compiled_model(in_place: bool) -> None:
+    torch._dynamo.reset()
+    model = TorchvisionLike()
+    expected = FeatureExtractor(model, "stem.0")(IMAGES)
+    if in_place:
+        model.compile(backend="eager")
+        extractor = FeatureExtractor(model, "stem.0")
+    else:
+        extractor = FeatureExtractor(torch.compile(model, backend="eager"), "_orig_mod.stem.0")
+    for _ in range(2):
+        torch.testing.assert_close(extractor(IMAGES), expected)
+    torch._dynamo.reset()
+    extractor.model(IMAGES)
+    with pytest.raises(RuntimeError, match=r"it did not \(a compiled model that has run before"):
+        extractor(IMAGES)
+
+
+def test_the_last_call_of_a_layer_counts() -> None:
+    """Also where what came before could not be pooled."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x[None])[0] + self.layer(2 * x)
+
+    x = torch.randn(3, 4)
+    assert torch.equal(FeatureExtractor(Twice(), "layer")(x), 2 * x)
+
+
 def test_compiled() -> None:
     torch._dynamo.reset()
     extractor = FeatureExtractor(TorchvisionLike(), "stem.0")

@@ -46,12 +46,19 @@ def same(loss: Tensor, expected: Tensor, student: Tensor) -> None:
     ],
     ids=["euclidean", "sqeuclidean", "cityblock", "cosine"],
 )
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int32])
 def test_rows_of_any_integer_dtype_are_rows(dtype: torch.dtype) -> None:
     """An index of bytes would be a mask."""
     student, rows = embeddings(0), torch.tensor([1, 0, 1, 4, 9, 2, 6, 5])
     found = CoherenceLoss(TABLE)(student, rows.to(dtype))
     same(found, CoherenceLoss(TABLE)(student, rows), student)
+
+
+def test_an_empty_batch_is_0_as_in_the_library() -> None:
+    student = embeddings(0, 0)
+    loss = CoherenceLoss(TABLE)(student, torch.arange(0))
+    assert loss == 0
+    loss.backward()
 
 
 def test_rows_are_no_mask() -> None:

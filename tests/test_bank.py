@@ -260,7 +260,9 @@ def test_what_cannot_be_restored_is_an_error_and_no_points(tmp_path: Path) -> No
     other = PerceptionCoherenceLoss(bank=CandidateBank(8))
     state = other.state_dict()
     checkpoint.load(state, checkpoint_id=tmp_path)
-    with pytest.raises(RuntimeError, match=r"bank\.student: expected the points .* student_width"):
+    with pytest.raises(
+        RuntimeError, match=r"expected the points of a bank that has seen 15; .* student_width"
+    ):
         other.load_state_dict(state)
     assert len(other.bank) == 0
     first = tuple(t.float() for t in batch(9))
@@ -333,10 +335,85 @@ def test_widths_come_together() -> None:
         CandidateBank(8, student_width=3)
     with pytest.raises(ValueError, match=r"^student_width: expected an int of at least 1"):
         CandidateBank(8, student_width=0, teacher_width=3)
-    with pytest.raises(ValueError, match=r"^dtype: expected None without student_width"):
+    with pytest.raises(ValueError, match=r"^dtype: expected a floating point dtype"):
+        CandidateBank(8, student_width=3, teacher_width=4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^dtype: expected None without widths"):
         CandidateBank(8, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"^student: expected width 2, which the bank holds"):
         CandidateBank(8, student_width=2, teacher_width=4).push(*batch(0))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_inference_mode_loads_serves_training(assign: bool) -> None:
+    criterion = trained(CandidateBank(8))
+    for make in (lambda: CandidateBank(8), known):
+        other = PerceptionCoherenceLoss(bank=make())
+        with torch.inference_mode():
+            state = {name: value.clone() for name, value in criterion.state_dict().items()}
+            other.load_state_dict(state, assign=assign)
+            other.double()
+        student, teacher = batch(3)
+        other(student.requires_grad_(), teacher).backward()
+        assert len(other.bank) == 8
+
+
+def test_half_precision_loses_no_weights_and_keeps_no_infinities() -> None:
+    for weight in (1e5, 1e-9):
+        criterion = PerceptionCoherenceLoss(bank=known().half())
+        student, teacher = (t.float() for t in batch(0))
+        criterion(student, teacher, candidate_weights=torch.full((5,), weight))
+        assert len(criterion.bank) == 5
+        assert criterion(student, teacher).isfinite()
+    bank = known()
+    student, teacher = (t.float() for t in batch(0))
+    student[2] *= 1e6
+    bank.push(student, teacher)
+    assert len(bank) == 5
+    assert len(bank.half()) == 4
+
+
+def test_a_bank_on_the_meta_device_can_be_printed_and_loaded() -> None:
+    with torch.device("meta"):
+        banks = [CandidateBank(8), known()]
+    for bank in banks:
+        assert "filled=?" in repr(bank)
+    empty = CandidateBank(8)
+    empty.load_state_dict(banks[0].state_dict())
+    assert len(empty) == 0
+
+
+def test_an_average_of_models_with_widths() -> None:
+    network = torch.nn.ModuleList([PerceptionCoherenceLoss(bank=known()), torch.nn.BatchNorm1d(3)])
+    average = torch.optim.swa_utils.AveragedModel(network)
+    network[0](*(t.float() for t in batch(0)))
+    average.update_parameters(network)
+    assert len(average.module[0].bank) == len(network[0].bank) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.ones(5, 3).long(), torch.ones(5, 4)), TypeError, "student: expected dtype"),
+        ((torch.ones(5, 3), torch.ones(5)), ValueError, "teacher: expected 2 dimensions"),
+        ((torch.ones(5, 3), torch.ones(5, 4), torch.ones(4)), ValueError, "weights: expected sha"),
+        ((torch.ones(5, 3), torch.ones(5, 4), -torch.ones(5)), ValueError, "weights: .* got -1"),
+        (([1.0], torch.ones(5, 4)), TypeError, "student: expected a torch.Tensor"),
+    ],
+)
+def test_what_is_pushed_is_checked(
+    arguments: tuple[torch.Tensor, ...], error: type[Exception], message: str
+) -> None:
+    bank = CandidateBank(8)
+    with pytest.raises(error, match=f"^{message}"):
+        bank.push(*arguments)
+    assert bank.student is None
+
+
+def test_a_saved_bank_of_parts_that_do_not_match() -> None:
+    for name, wrong in (("student", torch.ones(7, 3)), ("weights", torch.ones(()))):
+        state = trained(CandidateBank(8)).state_dict() | {f"bank.{name}": wrong}
+        with pytest.raises(ValueError, match=r"^size: expected a saved bank of 8 points; got"):
+            PerceptionCoherenceLoss(bank=CandidateBank(8)).load_state_dict(state)
 
 
 # --- compiled, recomputed ------------------------------------------------------------------------

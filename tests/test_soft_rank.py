@@ -70,3 +70,19 @@ def test_half_precision_masks(cpu_backend: str) -> None:
         row = torch.tensor([3.0, 1.0, 2.0, torch.finfo(dtype).min], dtype=dtype)
         expected = torch.tensor([4.0, 2.0, 3.0, 1.0])
         torch.testing.assert_close(soft_rank(row, 0.01, backend=cpu_backend), expected)
+
+
+@pytest.mark.parametrize("method", ["auto", "scan", "pairs"])
+def test_no_gradient_where_nothing_is_near(method: str, cpu_backend: str) -> None:
+    """A value's own term cancels to the last digit, weights or not.
+
+    The others' slopes underflow: exp(-10^5), for which the kernels take at most exp(-87).
+    """
+    most = math.exp(-87) / 1e-5
+    for n in (4, 40):
+        values = torch.arange(float(n), requires_grad=True)
+        weights = torch.rand(n, generator=torch.Generator().manual_seed(n))
+        upstream = torch.rand(n, generator=torch.Generator().manual_seed(n + 1))
+        ranks = soft_rank(values, 1e-5, weights=weights, method=method, backend=cpu_backend)
+        gradient = torch.autograd.grad(ranks, values, upstream)[0]
+        assert gradient.abs().max() <= n * most

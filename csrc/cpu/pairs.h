@@ -48,12 +48,17 @@ class Pairs {
     return result;
   }
 
+  // l itself is left out, as in the scan: it cancels, but contracted to a fused multiplication its rounding would stay,
+  // where all other slopes are 0.
   void pullback(const T* r, T* out) {
+    ivec_t<T> iota{};
+    for (int i = 0; i < lanes; ++i) iota[i] = i;
     for (int l = 0; l < n_; ++l) {
       V sum{};
       for (int j = 0; j < n_; j += lanes) {
         const V z = decay((v_[l] - load_at(v_, j)) * per_value_), q = T(1) + z;
-        sum += (r[l] * load_at(w_, j) - w_[l] * load_at(r, j)) * (z / (q * q));
+        const V term = (r[l] * load_at(w_, j) - w_[l] * load_at(r, j)) * (z / (q * q));
+        sum += select(iota + j == ivec_t<T>{} + l, V{}, term);
       }
       out[l] = static_cast<T>(total(sum));
     }

@@ -43,12 +43,13 @@ class Pairs {
     return total(g_, result);
   }
 
-  // out may be r.
+  // out may be r. l itself is left out: it cancels, but contracted to a fused multiplication its rounding would stay,
+  // where all other slopes are 0.
   PCOH_APART void pullback(const T* r, T* out) {
     g_.sync();  // r may have been written by others
     each(g_, n_, [=, this](int l) {
       const T s = s_[l], own = r[l], w = w_[l];
-      out_[l] = sum([=, this](int j) { return (own * w_[j] - w * r[j]) * slope(s - s_[j]); });
+      out_[l] = sum([=, this](int j) { return j == l ? T(0) : (own * w_[j] - w * r[j]) * slope(s - s_[j]); });
     });
     g_.sync();
     each(g_, n_, [=, this](int l) { out[l] = out_[l]; });

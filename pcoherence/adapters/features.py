@@ -75,9 +75,10 @@ class FeatureExtractor(nn.Module):
         caller = _thread()
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            # Another thread may be using the same model, with a hook of its own.
-            if _thread() == caller:
-                found[:] = [self._pooled(output, layer)]
+            # Another thread may be using the same model, with a hook of its own. What is being
+            # compiled cannot tell.
+            if torch.compiler.is_compiling() or _thread() == caller:
+                found[:] = [self._apart(output)]
 
         handle = _register(self.model.get_submodule(layer), keep)
         try:
@@ -85,26 +86,47 @@ class FeatureExtractor(nn.Module):
         finally:
             handle.remove()
         if not found:
-            raise RuntimeError(f"layer: expected the model to call {layer!r}; it did not")
-        return found[0]
+            raise RuntimeError(
+                f"layer: expected the model to call {layer!r}; it did not"
+                + (COMPILED_BEFORE if _is_compiled(self.model) else "")
+            )
+        return self._pooled(found[0], layer)
+
+    def _apart(self, output: Any) -> Any:
+        """The output, or its mean over pixels; the next layer may write over it (inplace=True)."""
+        if self.pool == "mean" and isinstance(output, Tensor) and output.ndim > 3:
+            return output.flatten(2).mean(2)
+        return tree_map_only(Tensor, torch.clone, output)
 
     def _pooled(self, output: Any, layer: str) -> Any:
-        """At once, apart from the output, which the next layer may write over (inplace=True)."""
         if not isinstance(self.pool, str):
-            return self.pool(tree_map_only(Tensor, torch.clone, output))
+            return self.pool(output)
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"layer: expected a tensor from {layer!r}, or a callable pool that makes one; "
                 f"got {type(output).__name__}"
             )
         if self.pool == "flatten":
-            return output.clone().flatten(1)
+            return output.flatten(1)
         if output.ndim == 3:
             raise ValueError(
                 'pool: expected "flatten" or a callable for 3 dimensions, tokens or channels; '
                 f"got {self.pool!r} and shape {tuple(output.shape)}"
             )
-        return output.flatten(2).mean(2) if output.ndim > 3 else output.clone()
+        return output
+
+
+COMPILED_BEFORE = (
+    " (a compiled model that has run before calls no hooks that are new: extract from the model "
+    "before it is compiled, and compile the extractor)"
+)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
 
 
 _REGISTERING = threading.Lock()

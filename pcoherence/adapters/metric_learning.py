@@ -138,6 +138,8 @@ class CoherenceLoss(BaseMetricLossFunction):
                 "indices_tuple: expected None (no miner, no efficient=True), because every "
                 "candidate is ranked; got one"
             )
+        if len(embeddings) == 0:
+            return self.zero_losses()
         student, teacher = same_dtype(embeddings, self._rows("labels", labels))
         arguments: dict[str, Any] = {}
         if ref_emb is not embeddings:
@@ -162,9 +164,10 @@ class CoherenceLoss(BaseMetricLossFunction):
         if not isinstance(rows, Tensor) or not numbers or rows.dtype == torch.bool:
             got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
             raise TypeError(f"{expected}, int64; got {got}")
+        rows = rows.to(torch.int64)  # some unsigned ones have no minimum
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
             raise ValueError(f"{expected}; got {int(rows.min())} to {int(rows.max())}")
-        return self.teacher[rows.to(self.teacher.device, torch.int64)]
+        return self.teacher[rows.to(self.teacher.device)]
 
 
 @torch.no_grad()
