@@ -184,7 +184,7 @@ def memory(n: int) -> Figure:
 
 
 def memory_over_time(steps: int) -> Figure:
-    """What a long training adds."""
+    """What a long training adds: 8 MiB are the noise of Python's and torch's own heaps."""
     added = measure.growth_in_training(128, steps) / 2**20
     return at_most(f"n 128: memory added in {steps:,} steps of training", added, 8, " MiB")
 

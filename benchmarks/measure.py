@@ -168,26 +168,26 @@ def step_peak_memory(n: int, d: int) -> int:
     return int(result.stdout.split()[-1])
 
 
+def train(n: int, steps: int) -> int:
+    """Train a small student, and return the bytes added after a twentieth of the steps."""
+    student = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16))
+    teacher, criterion = torch.nn.Linear(32, 24), pcoherence.PerceptionCoherenceLoss()
+    optimizer = torch.optim.Adam(student.parameters())
+    before = 0
+    for step in range(steps):
+        if step == steps // 20:
+            before = resident_bytes()
+        x = torch.randn(n, 32)
+        loss = criterion(student(x), teacher(x).detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return resident_bytes() - before
+
+
 def growth_in_training(n: int, steps: int) -> int:
-    """Bytes that training adds after a twentieth of the steps, in a process of its own."""
-    program = (
-        "import torch, pcoherence\n"
-        "from benchmarks.measure import resident_bytes\n"
-        "student = torch.nn.Sequential(\n"
-        "    torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16))\n"
-        "teacher = torch.nn.Linear(32, 24)\n"
-        "criterion = pcoherence.PerceptionCoherenceLoss()\n"
-        "optimizer = torch.optim.Adam(student.parameters())\n"
-        f"for step in range({steps}):\n"
-        f"    if step == {steps // 20}:\n"
-        "        before = resident_bytes()\n"
-        f"    x = torch.randn({n}, 32)\n"
-        "    loss = criterion(student(x), teacher(x).detach())\n"
-        "    optimizer.zero_grad()\n"
-        "    loss.backward()\n"
-        "    optimizer.step()\n"
-        "print(resident_bytes() - before)\n"
-    )
+    """What `train` returns, in a process of its own."""
+    program = f"from benchmarks.measure import train; print(train({n}, {steps}))"
     result = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     )

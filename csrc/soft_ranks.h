@@ -31,6 +31,20 @@ PCOH_INLINE T softplus(T t) {
   return (t > 0 ? t : T(0)) + std::log1p(std::exp(-std::abs(t)));
 }
 
+// What the infinite values of a row, which rank at its ends, weigh, and all others.
+struct Ends {
+  double below = 0, between = 0, above = 0;  // -inf, finite values, +inf
+
+  PCOH_INLINE void add(double value, double weight) {
+    (std::isfinite(value) ? between : value < 0 ? below : above) += weight;
+  }
+  // What counts to a value, given its sum over the finite ones; ties of infinities count 1/2.
+  PCOH_INLINE double rank(double value, double sum) const {
+    if (std::isfinite(value)) return below + sum;
+    return value < 0 ? below / 2 : below + between + above / 2;
+  }
+};
+
 // Above this range / temperature the positions saturate: neighbours that float32 can tell apart are already
 // hundreds of temperatures away from each other, and exp would overflow long before.
 inline constexpr double kMaxRange = 1e30;

@@ -481,12 +481,11 @@ class TritonRowKernels:
     ) -> Tensor:
         """See RowKernels.
 
-        A block of rows at a time: memory beyond the result is a few blocks. In float64: float32
-        positions of a wide range lose digits of its ends.
+        A block of rows at a time: memory beyond the result is a few blocks.
         """
         out = torch.empty_like(values)
         count, n = values.shape
-        weights = values.new_ones(n).double() if weights is None else weights.double()
+        weights = values.new_ones(n, dtype=torch.float64) if weights is None else weights.double()
         step = block_rows(count, n, torch.float64.itemsize)
         units = Units(inverse_temperature(temperature, None, values.device), None)
         nobody = torch.full((step,), -1, dtype=torch.int64, device=values.device)

@@ -22,16 +22,16 @@ import triton.language as tl
 # Columns of the statistics, float64 [6, rows].
 WEIGHT = tl.constexpr(0)  # W
 MEAN = tl.constexpr(1)  # sum_k w_k d_k / W; 0 where W = 0
-LOW = tl.constexpr(2)  # where positions begin: the smallest distance of weight > 0; see row_stats
+LOW = tl.constexpr(2)  # value at position 0: the smallest of weight > 0; with ENDS see row_stats
 FACTOR = tl.constexpr(3)  # positions per distance, 1 / (mean tau)
-EXTENT = tl.constexpr(4)  # largest position, up or down, of weight > 0
-STATE = tl.constexpr(5)  # 1; 0 where W = 0; NaN where the distances are not finite
+EXTENT = tl.constexpr(4)  # positions are cut to [-EXTENT, EXTENT]; with ENDS it is END
+STATE = tl.constexpr(5)  # 1; 0 where W = 0, but with ENDS; NaN where values cannot be ranked
 
 # Above this range the positions saturate, as in csrc/soft_ranks.h: neighbours that float32 can
 # tell apart are already hundreds of temperatures away from each other.
 MAX_RANGE = tl.constexpr(1e30)
 
-# Where infinite values of soft_rank are put. Nothing overflows on the way there and back.
+# Position of an infinite value of soft_rank: differences of such are finite in float64.
 END = tl.constexpr(1e300)
 
 LOG_2 = tl.constexpr(0.6931471805599453)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import objectives
-from .inputs import LossInputs, candidates
+from .inputs import LossInputs
 from .spec import LossSpec
 
 
@@ -21,8 +21,6 @@ def estimate(
     evaluate: Callable[[LossSpec, LossInputs], Tensor],
 ) -> Tensor:
     """The loss by `evaluate`, over all anchors or over those drawn."""
-    if inputs.student.shape[0] == 0:
-        return _nothing(spec, inputs)
     part = sample(spec, inputs, generator)
     if part is None:
         return evaluate(spec, inputs)
@@ -30,23 +28,6 @@ def estimate(
     if spec.reduction != "none":
         return loss
     return loss.new_zeros(inputs.student.shape[0]).index_put((part.drawn,), loss)
-
-
-def _permutation(m: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """0 to m - 1 in random order, int64 [m]."""
-    if generator is None:
-        # Without the argument: with generator=None, torch.compile would fix m.
-        return torch.randperm(m, device=device)
-    return torch.randperm(m, generator=generator, device=generator.device).to(device)
-
-
-def _nothing(spec: LossSpec, inputs: LossInputs) -> Tensor:
-    """The loss of no anchors, which no metric is asked about: 0, or [0] for "none".
-
-    In the graph all the same: a process without anchors takes part in the backward pass of others.
-    """
-    zero = candidates(inputs.student, inputs.student_candidates)[:0].sum()
-    return zero + (inputs.student.sum(1) if spec.reduction == "none" else inputs.student.sum())
 
 
 class Sample(NamedTuple):
@@ -85,3 +66,11 @@ def sample(spec: LossSpec, inputs: LossInputs, generator: torch.Generator | None
         ),
         index,
     )
+
+
+def _permutation(m: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """0 to m - 1 in random order, int64 [m]."""
+    if generator is None:
+        # Without the argument: with generator=None, torch.compile would fix m.
+        return torch.randperm(m, device=device)
+    return torch.randperm(m, generator=generator, device=generator.device).to(device)

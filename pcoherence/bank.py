@@ -13,9 +13,11 @@ from .inputs import (
     at_least_float32,
     candidates,
     check_points,
+    check_same_length,
     check_weights,
+    computing_dtype,
     converted_weights,
-    differentiable,
+    outside_inference,
     values_are_hidden,
 )
 from .spec import check_count
@@ -23,8 +25,10 @@ from .spec import check_count
 POINTS = ("student", "teacher", "weights")
 """The buffers that hold the points; all of them exist, or none does."""
 
+STATE = (*POINTS, "pushed")
+
 NO_POINTS = (
-    "{}student: expected the points of a bank that has seen {}; got none. What loads into a new "
+    "{}student: expected the points of a bank that has kept {}; got none. What loads into a new "
     "module's own state_dict, as torch.distributed.checkpoint does, needs CandidateBank(size, "
     "student_width=..., teacher_width=...)"
 )
@@ -47,7 +51,7 @@ class CandidateBank(nn.Module):
         student_width: ds, or None: that of the first push.
         teacher_width: dt; given together with student_width or not at all.
         dtype: of the points, with widths only; None: float32.
-        device: of the points, with widths only; None: torch's default.
+        device: of the points, with widths only; None: torch's default, until the first push.
 
     Attributes:
         student: [size, ds] or None; rows of weight 0 mean nothing.
@@ -77,9 +81,11 @@ class CandidateBank(nn.Module):
         check_count("size", size)
         self.size = size
         self.widths = _widths(student_width, teacher_width)
-        if dtype is not None and (self.widths is None or dtype not in FLOAT_DTYPES):
-            wanted = "None without widths" if self.widths is None else "a floating point dtype"
-            raise ValueError(f"dtype: expected {wanted}; got {dtype}")
+        for name, given in (("dtype", dtype), ("device", device)):
+            if self.widths is None and given is not None:
+                raise ValueError(f"{name}: expected None without widths; got {given!r}")
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype: expected a floating point dtype; got {dtype}")
         with torch.inference_mode(False):  # or training could not use what validation made
             self.register_buffer("pushed", torch.zeros((), dtype=torch.int64, device=device))
             for name in POINTS:
@@ -131,35 +137,30 @@ class CandidateBank(nn.Module):
                 self._allocate(
                     student.shape[1], teacher.shape[1], student.dtype, teacher.dtype, student.device
                 )
-        for name in (*POINTS, "pushed"):  # perhaps moved or loaded in inference mode
-            setattr(self, name, differentiable(getattr(self, name)))
-        buffers = [
-            buffer for buffer in (self.student, self.teacher, self.weights) if buffer is not None
-        ]
+        for name in STATE:  # perhaps moved or loaded in inference mode
+            setattr(self, name, outside_inference(getattr(self, name)))
+        buffers = self._points()
+        assert buffers is not None
         # As they will be kept: half precision makes infinities of large values.
         given = [
             values.detach().to(buffer.dtype)
             for values, buffer in zip((student, teacher, weights), buffers, strict=True)
         ]
-        kept = _finite(given[0], given[1]) & (given[2] > 0)
+        good = _finite(given[0], given[1]) & (given[2] > 0)
         # No shape depends on values, so that nothing waits for the device and a graph can capture
-        # it: those to keep are put last, and the rows before theirs are written as they were.
-        order = kept.to(torch.uint8).argsort(stable=True)[-self.size :]
-        keep = kept[order]
-        missed = (~keep).sum()
-        rows = (self.pushed - missed + torch.arange(len(order), device=student.device)) % self.size
+        # it: good rows are put last, and the bank's rows before theirs are written as they were.
+        order = good.to(torch.uint8).argsort(stable=True)[-self.size :]
+        written = good[order]
+        skipped = (~written).sum()
+        rows = (self.pushed - skipped + torch.arange(len(order), device=student.device)) % self.size
         for buffer, values in zip(buffers, given, strict=True):
-            chosen = keep.view(-1, *[1] * (values.ndim - 1))
+            chosen = written.view(-1, *[1] * (values.ndim - 1))
             buffer[rows] = torch.where(chosen, values[order], buffer[rows])
-        self.pushed += keep.sum()
+        self.pushed += written.sum()
 
     def check(self, student: Tensor, teacher: Tensor) -> None:
         """Raise ValueError unless these features [b, d] fit what the bank holds."""
-        if student.shape[0] != teacher.shape[0]:
-            raise ValueError(
-                f"teacher: expected as many rows as student, {student.shape[0]}; "
-                f"got {teacher.shape[0]}"
-            )
+        check_same_length("teacher", teacher, "student", student)
         for name, given, kept in (
             ("student", student, self.student),
             ("teacher", teacher, self.teacher),
@@ -183,26 +184,29 @@ class CandidateBank(nn.Module):
         the first candidate, so that they are not far from where all others are.
         """
         self.check(inputs.student, inputs.teacher)
-        if self.student is None or self.teacher is None or self.weights is None:
+        points = self._points()
+        if points is None:
             return inputs
+        kept_student, kept_teacher, kept_weights = points
         student = candidates(inputs.student, inputs.student_candidates)
         teacher = candidates(inputs.teacher, inputs.teacher_candidates)
         own = student.shape[0]
-        if own < 2 and not torch.compiler.is_compiling() and own + self.filled < 2:
-            return inputs  # too few: for the caller to say
+        # One point and an empty bank: for the caller to refuse. A compiled call gives 0 instead.
+        if own < 2 and not values_are_hidden(kept_weights) and own + self.filled < 2:
+            return inputs
+        used = kept_weights[:, None] > 0
         weights = converted_weights(inputs.candidate_weights, student)
         return inputs._replace(
-            student_candidates=torch.cat([student, self._points(self.student, student)]),
-            teacher_candidates=torch.cat([teacher, self._points(self.teacher, teacher)]),
-            candidate_weights=torch.cat([weights, self.weights.to(weights.dtype)]),
+            student_candidates=_appended(student, kept_student, used),
+            teacher_candidates=_appended(teacher, kept_teacher, used),
+            candidate_weights=torch.cat([weights, kept_weights.to(weights.dtype)]),
         )
 
-    def _points(self, kept: Tensor, points: Tensor) -> Tensor:
-        """The bank's points [size, d] in the dtype of the call's, [n, d]."""
-        kept = kept.to(points.dtype)
-        if points.shape[0] == 0 or self.weights is None:
-            return kept.clone()
-        return torch.where(self.weights[:, None] > 0, kept, points[:1].detach())
+    def _points(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Student, teacher and weights, or None before there are any."""
+        if self.student is None or self.teacher is None or self.weights is None:
+            return None
+        return self.student, self.teacher, self.weights
 
     def _allocate(
         self,
@@ -212,25 +216,24 @@ class CandidateBank(nn.Module):
         teacher_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """All of them at once, without points."""
+        """Buffers for `size` points, all of weight 0."""
         self.pushed = torch.zeros((), dtype=torch.int64, device=device)
         self.student = torch.zeros(self.size, student_width, dtype=student_dtype, device=device)
         self.teacher = torch.zeros(self.size, teacher_width, dtype=teacher_dtype, device=device)
-        wide = torch.promote_types(student_dtype, torch.float32)  # half precision loses weights
+        wide = computing_dtype(student_dtype)  # half precision would lose weights
         self.weights = torch.zeros(self.size, dtype=wide, device=device)
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:
         """What .to(), .cuda(), .half(), .to_empty() and the like are made of."""
-        was_meta, weights = self.pushed.is_meta, self.weights
+        was_meta, before = self.pushed.is_meta, self._points()
         super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        after = self._points()
         if was_meta and not self.pushed.is_meta:
             self.reset_parameters()  # memory that nobody has written to
-        elif weights is not None and self.weights is not None:
-            if self.weights.dtype.itemsize < weights.dtype.itemsize:
-                self.weights = weights.to(self.weights.device)
-            if self.student is not None and self.teacher is not None:
-                # What half precision has made infinite.
-                self.weights = self.weights * _finite(self.student, self.teacher)
+        elif before is not None and after is not None and before[0].dtype != after[0].dtype:
+            # Half precision would lose weights, and makes infinities of large values.
+            wide = before[2].to(after[2].device, computing_dtype(after[0].dtype))
+            self.weights = wide * _finite(after[0], after[1])
         return self
 
     def _load_from_state_dict(
@@ -243,40 +246,23 @@ class CandidateBank(nn.Module):
         unexpected_keys: list[str],
         error_messages: list[str],
     ) -> None:
-        saved = {
-            name: state_dict[prefix + name]
-            for name in (*POINTS, "pushed")
-            if prefix + name in state_dict
-        }
-        # Before anything is copied: the bank keeps what it holds.
-        for name in POINTS:
-            shape = tuple(saved[name].shape) if name in saved else None
-            dimensions = 1 if name == "weights" else 2
-            if shape is not None and (len(shape) != dimensions or shape[0] != self.size):
-                got = f"one of {shape[0]}" if len(shape) == dimensions else f"{name} {shape}"
-                raise ValueError(f"size: expected a saved bank of {self.size} points; got {got}")
-        absent = [name for name in (*POINTS, "pushed") if name not in saved]
-        without_points = absent == list(POINTS)
+        saved = {n: state_dict[prefix + n] for n in STATE if prefix + n in state_dict}
+        self._check_saved(saved)  # before anything is copied: the bank keeps what it holds
+        absent = [name for name in STATE if name not in saved]
         pushed = saved.get("pushed")
-        seen = 0 if pushed is None or values_are_hidden(pushed) else int(pushed)
-        if absent and not (without_points and seen == 0):
+        count = 0 if pushed is None or values_are_hidden(pushed) else int(pushed)
+        if absent == list(POINTS) and count == 0:  # saved before its first push
+            self.reset_parameters()
+            return
+        if absent:
             # With strict=False no points, rather than some that never were.
             self.reset_parameters()
             missing_keys += [prefix + name for name in absent]
-            if strict and without_points:
-                error_messages.append(NO_POINTS.format(prefix, seen))
-            return
-        if without_points:
-            self.reset_parameters()
+            if strict and absent == list(POINTS):
+                error_messages.append(NO_POINTS.format(prefix, count))
             return
         if self.widths is None:
-            with torch.inference_mode(False):
-                for name in POINTS:
-                    kept, points = getattr(self, name), saved[name]
-                    if kept is None or kept.shape != points.shape:
-                        where = points.device if kept is None else kept.device
-                        setattr(self, name, torch.empty_like(points, device=where))
-                        self.pushed = torch.empty_like(saved["pushed"], device=where)
+            self._make_room(saved)
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -286,6 +272,42 @@ class CandidateBank(nn.Module):
             unexpected_keys,
             error_messages,
         )
+
+    def _check_saved(self, saved: dict[str, Tensor]) -> None:
+        """Raise ValueError unless the saved points are as many as the bank has room for."""
+        for name in POINTS:
+            if name not in saved:
+                continue
+            shape, dimensions = tuple(saved[name].shape), 1 if name == "weights" else 2
+            if len(shape) == dimensions and shape[0] == self.size:
+                continue
+            got = f"one of {shape[0]}" if len(shape) == dimensions else f"{name} of shape {shape}"
+            raise ValueError(
+                f"size: expected a saved bank of {self.size} points; got {got}. Make a bank of "
+                "that size, or leave its keys out and load with strict=False, to begin empty"
+            )
+
+    def _make_room(self, saved: dict[str, Tensor]) -> None:
+        """Buffers of the saved widths, to be copied into."""
+        device = self.pushed.device if self.student is not None else saved["student"].device
+        if self._points() is None or any(
+            getattr(self, name).shape != saved[name].shape for name in POINTS
+        ):
+            with torch.inference_mode(False):
+                self._allocate(
+                    saved["student"].shape[1],
+                    saved["teacher"].shape[1],
+                    saved["student"].dtype,
+                    saved["teacher"].dtype,
+                    device,
+                )
+
+
+def _appended(points: Tensor, kept: Tensor, used: Tensor) -> Tensor:
+    """Points [n, d] and the bank's [size, d]; where not `used` [size, 1] the first point again."""
+    kept = kept.to(points.dtype)
+    filler = points[:1].detach() if points.shape[0] > 0 else kept
+    return torch.cat([points, torch.where(used, kept, filler)])
 
 
 def _finite(student: Tensor, teacher: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import distances
-from .inputs import LossInputs, candidates, evenly_spaced, with_gradient
-from .metrics import ordered_distances
+from .inputs import LossInputs, candidates, inputs_outside_inference
+from .metrics import evenly_spaced, ordered_distances
 from .spec import LossSpec, Metric
 
 MAX_ANCHORS = 256
@@ -90,25 +90,28 @@ def diagnose(
     loss, gradient_scale = _gradient(spec, inputs, evaluate)
     weights, pairs = _draw(spec, inputs)
     z = pairs.student / spec.temperature
+    count_candidates = (weights > 0).double().sum(1).mean().item()
     wrong = pairs.distinct & (pairs.student.sign() != pairs.teacher)
     count = max(1, int(pairs.distinct.sum()))
     middle = pairs.student[wrong].abs().median().item() if bool(wrong.any()) else 0.0
     return Diagnosis(
         loss=loss,
         temperature=spec.temperature,
-        candidates=(weights > 0).double().sum(1).mean().item(),
+        candidates=count_candidates,
         saturated=int((pairs.distinct & (z.abs() > SATURATED)).sum()) / count,
-        resolution=_resolution(z, weights),
+        resolution=_resolution(z, count_candidates),
         misordered=int(wrong.sum()) / count,
         gradient_scale=gradient_scale,
         suggested_temperature=middle / SUGGESTED if middle > 0 else None,
     )
 
 
-def _resolution(z: Tensor, weights: Tensor) -> float:
-    """1 / mean of 4 sigmoid'(z), at most the number of candidates: no pair drawn may be near."""
+def _resolution(z: Tensor, most: float) -> float:
+    """1 / mean of 4 sigmoid'(z), at most the number of candidates.
+
+    That is what it is where no pair that was drawn is near.
+    """
     mean = (1 / torch.cosh(z.double() / 2).square()).mean().item()
-    most = (weights > 0).double().sum(1).mean().item()
     return min(most, 1 / mean) if mean > 0 else most
 
 
@@ -117,7 +120,7 @@ def _gradient(
 ) -> tuple[float, float]:
     """The loss and its gradient times the spread of the features."""
     with torch.inference_mode(False), torch.enable_grad():
-        inputs = with_gradient(inputs)
+        inputs = inputs_outside_inference(inputs)
         student = inputs.student.detach().requires_grad_()
         loss = evaluate(spec, inputs._replace(student=student))
         (gradient,) = torch.autograd.grad(loss, student)

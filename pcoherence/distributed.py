@@ -25,7 +25,7 @@ HEADER = ("failed", "rows", "student width", "teacher width", "dtype", "requires
 class Group:
     """A process group that a module holds: a deep copy shares it, a pickle cannot hold it."""
 
-    def __init__(self, group: dist.ProcessGroup | None, *, lost: bool = False) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, lost: bool = False) -> None:
         self._group, self._lost = group, lost
 
     @property
@@ -46,11 +46,7 @@ class Group:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self._group is not None or self._lost,)
-
-
-def _unpickled(lost: bool) -> Group:
-    return Group(None, lost=lost)
+        return Group, (None, self._group is not None or self._lost)
 
 
 def check_group(group: dist.ProcessGroup | None) -> None:
@@ -69,6 +65,7 @@ def report_failure(group: dist.ProcessGroup | None) -> None:
     _exchange([1] + [0] * (len(HEADER) - 1), group)
 
 
+@torch.compiler.disable  # sizes are values: a graph ends here
 def gather(
     spec: LossSpec, inputs: LossInputs, group: dist.ProcessGroup | None
 ) -> tuple[LossSpec, LossInputs]:

@@ -55,13 +55,13 @@ def prepare_inputs(
     check_points("student", student)
     check_points("teacher", teacher, like=student)
     check_same_length("teacher", teacher, "student", student)
-    _check_candidates(student, teacher, student_candidates, teacher_candidates)
+    _check_candidate_pair(student, teacher, student_candidates, teacher_candidates)
     m = student.shape[0]
     n = candidates(student, student_candidates).shape[0]
     check_weights("anchor_weights", anchor_weights, (m,), student)
     check_weights("candidate_weights", candidate_weights, (n,), student)
     index = _resolve_self_index(self_index, student, n, square=student_candidates is None)
-    return with_gradient(
+    return inputs_outside_inference(
         LossInputs(
             at_least_float32(student),
             _optional(student_candidates),
@@ -74,27 +74,24 @@ def prepare_inputs(
     )
 
 
-def differentiable(tensor: Tensor) -> Tensor:
-    """A copy of what was made in inference mode and may now take part in a gradient.
-
-    Everything else is returned as it is.
-    """
+def outside_inference(tensor: Tensor) -> Tensor:
+    """The tensor; a copy where it was made in inference mode, which autograd cannot save."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return tensor
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def with_gradient(inputs: LossInputs) -> LossInputs:
-    """The tensors as `differentiable` makes them."""
+def inputs_outside_inference(inputs: LossInputs) -> LossInputs:
+    """The tensors, each as `outside_inference` gives it."""
     copies = {
-        name: differentiable(tensor)
+        name: outside_inference(tensor)
         for name, tensor in inputs._asdict().items()
         if tensor is not None
     }
     return inputs._replace(**copies)
 
 
-def check_candidates(inputs: LossInputs, gathered: bool = False) -> None:
+def check_enough_candidates(inputs: LossInputs, gathered: bool = False) -> None:
     """Raise ValueError unless there are 2 candidates, or nothing at all.
 
     `gathered`: the candidates are the rows of all processes, which a process may have none of.
@@ -124,20 +121,19 @@ def prepare_values(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tens
     check_weights("weights", weights, tuple(values.shape), values, broadcast=True)
     converted = _converted(weights, values)
     return (
-        differentiable(at_least_float32(values)),
-        None if converted is None else differentiable(converted),
+        outside_inference(at_least_float32(values)),
+        None if converted is None else outside_inference(converted),
     )
 
 
-def evenly_spaced(total: int, most: int, device: torch.device) -> Tensor:
-    """Indices of `most` of `total` rows, first and last among them; all where there are fewer."""
-    count = min(total, most)
-    return torch.arange(count, device=device) * (total - 1) // max(1, count - 1)
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What tensors of `dtype` are computed in: float32 for half precision, otherwise their own."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision raised to float32; other dtypes as they are. Gradients flow through."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.to(computing_dtype(tensor.dtype))
 
 
 def converted_weights(weights: Tensor | None, points: Tensor) -> Tensor:
@@ -145,7 +141,7 @@ def converted_weights(weights: Tensor | None, points: Tensor) -> Tensor:
     converted = _converted(weights, points)
     if converted is not None:
         return converted
-    return at_least_float32(points.detach()[:, :0]).new_ones(points.shape[0])
+    return points.detach().new_ones(points.shape[0], dtype=computing_dtype(points.dtype))
 
 
 def _optional(tensor: Tensor | None) -> Tensor | None:
@@ -153,8 +149,7 @@ def _optional(tensor: Tensor | None) -> Tensor | None:
 
 
 def _converted(weights: Tensor | None, like: Tensor) -> Tensor | None:
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return None if weights is None else weights.to(dtype)
+    return None if weights is None else weights.to(computing_dtype(like.dtype))
 
 
 def _check_tensor(argument: str, value: object) -> None:
@@ -219,7 +214,10 @@ def values_are_hidden(tensor: Tensor) -> bool:
 
 def _check_device(argument: str, value: Tensor, like: Tensor) -> None:
     if value.device != like.device:
-        raise ValueError(f"{argument}: expected device {like.device}; got {value.device}")
+        raise ValueError(
+            f"{argument}: expected device {like.device}, that of the first tensor; "
+            f"got {value.device}"
+        )
 
 
 def check_points(argument: str, value: Tensor, like: Tensor | None = None) -> None:
@@ -227,7 +225,7 @@ def check_points(argument: str, value: Tensor, like: Tensor | None = None) -> No
     _check_float(argument, value)
     if value.ndim != 2:
         shape = tuple(value.shape)
-        hint = " (pool or flatten it first)" if value.ndim > 2 else ""
+        hint = " (pool or flatten it first)" if value.ndim > 2 else " (embeddings, not labels)"
         raise ValueError(
             f"{argument}: expected 2 dimensions [points, features]; got shape {shape}{hint}"
         )
@@ -270,7 +268,7 @@ def check_same_length(argument: str, value: Tensor, other_name: str, other: Tens
         )
 
 
-def _check_candidates(
+def _check_candidate_pair(
     student: Tensor,
     teacher: Tensor,
     student_candidates: Tensor | None,

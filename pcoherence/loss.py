@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from .bank import CandidateBank
 from .inputs import (
     LossInputs,
     candidates,
-    check_candidates,
+    check_enough_candidates,
     check_generator,
     prepare_inputs,
     prepare_values,
@@ -96,7 +95,7 @@ def perception_coherence_loss(
         num_anchors: draw this many of the m anchors at random, without replacement, and weigh
             them by m / num_anchors: an unbiased estimate at that share of the cost ("none": 0
             where not drawn). None: all. Not with scale "batch".
-        generator: for that draw; None: torch's default one.
+        generator: for that draw, not under torch.compile; None: torch's default one.
         method: "grid", "scan" or "pairs" fixes how a fast backend sums; "auto" lets it choose.
         backend: "reference", "cpu", ... or "auto": the fastest for the tensors' device.
 
@@ -107,8 +106,9 @@ def perception_coherence_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
         RuntimeError: the backend asked for is not available, and why; method="grid" would need
-            more than 65,536 bins (of 1.5 temperatures) for an anchor's range of distances; or a
-            fast backend's gradient is differentiated again.
+            more than 65,536 bins (of 1.5 temperatures) for an anchor's range of distances; a
+            fast backend's gradient is differentiated again; or a generator is given under
+            torch.compile, or inside of activation checkpointing.
     """
     spec = LossSpec(
         temperature=temperature,
@@ -133,8 +133,9 @@ def perception_coherence_loss(
         self_index=self_index,
         include_self=include_self,
     )
-    check_candidates(inputs)
+    check_enough_candidates(inputs)
     check_generator(generator)
+    _refuse_recomputation(spec, generator, fills_bank=False)
     return anchors.estimate(spec, inputs, generator, _evaluate)
 
 
@@ -153,7 +154,9 @@ class PerceptionCoherenceLoss(nn.Module):
         bank: features of past batches as further candidates, see `CandidateBank`.
 
     Raises:
-        RuntimeError: with gather, no process group is initialised, or a process has failed.
+        RuntimeError: with gather, no process group is initialised, an unpickled loss has not been
+            given its group again, or a process has failed; a bank that is being filled inside of
+            activation checkpointing.
     """
 
     def __init__(
@@ -202,10 +205,9 @@ class PerceptionCoherenceLoss(nn.Module):
         wrapped = name in self._modules and isinstance(value, nn.Module)
         if name in FIXED and not wrapped:
             raise AttributeError(f"{name}: expected to stay as the loss was made; got {value!r}")
-        else:
-            if name == "gather":
-                self._check_gather(value)
-            super().__setattr__(name, value)
+        if name == "gather":
+            self._check_gather(value)
+        super().__setattr__(name, value)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -262,26 +264,25 @@ class PerceptionCoherenceLoss(nn.Module):
 
         With gather, all tensors are this process's own, and `self_index` counts its own rows.
         """
-        prepare = functools.partial(
-            prepare_inputs,
-            student,
-            teacher,
-            student_candidates=student_candidates,
-            teacher_candidates=teacher_candidates,
-            anchor_weights=anchor_weights,
-            candidate_weights=candidate_weights,
-            self_index=self_index,
-            include_self=self.spec.include_self,
-        )
+        spec = self.spec
 
-        def checked() -> LossInputs:
+        def prepare() -> LossInputs:
             check_generator(generator)
-            self._refuse_recomputation(generator)
-            return prepare()
+            _refuse_recomputation(spec, generator, self.bank is not None and self.training)
+            return prepare_inputs(
+                student,
+                teacher,
+                student_candidates=student_candidates,
+                teacher_candidates=teacher_candidates,
+                anchor_weights=anchor_weights,
+                candidate_weights=candidate_weights,
+                self_index=self_index,
+                include_self=spec.include_self,
+            )
 
-        spec, inputs = self._gathered(checked) if self.gather else (self.spec, checked())
+        spec, inputs = self._gathered(prepare) if self.gather else (spec, prepare())
         extended = inputs if self.bank is None else self.bank.extend(inputs)
-        check_candidates(extended, self.gather)
+        check_enough_candidates(extended, self.gather)
         loss = anchors.estimate(spec, extended, generator, _evaluate)
         if self.bank is not None and self.training:
             self._remember(self.bank, inputs)
@@ -320,26 +321,10 @@ class PerceptionCoherenceLoss(nn.Module):
         )
         if self.bank is not None:
             inputs = self.bank.extend(inputs)
-        check_candidates(inputs)
+        check_enough_candidates(inputs)
         if student.shape[0] == 0:
             raise ValueError("student: expected at least 1 anchor (row); got 0")
         return diagnostics.diagnose(self.spec, inputs, _evaluate)
-
-    def _refuse_recomputation(self, generator: torch.Generator | None) -> None:
-        """Raise where activation checkpointing computes the loss again, in the backward pass.
-
-        What has changed since, the bank or the generator, would make it another loss.
-        """
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            return
-        drawn = generator is not None and self.spec.num_anchors is not None
-        if not drawn and (self.bank is None or not self.training):
-            return
-        raise RuntimeError(
-            f"{'generator' if drawn else 'bank'}: expected the loss outside of "
-            "torch.utils.checkpoint, whose second pass would not see what the first one saw; got a "
-            "call in the backward pass. Checkpoint the networks, and compute the loss after them"
-        )
 
     def _gathered(self, prepare: Callable[[], LossInputs]) -> tuple[LossSpec, LossInputs]:
         distributed.check_group(self.process_group)
@@ -352,7 +337,7 @@ class PerceptionCoherenceLoss(nn.Module):
                 )
             if self.bank is not None:
                 self.bank.check(inputs.student, inputs.teacher)
-            _select(self.spec, inputs)
+            _select(self.spec, inputs)  # which may refuse, before anyone waits
         except Exception:
             distributed.report_failure(self.process_group)
             raise
@@ -425,4 +410,34 @@ def _select(spec: LossSpec, inputs: LossInputs) -> Backend:
 
 
 def _evaluate(spec: LossSpec, inputs: LossInputs) -> Tensor:
-    return _select(spec, inputs).loss(spec, inputs)
+    backend = _select(spec, inputs)
+    return backend.loss(spec, inputs) if inputs.student.shape[0] else _of_nobody(spec, inputs)
+
+
+def _of_nobody(spec: LossSpec, inputs: LossInputs) -> Tensor:
+    """The loss of no anchors, which no metric is asked about: 0, or [0] for "none".
+
+    In the graph all the same: a process without anchors takes part in the backward pass of others.
+    """
+    zero = candidates(inputs.student, inputs.student_candidates)[:0].sum()
+    return zero + (inputs.student.sum(1) if spec.reduction == "none" else inputs.student.sum())
+
+
+def _refuse_recomputation(
+    spec: LossSpec, generator: torch.Generator | None, fills_bank: bool
+) -> None:
+    """Raise where activation checkpointing computes the loss again, in the backward pass.
+
+    What has changed since, the bank or the generator, would make it another loss.
+    """
+    # -1: not in a backward pass
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return
+    draws = generator is not None and spec.num_anchors is not None
+    if not draws and not fills_bank:
+        return
+    raise RuntimeError(
+        f"{'generator' if draws else 'bank'}: expected the loss outside of "
+        "torch.utils.checkpoint, whose second pass would not see what the first one saw; got a "
+        "call in the backward pass. Checkpoint the networks, and compute the loss after them"
+    )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import distances, ops
 from .backends import available_backends
-from .inputs import LossInputs, candidates, check_candidates, prepare_inputs
+from .inputs import LossInputs, candidates, check_enough_candidates, prepare_inputs
 from .spec import Metric, check_count, check_flag, check_metrics
 
 BLOCK_ELEMENTS = 2**22
@@ -86,7 +86,7 @@ def coherence(
         self_index=self_index,
         include_self=include_self,
     )
-    check_candidates(inputs)
+    check_enough_candidates(inputs)
     rows = _agreement(inputs, metric, metric if teacher_metric is None else teacher_metric, nearest)
     kendall, spearman, overlap = (rows if reduction == "none" else rows.mean(0)).unbind(-1)
     return Coherence((1 + kendall) / 2, kendall, spearman, overlap)
@@ -130,6 +130,12 @@ def ordered_distances(a: Tensor, b: Tensor, metric: Metric, argument: str) -> Te
         a, b = distances.directions(a), distances.directions(b)
         return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
     return distances.pairwise(a, b, metric, argument)
+
+
+def evenly_spaced(total: int, most: int, device: torch.device) -> Tensor:
+    """Indices of `most` of `total` rows, first and last among them; all where there are fewer."""
+    count = min(total, most)
+    return torch.arange(count, device=device) * (total - 1) // max(1, count - 1)
 
 
 def rank_agreement(

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .inputs import at_least_float32, evenly_spaced
-from .metrics import coherence, ordered_distances
+from .inputs import at_least_float32
+from .metrics import coherence, evenly_spaced, ordered_distances
 from .spec import Metric, check_metrics
 
 if TYPE_CHECKING:

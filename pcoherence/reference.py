@@ -13,7 +13,7 @@ from . import anchors, distances, objectives, soft_ranks
 from .inputs import (
     LossInputs,
     candidates,
-    check_candidates,
+    check_enough_candidates,
     prepare_inputs,
     prepare_values,
 )
@@ -93,7 +93,7 @@ def perception_coherence_loss(
         self_index=self_index,
         include_self=include_self,
     )
-    check_candidates(inputs)
+    check_enough_candidates(inputs)
     return anchors.estimate(spec, inputs, generator, evaluate)
 
 

@@ -36,6 +36,7 @@ def ranks(values: Tensor, weights: Tensor | None, temperature: float | None) -> 
     Infinite values rank at the ends, ties among them count 1/2, without a derivative.
     """
     infinite = values.isinf()
+    # 0 * NaN stays NaN
     end = torch.where(infinite, values.sign(), 0.0 * values).detach()
     compared = torch.where(
         infinite[..., :, None] | infinite[..., None, :],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distances
-from .inputs import at_least_float32, check_points, check_same_length, differentiable
+from .inputs import at_least_float32, check_points, check_same_length, outside_inference
 from .spec import check_count, check_flag, check_name, check_temperature
 
 SOLVERS = ("exact", "sinkhorn")
@@ -92,7 +92,7 @@ def optimal_transport_loss(
             raise ValueError(f"{name}: expected at least 1 neuron (column); got 0")
     if student.shape[0] == 0:
         return at_least_float32(student).sum()
-    x, y = at_least_float32(student), at_least_float32(differentiable(teacher.detach()))
+    x, y = at_least_float32(student), at_least_float32(outside_inference(teacher.detach()))
     with torch.autocast(x.device.type, enabled=False):
         if standardize:
             x, y = _standardized(x), _standardized(y)

@@ -66,7 +66,11 @@ def test_half_precision_and_gradient() -> None:
     [
         (torch.zeros(4, 5), torch.zeros(3, 3), r"^teacher: expected as many rows as student, 4"),
         (torch.zeros(4, 6), torch.zeros(4, 3), r"^student: expected width 5, as before; got 6"),
-        (torch.zeros(4, 5), torch.zeros(4), r"^teacher: expected a tensor \[points, features\]"),
+        (
+            torch.zeros(4, 5),
+            torch.zeros(4),
+            r"^teacher: expected 2 dimensions \[points, features\]",
+        ),
     ],
 )
 def test_wrong_batches_leave_what_is_kept(student: Tensor, teacher: Tensor, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 from collections.abc import Callable
@@ -178,17 +179,20 @@ def test_half_precision_does_not_keep_what_it_makes_infinite() -> None:
 def test_the_ring_keeps_the_last_points_that_are_kept() -> None:
     """Against a list, with batches of many sizes, bad rows and padding among them."""
     generator = torch.Generator().manual_seed(0)
-    bank, kept = CandidateBank(7), torch.empty(0, 3)
+    bank = CandidateBank(7)
+    kept = [torch.empty(0, 3), torch.empty(0, 2)]
     for size in torch.randint(0, 20, (40,), generator=generator).tolist():
         student = torch.randn(size, 3, generator=generator)
         weights = torch.randint(0, 3, (size,), generator=generator).float()
         student[torch.rand(size, generator=generator) < 0.2] = math.nan
-        bank.push(student, student.nan_to_num()[:, :2], weights)
+        teacher = torch.randn(size, 2, generator=generator)
+        bank.push(student, teacher, weights)
         used = (weights > 0) & student.isfinite().all(1)
-        kept = torch.cat([kept, student[used]])[-7:]
-        assert len(bank) == len(kept)
-        found = bank.student[bank.weights > 0]
-        assert torch.equal(found.sort(0).values, kept.sort(0).values)
+        kept = [torch.cat([a, b[used]])[-7:] for a, b in zip(kept, (student, teacher), strict=True)]
+        assert len(bank) == len(kept[0])
+        by_age = (bank.pushed - len(bank) + torch.arange(len(bank))) % 7
+        assert torch.equal(bank.student[by_age], kept[0])
+        assert torch.equal(bank.teacher[by_age], kept[1])
 
 
 def test_a_bank_with_room_changes_nothing() -> None:
@@ -261,7 +265,7 @@ def test_what_cannot_be_restored_is_an_error_and_no_points(tmp_path: Path) -> No
     state = other.state_dict()
     checkpoint.load(state, checkpoint_id=tmp_path)
     with pytest.raises(
-        RuntimeError, match=r"expected the points of a bank that has seen 15; .* student_width"
+        RuntimeError, match=r"expected the points of a bank that has kept 15; .* student_width"
     ):
         other.load_state_dict(state)
     assert len(other.bank) == 0
@@ -337,6 +341,8 @@ def test_widths_come_together() -> None:
         CandidateBank(8, student_width=0, teacher_width=3)
     with pytest.raises(ValueError, match=r"^dtype: expected a floating point dtype"):
         CandidateBank(8, student_width=3, teacher_width=4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^device: expected None without widths"):
+        CandidateBank(8, device="cpu")
     with pytest.raises(ValueError, match=r"^dtype: expected None without widths"):
         CandidateBank(8, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"^student: expected width 2, which the bank holds"):
@@ -458,6 +464,14 @@ def test_recomputation_with_a_generator_is_refused_by_name() -> None:
     generator = torch.Generator().manual_seed(0)
     loss = checkpointed(
         criterion, student.requires_grad_(), teacher, generator=generator, use_reentrant=False
+    )
+    with pytest.raises(RuntimeError, match=r"^generator: expected the loss outside of"):
+        loss.backward()
+    loss = checkpointed(
+        functools.partial(perception_coherence_loss, num_anchors=3, generator=generator),
+        student,
+        teacher,
+        use_reentrant=False,
     )
     with pytest.raises(RuntimeError, match=r"^generator: expected the loss outside of"):
         loss.backward()

@@ -137,6 +137,15 @@ def no_process_waits(rank: int, size: int) -> None:
         assert student.grad is not None
 
 
+def compiled(rank: int, size: int) -> None:
+    """The graph ends where sizes are exchanged."""
+    images, teacher, _ = whole()
+    own = slice(*SHARDS[size][rank])
+    criterion = PerceptionCoherenceLoss(gather=True, reduction="none")
+    found = torch.compile(criterion, backend="aot_eager")(images[own], teacher[own])
+    assert torch.equal(found, criterion(images[own], teacher[own]))
+
+
 def any_group(rank: int, size: int) -> None:
     """Also one that names a backend for each kind of device."""
     images, teacher, _ = whole()
@@ -189,6 +198,7 @@ def work(rank: int, size: int) -> None:
     fully_sharded(rank, size)
     failures(rank)
     no_process_waits(rank, size)
+    compiled(rank, size)
     any_group(rank, size)
     tensors_of_many_processes(rank, size)
     copies(rank, size)

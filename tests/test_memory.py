@@ -20,7 +20,7 @@ if not sys.platform.startswith("linux"):
 
 WARM, STEPS = 40, 240
 MOST_MIB = 3.0
-"""What may be added in STEPS: an n x n matrix a step of the smallest n here is 15 times as much."""
+"""What may be added in STEPS: an n x n float32 matrix a step adds 15 MiB at n = 128."""
 
 CALLS, MOST_BYTES = 4000, 12
 """What a call may leave in use: less than the smallest allocation, 24 bytes. A leak shows here long
@@ -158,6 +158,8 @@ def small_calls() -> list[Step]:
 )
 @pytest.mark.usefixtures("cpu_backend")
 def test_memory_stays_flat(group: str, threads: int) -> None:
+    if group == "leaks" and not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("glibc from 2.33 on says what is in use")
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, __file__, group]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -181,12 +183,9 @@ class Heap(ctypes.Structure):
 
 
 def bytes_in_use() -> int:
-    """Of the heap; 0 where glibc does not say."""
+    """Of the heap."""
     gc.collect()
-    try:
-        report = ctypes.CDLL(None).mallinfo2
-    except AttributeError:
-        return 0
+    report = ctypes.CDLL(None).mallinfo2
     report.restype = Heap
     return int(report().uordblks)
 

@@ -107,7 +107,6 @@ MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "default device": lambda: torch.device("meta"),
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "deterministic": contextlib.nullcontext,
 }
 
 
@@ -141,9 +140,12 @@ def test_defaults_change_no_measure(name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_many_points_are_thinned_out_evenly(mode: str) -> None:
-    """Up to the last, which half precision cannot count to."""
+    """Up to the last, to which half precision cannot count."""
     x = make_case("gaussian", 3000, 3, dtype=torch.float32)
     with MODES[mode]():
+        rows = pcoherence.metrics.evenly_spaced(3000, 256, x.device)
+        assert rows[[0, -1]].tolist() == [0, 2999]
+        assert rows.unique().numel() == 256
         found = PerceptionCoherenceLoss().diagnose(x, x)
         plots.rank_agreement(x, x)
     assert found == PerceptionCoherenceLoss().diagnose(x, x)

@@ -171,7 +171,6 @@ def test_what_is_no_embedding() -> None:
         perception_coherence_loss(X, X, metric=torch.nn.functional.pairwise_distance)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
 def test_a_generator_is_checked_before_any_work() -> None:
     for call in (perception_coherence_loss, PerceptionCoherenceLoss()):
         with pytest.raises(
@@ -202,6 +201,7 @@ def test_a_metric_is_the_submodule_that_is_there(name: str, way: str) -> None:
     assert torch.equal(shallow(X, Y), expected)  # which shares its submodules
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
 def test_quantised_embeddings_are_told_what_to_do(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=r"^teacher: .*quantised embeddings, take teacher\.float"):
         perception_coherence_loss(X, torch.ones(len(X), 4).to(dtype))

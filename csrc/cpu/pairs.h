@@ -15,6 +15,7 @@ class Pairs {
     w_ = row.weights;
     n_ = row.n;
     per_distance_ = row.scale.per_distance;
+    // A tiny temperature's inverse may overflow T; times a difference of 0 it would be NaN.
     per_value_ = static_cast<T>(std::min(row.scale.per_distance, double(std::numeric_limits<T>::max())));
   }
 

@@ -14,9 +14,6 @@ constexpr std::int64_t kBlockBytes = 16 << 20;
 // ... and in rows: every block reads all candidates again, so that 128 rows were a third slower than 512 (measured),
 // and 64 rows is where the products themselves slow down.
 constexpr std::int64_t kMinBlock = 64, kMaxBlock = 512;
-// Where the candidates are the anchors, all their distances are held at once if each network's fit in this, because
-// symmetry then halves all four products. It bounds the memory of small n; from n = 4,096 (float32) on, blocks do.
-constexpr std::int64_t kSymmetricBytes = 64 << 20;
 // Elements of a row's work that pay for a thread.
 constexpr std::int64_t kGrain = 4096;
 
@@ -300,8 +297,7 @@ class Coherence {
  private:
   static bool fits_symmetric(const Features<T>& features) {
     const std::int64_t size = padded(features.input().n);
-    return features.same() && features.traits().products &&
-           size * size * static_cast<std::int64_t>(sizeof(T)) <= kSymmetricBytes;
+    return features.same() && features.traits().products && size * size * sizeof(T) <= kSymmetricBytes;
   }
 
   void products(const Features<T>& features, T* block, std::int64_t begin, std::int64_t rows) {

@@ -1,9 +1,9 @@
 // Kernel sums by recurrences along the sorted row (docs/mathematics.rst). s: values in units of the temperature.
 //
 // With z = exp(-(s_j - s_k)), k below j: sigmoid(s_j - s_k) = 1 + sum_m c_m z^m, and every power decays from one
-// sorted position to the next:  up_m(j) = e^m (w_{j-1} + up_m(j - 1)),  down_m(j) = e'^m (w_{j+1} + down_m(j + 1)),
-// e = exp(-(s_j - s_{j-1})), e' = exp(-(s_{j+1} - s_j)). All in float64, for any element type. j itself is left out: in
-// the pullback it cancels, and must not leave a rounding error behind where all other slopes are 0.
+// sorted position to the next:  up_m(j) = e^m (row_.weights{j-1} + up_m(j - 1)),  down_m(j) = e'^m (row_.weights{j+1} +
+// down_m(j + 1)), e = exp(-(s_j - s_{j-1})), e' = exp(-(s_{j+1} - s_j)). All in float64, for any element type. j itself
+// is left out: in the pullback it cancels, and must not leave a rounding error behind where all other slopes are 0.
 #pragma once
 
 #include "../tables.h"
@@ -19,8 +19,6 @@ class Scan {
   void load(const SumsRow<T>& row) {
     const int n = row.n;
     row_ = row;
-    n_ = n;
-    w_ = row.weights;
     items_ = argsort(row.values, n, ws_);
     steps_ = ws_.steps.need<double>(n + lanes_v<double>);
     steps_[0] = 0;
@@ -31,12 +29,12 @@ class Scan {
 
   void ranks(T* out) {
     const Coefficients c = coefficients(series<T>().sigmoid, false);
-    double* total = ws_.up.need<double>(n_);
-    sweep(w_, c, c, -1.0, total);
+    double* total = ws_.up.need<double>(row_.n);
+    sweep(row_.weights, c, c, -1.0, total);
     double count = 0;
-    for (int i = 0; i < n_; ++i) {
+    for (int i = 0; i < row_.n; ++i) {
       const auto j = items_[i].index;
-      const double w = w_[j];
+      const double w = row_.weights[j];
       out[j] = static_cast<T>(count + 0.5 * w + total[i]);
       count += w;
     }
@@ -46,12 +44,12 @@ class Scan {
   double softplus_total() {
     const Coefficients c = coefficients(series<T>().softplus, false);
     const Coefficients none{};
-    double* logs = ws_.up.need<double>(n_);
-    sweep(w_, c, none, 1.0, logs);
+    double* logs = ws_.up.need<double>(row_.n);
+    sweep(row_.weights, c, none, 1.0, logs);
     double total = 0, count = 0, first = 0;
-    for (int i = 0; i < n_; ++i) {
+    for (int i = 0; i < row_.n; ++i) {
       const auto j = items_[i].index;
-      const double w = w_[j], s = row_.position(j);
+      const double w = row_.weights[j], s = row_.position(j);
       total += w * (s * count - first + 2 * logs[i] + w * std::log(2.0));
       count += w;
       first += w * s;
@@ -61,13 +59,13 @@ class Scan {
 
   void pullback(const T* r, T* out) {
     const Coefficients c = coefficients(series<T>().sigmoid, true);
-    double* a = ws_.up.need<double>(n_);
-    double* b = ws_.down.need<double>(n_);
-    sweep(w_, c, c, 1.0, a);
+    double* a = ws_.up.need<double>(row_.n);
+    double* b = ws_.down.need<double>(row_.n);
+    sweep(row_.weights, c, c, 1.0, a);
     sweep(r, c, c, 1.0, b);
-    for (int i = 0; i < n_; ++i) {
+    for (int i = 0; i < row_.n; ++i) {
       const auto j = items_[i].index;
-      out[j] = static_cast<T>(double(r[j]) * a[i] - double(w_[j]) * b[i]);
+      out[j] = static_cast<T>(double(r[j]) * a[i] - double(row_.weights[j]) * b[i]);
     }
   }
 
@@ -105,14 +103,14 @@ class Scan {
   void sweep(const T* v, const Coefficients& up_c, const Coefficients& down_c, double sign, double* out) {
     Coefficients acc{};
     out[0] = 0;
-    for (int i = 1; i < n_; ++i) {
+    for (int i = 1; i < row_.n; ++i) {
       const Coefficients e = powers(steps_[i]);
       const double weight = v[items_[i - 1].index];
       for (int p = 0; p < parts; ++p) acc.part[p] = e.part[p] * (acc.part[p] + weight);
       out[i] = dot(acc, up_c);
     }
     acc = {};
-    for (int i = n_ - 2; i >= 0; --i) {
+    for (int i = row_.n - 2; i >= 0; --i) {
       const Coefficients e = powers(steps_[i + 1]);
       const double weight = v[items_[i + 1].index];
       for (int p = 0; p < parts; ++p) acc.part[p] = e.part[p] * (acc.part[p] + weight);
@@ -121,9 +119,7 @@ class Scan {
   }
 
   Workspace& ws_;
-  int n_ = 0;
   SumsRow<T> row_{};
-  const T* w_ = nullptr;
   const SortItem<T>* items_ = nullptr;
   double* steps_ = nullptr;  // [n] exp(-(s_(i) - s_(i-1)))
 };

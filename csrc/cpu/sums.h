@@ -1,4 +1,4 @@
-// What the kernel sums of a row are about (see grid.h, scan.h, pairs.h).
+// The row that Grid, Scan and Pairs sum over (grid.h, scan.h, pairs.h).
 #pragma once
 
 namespace pcoherence::PCOH_ISA {

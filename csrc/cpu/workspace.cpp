@@ -24,20 +24,21 @@ constexpr std::size_t kHugePage = 2 << 20;
 
 // From this size on memory comes from the system's pages and goes back to them, or is kept in the pool. In the heap a
 // large block cannot be joined again to what was beside it once something small stays there, and training would grow
-// by one with every call.
+// by one with every call. 64 KiB: the square of 128 float32 points; getting as many pages anew costs some 5 us.
 constexpr std::size_t kPooled = 64 << 10;
 
-// What the pool holds at most: the two square blocks of the largest symmetric problem (pipeline.cpp), and as much again
-// as a quarter for features and gradients.
-constexpr std::size_t kPoolBytes = std::size_t(160) << 20;
+// Sizes of pooled blocks are multiples of this, so that calls of nearly the same size share them.
+constexpr std::size_t kPageUnit = 64 << 10;
 
-constexpr std::size_t kAlignment = 64;
+// What the pool holds at most: the two square blocks of the largest symmetric problem, and a quarter more for features
+// and gradients.
+constexpr std::size_t kPoolBytes = 2 * kSymmetricBytes / 4 * 5;
 
 #if defined(PCOH_MMAP)
 
 Block allocate_pages(std::size_t bytes) {
   const bool huge = bytes >= 2 * kHugePage;
-  const std::size_t unit = huge ? kHugePage : kPooled;
+  const std::size_t unit = huge ? kHugePage : kPageUnit;
   bytes = (bytes + unit - 1) / unit * unit;
   const std::size_t mapped = bytes + (huge ? kHugePage : 0);
   void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -59,14 +60,14 @@ void free_pages(Block block) { munmap(block.data, block.bytes); }
 
 // Aligned by hand, with the distance to the heap's own block in front: what aligned_alloc gives back, glibc's heap
 // cuts into pieces.
-Block allocate_small(std::size_t bytes) {
+Block allocate_from_heap(std::size_t bytes) {
   char* memory = static_cast<char*>(std::malloc(bytes + kAlignment));
   if (memory == nullptr) throw std::bad_alloc();
   const std::size_t shift = kAlignment - reinterpret_cast<std::uintptr_t>(memory) % kAlignment;  // 1 .. 64
   memory[shift - 1] = static_cast<char>(shift);
   return {memory + shift, bytes};
 }
-void free_small(Block block) {
+void free_to_heap(Block block) {
   char* memory = static_cast<char*>(block.data);
   std::free(memory - memory[-1]);
 }
@@ -75,14 +76,14 @@ Block allocate(std::size_t bytes) {
 #if defined(PCOH_MMAP)
   if (bytes >= kPooled) return allocate_pages(bytes);
 #endif
-  return allocate_small(bytes);
+  return allocate_from_heap(bytes);
 }
 
 void release(Block block) {
 #if defined(PCOH_MMAP)
   if (block.bytes >= kPooled) return free_pages(block);
 #endif
-  free_small(block);
+  free_to_heap(block);
 }
 
 struct Pool {
@@ -104,7 +105,7 @@ Block take_block(std::size_t bytes) {
     const std::lock_guard<std::mutex> lock(pool().mutex);
     auto& blocks = pool().blocks;
     for (auto it = blocks.begin(); it != blocks.end(); ++it)
-      if (bytes <= it->bytes && it->bytes <= 2 * bytes) {
+      if (bytes <= it->bytes && it->bytes <= 2 * bytes) {  // more would keep large ones from those who need them
         const Block found = *it;
         blocks.erase(it);
         pool().bytes -= found.bytes;
@@ -114,18 +115,24 @@ Block take_block(std::size_t bytes) {
   return allocate(bytes);
 }
 
-void return_block(Block block) {
+void return_block(Block block) noexcept {
   if (block.data == nullptr) return;
   if (block.bytes < kPooled) return release(block);
-  const std::lock_guard<std::mutex> lock(pool().mutex);
-  auto& blocks = pool().blocks;
-  blocks.push_back(block);
-  pool().bytes += block.bytes;
-  while (pool().bytes > kPoolBytes) {
-    pool().bytes -= blocks.front().bytes;
-    release(blocks.front());
-    blocks.erase(blocks.begin());
+  std::vector<Block> evicted;  // given back after the lock
+  try {
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    auto& blocks = pool().blocks;
+    blocks.push_back(block);
+    pool().bytes += block.bytes;
+    std::size_t count = 0;
+    for (std::size_t left = pool().bytes; left > kPoolBytes; ++count) left -= blocks[count].bytes;
+    evicted.assign(blocks.begin(), blocks.begin() + count);
+    blocks.erase(blocks.begin(), blocks.begin() + count);
+    for (const Block& old : evicted) pool().bytes -= old.bytes;
+  } catch (const std::bad_alloc&) {
+    return release(block);  // no memory to remember it
   }
+  for (const Block& old : evicted) release(old);
 }
 
 void* Buffer::need_bytes(std::size_t bytes) {

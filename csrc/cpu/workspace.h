@@ -11,7 +11,15 @@ namespace pcoherence {
 // When set (tests), every buffer handed out is filled with 0xff first: NaN as floating point, -1 as integer.
 extern bool poison_workspace;
 
-// Memory [bytes], 64-byte aligned; null: none.
+// Of every block: one cache line, one AVX-512 register.
+inline constexpr std::size_t kAlignment = 64;
+
+// Where the candidates are the anchors, all their distances are held at once if each network's fit in this, because
+// symmetry then halves all four products. It bounds the memory of small n; from n = 4,096 (float32) on, blocks of
+// anchors do.
+inline constexpr std::size_t kSymmetricBytes = 64 << 20;
+
+// Memory [bytes], aligned; null: none.
 struct Block {
   void* data = nullptr;
   std::size_t bytes = 0;
@@ -20,7 +28,7 @@ struct Block {
 // Large blocks of finished calls are kept for the next: a training loop asks for the same ones in every step, and the
 // system takes longer to clear fresh pages than a matrix product takes to fill them. Thread-safe.
 Block take_block(std::size_t bytes);
-void return_block(Block block);
+void return_block(Block block) noexcept;
 
 class Buffer {
  public:
@@ -29,11 +37,11 @@ class Buffer {
   Buffer& operator=(Buffer&&) = delete;
   ~Buffer() { return_block(block_); }
 
-  // At least `count` elements, 64-byte aligned, contents undefined. Inlined into each instruction set's kernels; what
+  // At least `count` elements, aligned, contents undefined. Inlined into each instruction set's kernels; what
   // it calls is compiled once.
   template <class T>
   PCOH_INLINE T* need(std::size_t count) {
-    return static_cast<T*>(need_bytes((count * sizeof(T) + 63) / 64 * 64));
+    return static_cast<T*>(need_bytes((count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment));
   }
 
  private:

@@ -89,7 +89,7 @@ struct Positions {
 
 // The range of a row's values, and where its positions begin. The base is the value nearest to 0: taken from the lowest
 // value, positions would lose the digits that tell apart what lies close together far away. A grid begins at the
-// lowest, which is not so far from any.
+// lowest: there are at most most_bins, so that no value is far from it.
 template <class T>
 struct Range {
   T low, high;
@@ -472,40 +472,30 @@ PCOH_DEVICE void row_sums(G& g, const RowSumsTask<T>& task, std::int64_t r) {
   task.weight_sums[r] = s.weight;
 }
 
-// What the values of a row span, whatever their weights, since all of them are ranked; and the weights at its ends.
+// What the values of a row span, whatever their weights, since all of them are ranked.
 template <class T>
 struct Span {
-  double below, between, above;  // weights of -inf, of +inf, of all others
-  T low, high;                   // of the finite values; low > high: there are none
+  Ends ends;
+  T low, high;  // of the finite values; low > high: there are none
   int nans;
 
   static PCOH_DEVICE Span none() {
     constexpr T inf = std::numeric_limits<T>::infinity();
-    return {0, 0, 0, inf, -inf, 0};
+    return {{}, inf, -inf, 0};
   }
   PCOH_DEVICE void add(T v, T w) {
     nans += v != v;
-    if (!std::isfinite(v)) {
-      (v < 0 ? below : above) += double(w);
-      return;
-    }
-    between += double(w);
+    ends.add(double(v), double(w));
+    if (!std::isfinite(v)) return;
     low = v < low ? v : low;
     high = v > high ? v : high;
   }
   PCOH_DEVICE Range<T> range() const { return low <= high ? Range<T>{low, high} : Range<T>{0, 0}; }
-  // What is counted to value v, given its sum over the finite ones.
-  PCOH_DEVICE T rank(T v, T sum) const {
-    if (std::isfinite(v)) return static_cast<T>(below + double(sum));
-    return static_cast<T>(v < 0 ? below / 2 : below + between + above / 2);
-  }
 };
 struct MergeSpans {
   template <class T>
   PCOH_DEVICE Span<T> operator()(const Span<T>& a, const Span<T>& b) const {
-    return {a.below + b.below,
-            a.between + b.between,
-            a.above + b.above,
+    return {{a.ends.below + b.ends.below, a.ends.between + b.ends.between, a.ends.above + b.ends.above},
             b.low < a.low ? b.low : a.low,
             b.high > a.high ? b.high : a.high,
             a.nans + b.nans};
@@ -549,7 +539,9 @@ PCOH_DEVICE void soft_rank_row(G& g, const SoftRankTask<T>& task, std::int64_t r
   g.sync();
   const T factor = static_cast<T>(per_value);
   const bool pulled = task.upstream != nullptr;
-  each(g, n, [=](int k) { out[k] = pulled ? result[k] * factor : span.rank(given[k], result[k]) + T(0.5); });
+  each(g, n, [=](int k) {
+    out[k] = pulled ? result[k] * factor : static_cast<T>(span.ends.rank(given[k], result[k])) + T(0.5);
+  });
 }
 
 }  // namespace pcoherence::cuda

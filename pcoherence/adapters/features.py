@@ -22,7 +22,9 @@ class FeatureExtractor(nn.Module):
     Without `layer`, the model is one of timm's: forward_head(forward_features(x),
     pre_logits=True), pooled as its own head pools. With `layer`, the model runs as always, and the
     output of that submodule is taken: "avgpool" of torchvision's ResNets, "encoder.ln" of its
-    vision transformers. Differentiable; parameters and training mode are the model's.
+    vision transformers. Differentiable; parameters and training mode are the model's. An output is
+    taken before a layer with inplace=True writes over it. Threads may share an extractor. Under
+    torch.compile it breaks the graph (not fullgraph=True); compile the extractor, not its model.
 
     Args:
         model: any module.
@@ -75,8 +77,8 @@ class FeatureExtractor(nn.Module):
         caller = _thread()
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            # Another thread may be using the same model, with a hook of its own. What is being
-            # compiled cannot tell.
+            # Another thread may be using the same model, with a hook of its own. torch.compile
+            # cannot trace which one this is.
             if torch.compiler.is_compiling() or _thread() == caller:
                 found[:] = [self._apart(output)]
 
@@ -93,7 +95,10 @@ class FeatureExtractor(nn.Module):
         return self._pooled(found[0], layer)
 
     def _apart(self, output: Any) -> Any:
-        """The output, or its mean over pixels; the next layer may write over it (inplace=True)."""
+        """A copy, since the next layer may write over the output (inplace=True).
+
+        A mean over pixels is one, and smaller.
+        """
         if self.pool == "mean" and isinstance(output, Tensor) and output.ndim > 3:
             return output.flatten(2).mean(2)
         return tree_map_only(Tensor, torch.clone, output)
@@ -130,7 +135,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 _REGISTERING = threading.Lock()
-"""torch gives hooks their numbers without one, the same to two threads now and then."""
+"""torch may give two threads' hooks one id."""
 
 
 def _register(module: nn.Module, hook: Callable[[nn.Module, Any, Any], None]) -> Any:
@@ -141,7 +146,7 @@ def _register(module: nn.Module, hook: Callable[[nn.Module, Any, Any], None]) ->
 
 
 def _thread() -> int:
-    """Which thread this is; torch.compile traces one alone."""
+    """Which thread this is; a trace of torch.compile belongs to one."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 

@@ -80,7 +80,7 @@ class DistillationModule(LightningModule):
         """What .to(), .cuda(), .half() and the like are made of."""
         if not self._emptying:
             self.teacher._apply(*arguments, **options)  # type: ignore[no-untyped-call]
-            _tell(self.teacher)
+            _note_device(self.teacher)
         return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Any:
@@ -130,7 +130,7 @@ class DistillationModule(LightningModule):
         student, teacher = self.features(batch)
         # The last batch may be one point, with nobody to rank; gathered, all must call the loss.
         ranked = self.criterion.gather or len(student) > 1
-        # Another process would wait for what this one does not log: then it has no weight.
+        # Every process must log, or the others wait; a batch that is not ranked counts 0.
         if ranked or self.trainer.world_size > 1:
             loss = self.criterion(student, teacher) if ranked else student.new_zeros(())
             count = self._weight(len(student)) if ranked else 0
@@ -153,7 +153,7 @@ class DistillationModule(LightningModule):
         return self.optimizer([p for p in self.parameters() if p.requires_grad])
 
 
-def _tell(network: nn.Module) -> None:
+def _note_device(network: nn.Module) -> None:
     """Lightning's modules keep a note of where they are, which their own .to() and so on write."""
     parameter = next(network.parameters(), None)
     for module in network.modules():
@@ -238,7 +238,7 @@ class CoherenceCallback(Callback):
         for index in range(loaders):
             # What this process adds to the sums over processes, all of which have to call.
             found = self._measured(self._points.get(index, []))
-            added = torch.zeros(5, device="cpu")
+            added = torch.zeros(len(Coherence._fields) + 1, device="cpu")
             if found is not None:
                 added = torch.stack([*found, found.kendall.new_ones(())])
             # float32, because some accelerators have no float64.

@@ -157,14 +157,13 @@ class CoherenceLoss(BaseMetricLossFunction):
     def _rows(self, argument: str, rows: object) -> Tensor:
         count = len(self.teacher)
         expected = f"{argument}: expected rows of the teacher's embeddings, 0 to {count - 1}"
-        # bool is no row, and an index of bool or uint8 would be taken for a mask.
-        numbers = (
-            isinstance(rows, Tensor) and not rows.is_floating_point() and not rows.is_complex()
+        integers = isinstance(rows, Tensor) and not (
+            rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool
         )
-        if not isinstance(rows, Tensor) or not numbers or rows.dtype == torch.bool:
+        if not isinstance(rows, Tensor) or not integers:
             got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-            raise TypeError(f"{expected}, int64; got {got}")
-        rows = rows.to(torch.int64)  # some unsigned ones have no minimum
+            raise TypeError(f"{expected}, integers; got {got}")
+        rows = rows.to(torch.int64)  # bytes as an index would be a mask
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
             raise ValueError(f"{expected}; got {int(rows.min())} to {int(rows.max())}")
         return self.teacher[rows.to(self.teacher.device)]

@@ -19,7 +19,7 @@ except ImportError as error:
         "(pip install pcoherence[torchmetrics])"
     ) from error
 
-from pcoherence.inputs import FLOAT_DTYPES
+from pcoherence.inputs import FLOAT_DTYPES, check_points, check_same_length
 from pcoherence.metrics import Coherence, coherence
 from pcoherence.spec import Metric, check_count, check_flag, check_metrics
 
@@ -80,21 +80,14 @@ class CoherenceMetric(_Metric):
         Raises:
             TypeError, ValueError: features that do not match each other or those kept.
         """
-        for name, given in (("student", student), ("teacher", teacher)):
-            if not isinstance(given, Tensor) or given.ndim != 2:
-                got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
-                raise ValueError(f"{name}: expected a tensor [points, features]; got {got}")
-            if given.dtype not in FLOAT_DTYPES:
-                raise TypeError(f"{name}: expected floating point features; got {given.dtype}")
+        for name, given in zip(SIDES, (student, teacher), strict=True):
+            check_points(name, given)
             kept = getattr(self, name)
             if kept and kept[0].shape[1] != given.shape[1]:
                 raise ValueError(
                     f"{name}: expected width {kept[0].shape[1]}, as before; got {given.shape[1]}"
                 )
-        if len(student) != len(teacher):
-            raise ValueError(
-                f"teacher: expected as many rows as student, {len(student)}; got {len(teacher)}"
-            )
+        check_same_length("teacher", teacher, "student", student)
         self.student.append(student.detach())
         self.teacher.append(teacher.detach())
 
@@ -103,34 +96,40 @@ class CoherenceMetric(_Metric):
     ) -> None:
         """Gather the points of all processes, some of which may have seen none.
 
-        Collectives want tensors of as many dimensions and of one dtype from everybody: processes
-        first tell one another what they hold, width and dtype, -1 for nothing.
+        The library's own method wants tensors of as many dimensions and of one dtype from
+        everybody: processes first tell one another what they hold.
         """
+        header = torch.tensor(self._held(), device=self.device)
+        headers = dist_sync_fn(header, group=process_group or self.process_group)
+        seen = torch.stack(headers).view(-1, len(SIDES), 2)
+        for name, held in zip(SIDES, seen.unbind(1), strict=True):
+            self._agree(name, held.tolist())
+        super()._sync_dist(dist_sync_fn, process_group)
+
+    def _held(self) -> list[int]:
+        """Width and position of the dtype in FLOAT_DTYPES of each side; -1 for nothing."""
         held = []
         for name in SIDES:
             kept = getattr(self, name)
-            dtypes = {tensor.dtype for tensor in kept}
-            common = functools.reduce(torch.promote_types, dtypes) if dtypes else None
-            held += [-1, -1] if common is None else [kept[0].shape[1], FLOAT_DTYPES.index(common)]
-        header = torch.tensor(held, device=self.device)
-        headers = dist_sync_fn(header, group=process_group or self.process_group)
-        seen = torch.stack(headers).view(-1, len(SIDES), 2).tolist()
+            if kept:
+                dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in kept))
+                held += [kept[0].shape[1], FLOAT_DTYPES.index(dtype)]
+            else:
+                held += [-1, -1]
+        return held
+
+    def _agree(self, name: str, held: list[list[int]]) -> None:
+        """Make this process's points those of a width and dtype that all have."""
+        held = [one for one in held if one[0] >= 0]
+        if not held:
+            return
+        widths = {width for width, _ in held}
+        if len(widths) > 1:
+            raise ValueError(f"{name}: expected one width on all processes; got {sorted(widths)}")
+        dtype = functools.reduce(torch.promote_types, (FLOAT_DTYPES[i] for _, i in held))
         device = "cpu" if self.compute_on_cpu else self.device
-        for side, name in enumerate(SIDES):
-            widths = {process[side][0] for process in seen} - {-1}
-            if not widths:
-                continue
-            if len(widths) > 1:
-                raise ValueError(
-                    f"{name}: expected one width on all processes; got {sorted(widths)}"
-                )
-            dtype = functools.reduce(
-                torch.promote_types,
-                (FLOAT_DTYPES[process[side][1]] for process in seen if process[side][1] >= 0),
-            )
-            nothing = [torch.empty(0, widths.pop(), dtype=dtype, device=device)]
-            setattr(self, name, [tensor.to(dtype) for tensor in getattr(self, name)] or nothing)
-        super()._sync_dist(dist_sync_fn, process_group)
+        nothing = torch.empty(0, widths.pop(), dtype=dtype, device=device)
+        setattr(self, name, [tensor.to(dtype) for tensor in getattr(self, name)] or [nothing])
 
     def compute(self) -> dict[str, Tensor]:
         """The fields of `Coherence`, 0-d, float32; NaN with fewer than 2 points."""

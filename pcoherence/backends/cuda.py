@@ -207,7 +207,7 @@ class CudaRowKernels:
         temperature: float,
         method: str,
     ) -> Tensor:
-        """See RowKernels. In float64: float32 positions of a wide range lose digits of its ends."""
+        """See RowKernels."""
         wide = values.double()
         weights, upstream = (
             None if given is None else given.double() for given in (weights, upstream)

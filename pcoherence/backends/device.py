@@ -196,6 +196,9 @@ class RowKernels(Protocol):
     ) -> Tensor:
         """1/2 + sum_k w_k sigmoid((v_j - v_k) / temperature), or its pullback of `upstream`.
 
+        Infinite values rank at the ends and have no slope. Computed in float64: float32 positions
+        of a wide range lose the digits of what lies close together at its ends.
+
         values, upstream T [r, n]; weights T [n], [r, n] or None for ones -> T [r, n].
         """
         ...
@@ -650,7 +653,7 @@ class Coherence:
         anchors = None if self._anchors is None else self._anchors[begin:end, None]
         block.mul_(traits.chain if anchors is None else anchors * traits.chain)
         own = self._own[begin:end, None]
-        # Nobody's own column (-1) keeps its value; beyond the last is nobody either, unchecked.
+        # -1, and entries past the last where self_index could not be checked, keep their value.
         column = own.clamp(0, block.shape[1] - 1)
         nobody = own != column
         block.scatter_(1, column, torch.where(nobody, block.gather(1, column), 0.0))
