@@ -376,7 +376,9 @@ def soft_rank(
     """Differentiable ranks along the last dimension, in the units of average ranks.
 
     rank_j = 1/2 + sum_k w_k sigmoid((v_j - v_k) / temperature): from 1 to n at unit weights,
-    and scipy.stats.rankdata as the temperature goes to 0.
+    and scipy.stats.rankdata as the temperature goes to 0. Infinite values rank at the ends, -inf
+    first, ties among them count 1/2, without gradient; a NaN makes its row NaN. An entry of
+    weight 0 moves no other.
 
     Args:
         values: [..., n], float16, bfloat16, float32 or float64.

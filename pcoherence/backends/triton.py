@@ -73,7 +73,9 @@ class TritonBackend(OperatorBackend):
         if not INSTALLED:
             return "triton is not installed"
         if not torch.cuda.is_available() and not INTERPRETED:
-            return "no CUDA device, and triton's interpreter is off (TRITON_INTERPRET=1)"
+            return (
+                "no CUDA device, and triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
+            )
         return None if torch.compiler.is_compiling() else _import_error()
 
     def operators(self) -> ops.Operators:
