@@ -70,3 +70,29 @@ def test_bad_numbers(value: Any, error: type[Exception]) -> None:
 def test_not_with_the_mean_over_all_anchors() -> None:
     with pytest.raises(ValueError, match=r'^num_anchors: expected None with scale="batch"'):
         PerceptionCoherenceLoss(num_anchors=2, scale="batch")
+
+
+def test_compiled_at_more_sizes_than_torch_compiles_anew_for() -> None:
+    torch._dynamo.reset()
+    criterion = PerceptionCoherenceLoss(num_anchors=4)
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    for m in range(3, 25):  # fewer than num_anchors among them
+        student = make_case("gaussian", m, 3, seed=m).requires_grad_()
+        teacher = make_case("gaussian", m, 4, seed=m + 100)
+        torch.manual_seed(m)
+        found = compiled(student, teacher)
+        torch.manual_seed(m)
+        expected = criterion(student, teacher)
+        gradients = (torch.autograd.grad(loss, student)[0] for loss in (found, expected))
+        assert torch.equal(found, expected)
+        assert torch.equal(*gradients)
+
+
+def test_a_compiled_graph_holds_no_generator() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        PerceptionCoherenceLoss(num_anchors=4), fullgraph=True, backend="aot_eager"
+    )
+    message = r"generator: expected None under torch\.compile.*torch\.manual_seed seeds the draw"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+        compiled(STUDENT, TEACHER, generator=torch.Generator())
