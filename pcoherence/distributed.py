@@ -65,7 +65,6 @@ def report_failure(group: dist.ProcessGroup | None) -> None:
     _exchange([1] + [0] * (len(HEADER) - 1), group)
 
 
-@torch.compiler.disable  # sizes are values: a graph ends here
 def gather(
     spec: LossSpec, inputs: LossInputs, group: dist.ProcessGroup | None
 ) -> tuple[LossSpec, LossInputs]:
@@ -159,10 +158,9 @@ def _header_device(group: dist.ProcessGroup | None) -> torch.device:
 
     Not the features' device: a process that has refused them may have none.
     """
-    chosen = dist.group.WORLD if group is None else group
-    assert chosen is not None
-    devices = {device.type: device for device in chosen._device_types}
-    return devices.get("cpu") or next(iter(devices.values()))
+    # "cpu:gloo,cuda:nccl", say
+    devices = [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    return torch.device("cpu" if "cpu" in devices else devices[0])
 
 
 def _check_headers(headers: list[list[int]]) -> None:

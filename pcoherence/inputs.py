@@ -133,7 +133,9 @@ def computing_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision raised to float32; other dtypes as they are. Gradients flow through."""
-    return tensor.to(computing_dtype(tensor.dtype))
+    dtype = computing_dtype(tensor.dtype)
+    # Itself where nothing changes: inside of torch.func even that .to() would be a transform.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def converted_weights(weights: Tensor | None, points: Tensor) -> Tensor:
