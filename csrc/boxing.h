@@ -1,5 +1,5 @@
 // How an operator's function is registered: PCOH_BOX(&function) in place of TORCH_BOX(&function).
-// torch's own conversion to std::string (2.11 to 2.14) leaks the string that it makes: 48 bytes for every argument of
+// torch's own conversion to std::string (that of 2.13) leaks the string that it makes: 48 bytes for every argument of
 // every call, each of which also keeps the heap from joining what is freed around it.
 #pragma once
 
