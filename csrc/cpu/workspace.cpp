@@ -24,7 +24,7 @@ constexpr std::size_t kHugePage = 2 << 20;
 
 // From this size on memory comes from the system's pages and goes back to them, or is kept in the pool. In the heap a
 // large block cannot be joined again to what was beside it once something small stays there, and training would grow
-// by one with every call. 64 KiB: the square of 128 float32 points; getting as many pages anew costs some 5 us.
+// by one with every call. 64 KiB: the square of 128 float32 points.
 constexpr std::size_t kPooled = 64 << 10;
 
 // Sizes of pooled blocks are multiples of this, so that calls of nearly the same size share them.
@@ -118,21 +118,19 @@ Block take_block(std::size_t bytes) {
 void return_block(Block block) noexcept {
   if (block.data == nullptr) return;
   if (block.bytes < kPooled) return release(block);
-  std::vector<Block> evicted;  // given back after the lock
+  const std::lock_guard<std::mutex> lock(pool().mutex);
+  auto& blocks = pool().blocks;
   try {
-    const std::lock_guard<std::mutex> lock(pool().mutex);
-    auto& blocks = pool().blocks;
     blocks.push_back(block);
-    pool().bytes += block.bytes;
-    std::size_t count = 0;
-    for (std::size_t left = pool().bytes; left > kPoolBytes; ++count) left -= blocks[count].bytes;
-    evicted.assign(blocks.begin(), blocks.begin() + count);
-    blocks.erase(blocks.begin(), blocks.begin() + count);
-    for (const Block& old : evicted) pool().bytes -= old.bytes;
   } catch (const std::bad_alloc&) {
     return release(block);  // no memory to remember it
   }
-  for (const Block& old : evicted) release(old);
+  pool().bytes += block.bytes;
+  while (pool().bytes > kPoolBytes) {
+    pool().bytes -= blocks.front().bytes;
+    release(blocks.front());
+    blocks.erase(blocks.begin());
+  }
 }
 
 void* Buffer::need_bytes(std::size_t bytes) {
