@@ -1,9 +1,9 @@
 // Kernel sums by recurrences along the sorted row (docs/mathematics.rst). s: values in units of the temperature.
 //
 // With z = exp(-(s_j - s_k)), k below j: sigmoid(s_j - s_k) = 1 + sum_m c_m z^m, and every power decays from one
-// sorted position to the next:  up_m(j) = e^m (row_.weights{j-1} + up_m(j - 1)),  down_m(j) = e'^m (row_.weights{j+1} +
-// down_m(j + 1)), e = exp(-(s_j - s_{j-1})), e' = exp(-(s_{j+1} - s_j)). All in float64, for any element type. j itself
-// is left out: in the pullback it cancels, and must not leave a rounding error behind where all other slopes are 0.
+// sorted position to the next:  up_m(j) = e^m (w_{j-1} + up_m(j - 1)),  down_m(j) = e'^m (w_{j+1} + down_m(j + 1)),
+// e = exp(-(s_j - s_{j-1})), e' = exp(-(s_{j+1} - s_j)). All in float64, for any element type. j itself is left out: in
+// the pullback it cancels, and must not leave a rounding error behind where all other slopes are 0.
 #pragma once
 
 #include "../tables.h"
