@@ -66,7 +66,6 @@ class DistillationModule(LightningModule):
         super().__init__()
         self.criterion = PerceptionCoherenceLoss(**options)
         self.student = student
-        self._emptying = False
         # In a tuple, so that it is no submodule: not saved, trained, nor put in training mode.
         self._unregistered = (teacher.requires_grad_(False).eval(),)
         self.optimizer = optimizer
@@ -78,9 +77,8 @@ class DistillationModule(LightningModule):
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         """What .to(), .cuda(), .half() and the like are made of."""
-        if not self._emptying:
-            self.teacher._apply(*arguments, **options)  # type: ignore[no-untyped-call]
-            _note_device(self.teacher)
+        self.teacher._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        _note_device(self.teacher)
         return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Any:
@@ -91,11 +89,8 @@ class DistillationModule(LightningModule):
         tensors = (*self.teacher.parameters(), *self.teacher.buffers())
         if any(tensor.is_meta for tensor in tensors):
             return super().to_empty(device=device, recurse=recurse)
-        self._emptying = True
-        try:
-            super().to_empty(device=device, recurse=recurse)
-        finally:
-            self._emptying = False
+        # What to_empty() does, past this class's own _apply.
+        super()._apply(lambda t: torch.empty_like(t, device=device), recurse=recurse)  # type: ignore[no-untyped-call]
         if device is not None:
             self.teacher.to(device)
         if self.criterion.bank is not None:
