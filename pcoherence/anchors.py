@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import objectives
-from .inputs import LossInputs
+from .inputs import LossInputs, check_generator, refuse_recomputation
 from .spec import LossSpec
 
 
@@ -21,6 +21,7 @@ def estimate(
     evaluate: Callable[[LossSpec, LossInputs], Tensor],
 ) -> Tensor:
     """The loss by `evaluate`, over all anchors or over those drawn."""
+    check_draw(spec, generator)
     part = sample(spec, inputs, generator)
     if part is None:
         return evaluate(spec, inputs)
@@ -28,6 +29,13 @@ def estimate(
     if spec.reduction != "none":
         return loss
     return loss.new_zeros(inputs.student.shape[0]).index_put((part.drawn,), loss)
+
+
+def check_draw(spec: LossSpec, generator: torch.Generator | None) -> None:
+    """Raise unless the generator, if any, can be drawn from, once."""
+    check_generator(generator)
+    if generator is not None and spec.num_anchors is not None:
+        refuse_recomputation("generator")
 
 
 class Sample(NamedTuple):

@@ -204,6 +204,21 @@ def check_generator(generator: object) -> None:
         )
 
 
+def refuse_recomputation(changed: str) -> None:
+    """Raise where activation checkpointing computes the loss again, in the backward pass.
+
+    `changed`, the bank or the generator, is not what it was: that would be another loss.
+    """
+    # -1: not in a backward pass
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return
+    raise RuntimeError(
+        f"{changed}: expected the loss outside of torch.utils.checkpoint, whose second pass would "
+        "not see what the first one saw; got a call in the backward pass. Checkpoint the networks, "
+        "and compute the loss after them"
+    )
+
+
 def values_are_hidden(tensor: Tensor) -> bool:
     """Whether there are no values to read, or reading them would break what is being traced."""
     if torch.compiler.is_compiling() or tensor.is_meta:

@@ -18,9 +18,9 @@ from .inputs import (
     LossInputs,
     candidates,
     check_enough_candidates,
-    check_generator,
     prepare_inputs,
     prepare_values,
+    refuse_recomputation,
 )
 from .spec import BACKENDS, METHODS, LossSpec, Metric, check_flag, check_name, check_temperature
 
@@ -134,8 +134,6 @@ def perception_coherence_loss(
         include_self=include_self,
     )
     check_enough_candidates(inputs)
-    check_generator(generator)
-    _refuse_recomputation(spec, generator, fills_bank=False)
     return anchors.estimate(spec, inputs, generator, _evaluate)
 
 
@@ -267,8 +265,9 @@ class PerceptionCoherenceLoss(nn.Module):
         spec = self.spec
 
         def prepare() -> LossInputs:
-            check_generator(generator)
-            _refuse_recomputation(spec, generator, self.bank is not None and self.training)
+            anchors.check_draw(spec, generator)
+            if self.bank is not None and self.training:
+                refuse_recomputation("bank")
             return prepare_inputs(
                 student,
                 teacher,
@@ -423,23 +422,3 @@ def _of_nobody(spec: LossSpec, inputs: LossInputs) -> Tensor:
     """
     zero = candidates(inputs.student, inputs.student_candidates)[:0].sum()
     return zero + (inputs.student.sum(1) if spec.reduction == "none" else inputs.student.sum())
-
-
-def _refuse_recomputation(
-    spec: LossSpec, generator: torch.Generator | None, fills_bank: bool
-) -> None:
-    """Raise where activation checkpointing computes the loss again, in the backward pass.
-
-    What has changed since, the bank or the generator, would make it another loss.
-    """
-    # -1: not in a backward pass
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-        return
-    draws = generator is not None and spec.num_anchors is not None
-    if not draws and not fills_bank:
-        return
-    raise RuntimeError(
-        f"{'generator' if draws else 'bank'}: expected the loss outside of "
-        "torch.utils.checkpoint, whose second pass would not see what the first one saw; got a "
-        "call in the backward pass. Checkpoint the networks, and compute the loss after them"
-    )

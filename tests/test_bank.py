@@ -14,7 +14,12 @@ import torch
 import torch.distributed.checkpoint as checkpoint
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from pcoherence import CandidateBank, PerceptionCoherenceLoss, perception_coherence_loss
+from pcoherence import (
+    CandidateBank,
+    PerceptionCoherenceLoss,
+    perception_coherence_loss,
+    reference,
+)
 from pcoherence.testing import make_case
 
 
@@ -467,14 +472,15 @@ def test_recomputation_with_a_generator_is_refused_by_name() -> None:
     )
     with pytest.raises(RuntimeError, match=r"^generator: expected the loss outside of"):
         loss.backward()
-    loss = checkpointed(
-        functools.partial(perception_coherence_loss, num_anchors=3, generator=generator),
-        student,
-        teacher,
-        use_reentrant=False,
-    )
-    with pytest.raises(RuntimeError, match=r"^generator: expected the loss outside of"):
-        loss.backward()
+    for function in (perception_coherence_loss, reference.perception_coherence_loss):
+        loss = checkpointed(
+            functools.partial(function, num_anchors=3, generator=generator),
+            student,
+            teacher,
+            use_reentrant=False,
+        )
+        with pytest.raises(RuntimeError, match=r"^generator: expected the loss outside of"):
+            loss.backward()
     # torch's own random numbers are drawn again alike.
     torch.manual_seed(3)
     loss = checkpointed(criterion, student, teacher, use_reentrant=False)

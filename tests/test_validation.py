@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from pcoherence import PerceptionCoherenceLoss, perception_coherence_loss, soft_rank
+from pcoherence import (
+    PerceptionCoherenceLoss,
+    perception_coherence_loss,
+    reference,
+    soft_rank,
+)
 from pcoherence.spec import METRICS, OBJECTIVES, REDUCTIONS, SCALES
 
 X = torch.randn(5, 3)
@@ -172,7 +177,8 @@ def test_what_is_no_embedding() -> None:
 
 
 def test_a_generator_is_checked_before_any_work() -> None:
-    for call in (perception_coherence_loss, PerceptionCoherenceLoss()):
+    functions = perception_coherence_loss, reference.perception_coherence_loss
+    for call in (*functions, PerceptionCoherenceLoss()):
         with pytest.raises(
             TypeError, match=r"^generator: expected a torch.Generator or None; got int"
         ):
