@@ -35,5 +35,5 @@ def main() -> None:
 
 dist.init_process_group("gloo")  # "nccl" on GPUs; torchrun has set rank and world size
 main()
-gc.collect()  # DistributedDataParallel leaves cycles, which would hold the group until the very end
+gc.collect()  # cycles of DistributedDataParallel, which hold the group
 dist.destroy_process_group()

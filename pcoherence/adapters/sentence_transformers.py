@@ -22,7 +22,7 @@ class CoherenceDistillationLoss(nn.Module):
 
     The dataset has text columns and a column `label` with the teacher's embeddings of the texts,
     computed once. Every text is a point: with several columns, those of all columns are ranked
-    together. Student and teacher may differ in width.
+    together. Student and teacher may differ in width::
 
         texts, label                      inputs
         one column, [batch, dt]           the teacher's embedding of each text
