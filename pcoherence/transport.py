@@ -32,7 +32,9 @@ def _sqeuclidean(x: Tensor, y: Tensor) -> Tensor:
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
     """M_ab = 1 - cos(x_.a, y_.b); x [n, ds], y [n, dt] -> [ds, dt]."""
-    return 1 - distances.directions(x.T) @ distances.directions(y.T).T
+    # In float64, the gradient's products too: torch may take those of float32 in TF32.
+    ours, theirs = (distances.directions(side.T).double() for side in (x, y))
+    return (1 - ours @ theirs.T).to(x.dtype)
 
 
 COST_FUNCTIONS = {"sqeuclidean": _sqeuclidean, "euclidean": _euclidean, "cosine": _cosine}

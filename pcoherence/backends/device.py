@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .points import TRAITS, Prepared, Side, Traits, lengths, power_of_two_below, slabs, wide
+from .products import multiply, subtract_product
 
 BLOCK_BYTES = 32 << 20
 """Bytes of a block of distances: 2,048 anchors of 4,096 float32 candidates.
@@ -341,13 +342,13 @@ class ProductCloud(Cloud):
     def distances(self, out: Tensor, products: Tensor, begin: int, order_only: bool) -> Any:
         """Distances of anchors begin .. begin + len(out) into out [b, n]; returns the near pairs.
 
-        products [b, n] is overwritten. The products follow torch's own switch for TF32.
+        products [b, n] is overwritten.
         """
         anchors = self._anchor_side.part(begin, begin + out.shape[0])
         if self.symmetric:
             self._symmetric_products(products)
         else:
-            torch.mm(anchors.prepared, self._candidate_side.prepared.t(), out=products)
+            multiply(anchors.prepared, self._candidate_side.prepared.t(), products)
         return self._kernels.product_distances(
             out,
             products,
@@ -367,7 +368,7 @@ class ProductCloud(Cloud):
         rows = MIRRORED_ROWS if width >= MIRRORED_WIDTH else n
         for begin in range(0, n, rows):
             end = min(begin + rows, n)
-            torch.mm(x[begin:end], x[begin:].t(), out=out[begin:end, begin:])
+            multiply(x[begin:end], x[begin:].t(), out[begin:end, begin:])
         if rows < n:
             self._kernels.mirror(out)
 
@@ -410,7 +411,8 @@ def _add_products(kernels: RowKernels, out: Tensor, v: Tensor, x: Tensor, c: Ten
     """out_i += rowsum(v)_i x_i - (v c)_i; out, x T [b, d], v T [b, n], c T [n, d]."""
     # torch would convert all of v to float64 first.
     sums = kernels.row_sums(v, None)[0].to(v.dtype)
-    out.addcmul_(sums[:, None], x).addmm_(v, c, alpha=-1)
+    out.addcmul_(sums[:, None], x)
+    subtract_product(out, v, c)
 
 
 class ProductGradient:
@@ -451,7 +453,7 @@ class ProductGradient:
         if self.anchors is not None:
             _add_products(self._kernels, self.anchors[begin:end], v, x.prepared, c.prepared)
         if self.candidates is not None and self._column_sums is not None:
-            self.candidates.addmm_(v.t(), x.prepared, alpha=-1)
+            subtract_product(self.candidates, v.t(), x.prepared)
             # Of a block in T: as exact as the product, and without a copy of it in float64.
             self._column_sums += v.sum(0)
 

@@ -1,0 +1,102 @@
+"""Matrix products of the GPU backends, in full float32 whatever torch's switch for TF32 says.
+
+TF32 keeps 10 bits of a feature: it would move 14 % of a teacher's hard ranks (n = 2,048,
+d = 512). Scripts switch it on for their networks' layers, where that does no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write a b into out; a [m, k], b [k, n], out [m, n], all of one dtype."""
+    with full_float32():
+        torch.mm(a, b, out=out)
+
+
+def subtract_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Subtract a b from out; a [m, k], b [k, n], out [m, n], all of one dtype."""
+    with full_float32():
+        out.addmm_(a, b, alpha=-1)
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32 in CUDA's matrix products meanwhile; afterwards torch's switch is as it was.
+
+    The switch belongs to the process, and is read when a product is launched. Where several
+    threads are in here, the first switches TF32 off and the last restores it, so that none sees
+    another's restoration. Other threads' products are in full float32 for as long.
+    """
+    _switch.off()
+    try:
+        yield
+    finally:
+        _switch.restore()
+
+
+class _Switch:
+    """Torch's switch for TF32, and how many rely on its being off."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: tuple[str | None, str] | None = None  # what to restore, if anything
+
+    def off(self) -> None:
+        """Switch it off, also where someone has switched it on since."""
+        with self._lock:
+            self._users += 1
+            if _get("cuda") != "tf32":
+                return
+            self._before = _legacy(), _get("mkldnn")
+            if self._before[0] is None:
+                _set("cuda", "ieee")
+            else:  # torch refuses products while its two ways to say it differ
+                torch._C._set_float32_matmul_precision("highest")
+
+    def restore(self) -> None:
+        """As it was, once nobody relies on it; left alone where someone has set it since."""
+        with self._lock:
+            self._users -= 1
+            if self._users > 0 or self._before is None:
+                return
+            (legacy, mkldnn), self._before = self._before, None
+            if _get("cuda") == "tf32":
+                return
+            if legacy is None:
+                # The switch of all backends may be what said so: then this one goes on following.
+                for value in ("none", "tf32"):
+                    if _get("cuda") != "tf32":
+                        _set("cuda", value)
+                return
+            torch._C._set_float32_matmul_precision(legacy)
+            if _get("mkldnn") != mkldnn:
+                _set("mkldnn", mkldnn)
+
+
+_switch = _Switch()
+
+
+def _get(backend: str) -> str:
+    """One of "ieee", "tf32", "bf16" and "none", which stands for "ieee"."""
+    found: str = torch._C._get_fp32_precision_getter(backend, "matmul")
+    return found
+
+
+def _set(backend: str, precision: str) -> None:
+    torch._C._set_fp32_precision_setter(backend, "matmul", precision)
+
+
+def _legacy() -> str | None:
+    """What torch.set_float32_matmul_precision last said; None where the newer switch overrules."""
+    try:
+        return torch._C._get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses to put its state into the older words
+        return None
