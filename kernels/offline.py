@@ -3,8 +3,9 @@
     python -m pcoherence.kernels.offline 80 90 100 [--dtype float32] [--all]
 
 prints one line of JSON for each kernel and compute capability. What is compiled is what calls of
-the operators launch: they are run with a recorder in place of each kernel. A few calls that reach
-every kernel by default, with --all every combination of options.
+the operators launch, down to which arguments divide by 16: they are run with a recorder in place
+of each kernel. A few calls that reach every kernel by default, with --all every combination of
+options. What is compiled stays in Triton's cache, where launches with the same Triton find it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from ..backends import device
 from ..backends.device_operators import implement
@@ -36,23 +37,23 @@ from . import distances, launch, objectives, points, soft_ranks, tuning
 
 MODULES = {module.__name__: module for module in (distances, objectives, points, soft_ranks)}
 
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
+SIZES = [(64, 48), (70, 3)]
+"""Points and features: compiled apart where they divide by 16."""
+
+MORE_SIZES = [(64, 3), (70, 48), (2, 1)]
+"""A length of 1 is a constant, too."""
 
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 class Launch(NamedTuple):
-    """A kernel and all that its code depends on."""
+    """A kernel and all that its code depends on, as the just-in-time compiler sees it."""
 
     module: str
     kernel: str
-    types: tuple[tuple[str, str], ...]  # (parameter, type), of those that are not constants
-    constants: tuple[tuple[str, Any], ...]
+    signature: tuple[tuple[str, str], ...]  # (parameter, type)
+    constants: tuple[tuple[int, Any], ...]  # (position of the parameter, value)
+    divisible: tuple[tuple[int, bool], ...]  # (position of the parameter, whether 16 divides it)
     warps: int
 
 
@@ -61,23 +62,33 @@ class Recorder:
 
     def __init__(self, module: str, kernel: Any, launches: dict[Launch, None]) -> None:
         self._module, self._kernel, self._launches = module, kernel, launches
+        # Of an argument it asks the same for every capability.
+        self._backend = make_backend(GPUTarget("cuda", 90, 32))
+        self._bind = create_function_from_signature(kernel.signature, kernel.params, self._backend)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
         return self
 
     def __call__(self, *arguments: Any, num_warps: int, **constants: Any) -> None:
         """Note it."""
-        types = []
-        for name, value in zip(self._kernel.arg_names, arguments, strict=False):
-            if isinstance(value, Tensor):
-                types.append((name, TYPES[value.dtype]))
-            elif value == 1:  # a constant for the just-in-time compiler, too
-                constants[name] = value
-            else:
-                types.append((name, "i32"))
-        name = self._kernel.fn.__name__
-        found = Launch(self._module, name, tuple(types), tuple(constants.items()), num_warps)
-        self._launches[found] = None
+        given = {**constants, "num_warps": num_warps}
+        bound, specialization, rest = self._bind(*arguments, **given)
+        _, signature, found, attributes = self._kernel._pack_args(
+            self._backend, given, bound, specialization, rest
+        )
+        launch = Launch(
+            self._module,
+            self._kernel.fn.__name__,
+            tuple(signature.items()),
+            tuple((position, value) for (position,), value in found.items()),
+            tuple((position, what == DIVISIBLE) for (position,), what in attributes.items()),
+            num_warps,
+        )
+        self._launches[launch] = None
+
+
+DIVISIBLE = [["tt.divisibility", 16]]
+"""What the compiler calls an argument that divides by 16; it knows of nothing else."""
 
 
 def recorded(everything: bool, dtypes: list[str]) -> list[Launch]:
@@ -92,17 +103,18 @@ def recorded(everything: bool, dtypes: list[str]) -> list[Launch]:
     vars(device).update(MIRRORED_ROWS=32, MIRRORED_WIDTH=1)
     operators = Operators("pcoherence_offline")
     implement(operators, launch.row_kernels(), ("scan", "pairs"), "CPU")
-    sizes = [(70, 3), (2, 1)] if everything else [(70, 3)]
+    sizes = SIZES + MORE_SIZES if everything else SIZES
     for name, method, size in itertools.product(dtypes, ("pairs", "scan"), sizes):
-        x, y, values = torch.zeros(3, *size, dtype=getattr(torch, name)).unbind()
+        # A piece of memory for each, as users' tensors have: it begins where 16 divides.
+        x, y, values = (torch.zeros(size, dtype=getattr(torch, name)) for _ in range(3))
         ones = torch.ones_like(values[:, 0])
         for temperature, metric, scale, objective in _options(everything):
-            options = (0.1, temperature, metric, metric, scale, objective, method)
+            given = (0.1, temperature, metric, metric, scale, objective, method)
             for candidates in (None, y) if everything else (None,):
                 points = x, candidates, y, candidates
                 if everything:
-                    operators.coherence_rows(*points, None, None, None, *options)
-                operators.coherence_sum(*points, ones, None, None, None, *options, True, True)
+                    operators.coherence_rows(*points, None, None, None, *given)
+                operators.coherence_sum(*points, ones, None, None, None, *given, True, True)
         if everything:
             operators.soft_rank(values, None, 0.1, method)
             operators.soft_rank_backward(values, None, values, 0.1, method)
@@ -118,28 +130,35 @@ def _options(everything: bool) -> Iterator[tuple[float, str, str, str]]:
         yield 0.1, "cosine", "batch", "cross_entropy"
 
 
+def source(found: Launch) -> ASTSource:
+    """What the compiler compiles."""
+    return ASTSource(
+        getattr(MODULES[found.module], found.kernel),
+        dict(found.signature),
+        {(position,): value for position, value in found.constants},
+        {(position,): DIVISIBLE if is_so else [] for position, is_so in found.divisible},
+    )
+
+
+def options(found: Launch, target: GPUTarget) -> dict[str, Any]:
+    """How: as a launch says it, fused multiply-add among it (results are held to float64)."""
+    given = {"num_warps": found.warps, "debug": False, "instrumentation_mode": ""}
+    parsed: dict[str, Any] = make_backend(target).parse_options(given).__dict__
+    return parsed
+
+
 def usage(task: tuple[Launch, int]) -> dict[str, Any]:
     """Compile for a compute capability, and read the cubin's resources."""
     found, capability = task
-    kernel = getattr(MODULES[found.module], found.kernel)
-    constants = dict(found.constants)
-    signature = dict(found.types) | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(
-        kernel,
-        {name: signature[name] for name in kernel.arg_names},
-        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
-    )
-    # Fused multiply-add is meant: results are compared with float64, not between compilers.
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": found.warps, "enable_fp_fusion": True},
-    )
+    names = getattr(MODULES[found.module], found.kernel).arg_names
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source(found), target=target, options=options(found, target))
     registers, stack, _, local = _read_usage(compiled.asm["cubin"])
     return {
         "kernel": found.kernel,
-        "dtype": dict(found.types).get("values", found.types[0][1]).removeprefix("*"),
-        "constants": constants,
+        "dtype": dict(found.signature).get("values", found.signature[0][1]).removeprefix("*"),
+        "constants": {names[position]: value for position, value in found.constants},
+        "divisible": [names[position] for position, is_so in found.divisible if is_so],
         "capability": capability,
         "registers": registers,
         "shared": compiled.metadata.shared,

@@ -33,7 +33,8 @@ SHARED_BYTES = 48 << 10
 class Tiles:
     """Sizes of tiles, powers of two. Rows are anchors; see the kernels for the names.
 
-    row_*: statistics, objective, store_gradient: bound by memory, 4 KiB of float32 a step.
+    row_*: statistics, objective, store_gradient: bound by memory, a load of 16 bytes of float32 a
+        thread and step. (With two, statistics spill on sm_100.)
     pair_*: a tile of comparisons, [rows, j, k].
     scan_*: the chunk C = 32 makes 32 comparisons a candidate within chunks and 2 x 16 powers for
         the carry in each direction, which balances the two; a program is one warp, as its steps
@@ -69,7 +70,7 @@ class Tiles:
 # 16 registers a thread and temporary; 8 warps a tile of 32 x 32 x 8 differences in 32.
 _GPU = Tiles(
     row_rows=1,
-    row_columns=1024,
+    row_columns=512,
     row_warps=4,
     pair_rows=1,
     pair_j=64,

@@ -63,3 +63,68 @@ def test_kernels_keep_to_their_budget(
         assert use["spilled"] == 0, use
         assert use["registers"] <= registers, use
         assert use["shared"] <= tuning.SHARED_BYTES, use
+
+
+AS_LAUNCHED = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from pcoherence.backends.device_operators import implement
+from pcoherence.kernels import launch, offline, tuning
+from pcoherence.ops import Operators
+
+TARGET = GPUTarget("cuda", 90, 32)
+
+class Driver:
+    get_current_target = staticmethod(lambda: TARGET)
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+def compile(self, key, signature, device, constexprs, options, attrs, warmup):
+    compiled.add((self.__name__, ASTSource(self, signature, constexprs, attrs).hash(),
+                  options.hash()))
+
+compiled = set()
+driver.set_active(Driver())
+JITFunction._do_compile = compile
+launch.tiles = lambda dtype, on_gpu: tuning.tiles(dtype, True)
+operators = Operators("pcoherence_as_launched")
+implement(operators, launch.row_kernels(), ("scan", "pairs"), "CPU")
+for size in offline.SIZES:
+    for method in ("pairs", "scan"):
+        x, y = (torch.zeros(size) for _ in range(2))
+        options = (0.1, 0.0, "euclidean", "euclidean", "anchor", "spearman", method)
+        operators.coherence_sum(x, None, y, None, torch.ones(size[0]), None, None, None,
+                                *options, True, True)
+launched = dict.fromkeys(name for name, _, _ in compiled)
+"""
+
+COMPARED = """
+from concurrent.futures import ProcessPoolExecutor
+found = set()
+with ProcessPoolExecutor(1, mp_context=torch.multiprocessing.get_context("spawn")) as alone:
+    for one in alone.submit(offline.recorded, False, ["float32"]).result():
+        options = offline.make_backend(TARGET).parse_options(offline.options(one, TARGET))
+        found.add((one.kernel, offline.source(one).hash(), options.hash()))
+print(len(launched), len(compiled), sorted(name for name, *_ in compiled - found))
+"""
+
+
+def test_what_is_compiled_is_what_a_launch_compiles() -> None:
+    """Down to the keys of Triton's cache, of source and options."""
+    program = AS_LAUNCHED + "if __name__ == '__main__':\n" + COMPARED.replace("\n", "\n    ")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    kernels, launches, missing = done.stdout.split(maxsplit=2)
+    assert int(kernels) >= 10
+    assert int(launches) > int(kernels)
+    assert missing.strip() == "[]"
