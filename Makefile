@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(CXX_FILES)
 FORMATTED := $(CXX_FILES) $(wildcard tests/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-sentences test lint format docs figures bench bench-quick study study-quick gpu-check clean
+.PHONY: help install demo demo-sentences test lint format docs figures bench bench-quick study study-quick gpu-pack gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -78,10 +78,14 @@ study: $(VENV)/installed  ## does it transfer representations? all students, tab
 study-quick: $(VENV)/installed  ## the same on little data, to see that it works (under 5 minutes)
 	$(BIN)/python -m benchmarks.distillation run --quick
 
+# What a GPU machine needs, built here; CARD_PYTHON is a Python like that machine's.
+CARD_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3) python3.12)
+gpu-pack: $(VENV)/installed  ## build here what gpu-check uses there: .gpu-pack/ (about 6 minutes)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.gpu.pack --python $(CARD_PYTHON)
+
 # On a GPU machine, with its own python3, torch, triton and nvcc; nothing is installed.
-GPU_OUTPUT ?= benchmarks/results/gpu
-gpu-check:  ## build, test, sanitise and measure on this machine's GPU (under 8 minutes)
-	$(PYTHON) -m benchmarks.gpu_check --output $(GPU_OUTPUT)
+gpu-check:  ## check and measure on this machine's GPU (400 s; GPU_ARGS=--first: 170 s)
+	$(PYTHON) -m benchmarks.gpu.check $(GPU_ARGS)
 
 clean:  ## remove everything that the targets made
 	rm -rf $(VENV) build dist *.egg-info pcoherence/*.so demo-output docs/_build

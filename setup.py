@@ -1,10 +1,12 @@
 """Builds the C++ and CUDA extensions; everything else is declared in pyproject.toml.
 
 PCOHERENCE_NO_EXTENSION=1 installs the Python files alone: the reference needs no compiler.
-TORCH_CUDA_ARCH_LIST chooses the GPUs that the CUDA extension is compiled for.
+PCOHERENCE_CUDA=1 makes it an error that the CUDA extension cannot be built, 0 leaves it out.
+TORCH_CUDA_ARCH_LIST chooses the GPUs that it is compiled for.
 """
 
 import os
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -25,6 +27,9 @@ CXX_FLAGS = [
     "-Wno-psabi",  # vectors wider than the baseline's registers are only passed within one file
     "-Wno-unknown-pragmas",
 ]
+
+
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads=4"]
 
 
 def headers():
@@ -55,11 +60,28 @@ def cpu_extension():
 
 
 def cuda_extension():
-    """The CUDA kernels and their operators, pcoherence._C_cuda; None where they cannot be built."""
+    """The CUDA kernels and their operators, pcoherence._C_cuda; None where they are not built.
+
+    Where torch has CUDA they are wanted: that they cannot be built is said, or is an error.
+    """
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
 
-    if torch.version.cuda is None or CUDA_HOME is None:
+    wanted = os.environ.get("PCOHERENCE_CUDA")
+    if wanted not in (None, "0", "1"):
+        raise SystemExit(f"pcoherence: PCOHERENCE_CUDA: expected 0 or 1; got {wanted!r}")
+    missing = None
+    if torch.version.cuda is None:
+        missing = f"torch {torch.__version__} is built without CUDA"
+    elif CUDA_HOME is None:
+        missing = "there is no nvcc on PATH, and CUDA_HOME is not set"
+    if wanted == "0" or (missing and torch.version.cuda is None and wanted is None):
+        return None
+    if missing:
+        message = f"pcoherence: the CUDA extension cannot be built: {missing}"
+        if wanted == "1":
+            raise SystemExit(message)
+        print(f"{message}; backend 'cuda' will not be there", file=sys.stderr)
         return None
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
     names = ("launch.cu", "module.cpp", "ops.cpp")
@@ -69,7 +91,7 @@ def cuda_extension():
         define_macros=[STABLE_ABI, ("USE_CUDA", None)],
         extra_compile_args={
             "cxx": CXX_FLAGS,
-            "nvcc": ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads=4"],
+            "nvcc": NVCC_FLAGS,
         },
         depends=headers(),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton import cdiv
 
@@ -508,6 +509,19 @@ class TritonRowKernels:
         return out
 
 
+def settle_keys() -> None:
+    """Ask every kernel for its key in Triton's cache, callees before callers.
+
+    A caller's key says more where its callees have been asked before: without an order, a process
+    would not find what another has compiled. Milliseconds, which the first launch saves.
+    """
+    for module in (distances, soft_ranks, objectives, points):
+        for function in list(vars(module).values()):
+            if isinstance(function, triton.JITFunction):
+                _ = function.cache_key
+
+
 def row_kernels() -> RowKernels:
     """The kernels, as the pipeline sees them."""
+    settle_keys()
     return TritonRowKernels()

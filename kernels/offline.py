@@ -94,6 +94,7 @@ DIVISIBLE = [["tt.divisibility", 16]]
 def recorded(everything: bool, dtypes: list[str]) -> list[Launch]:
     """The launches of many calls, each once, in the order of their first appearance."""
     launches: dict[Launch, None] = {}
+    kernels = launch.row_kernels()
     for name, module in MODULES.items():
         for attribute, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction) and value.fn.__module__ == name:
@@ -102,7 +103,7 @@ def recorded(everything: bool, dtypes: list[str]) -> list[Launch]:
     # Also of small matrices a part is computed and the rest mirrored.
     vars(device).update(MIRRORED_ROWS=32, MIRRORED_WIDTH=1)
     operators = Operators("pcoherence_offline")
-    implement(operators, launch.row_kernels(), ("scan", "pairs"), "CPU")
+    implement(operators, kernels, ("scan", "pairs"), "CPU")
     sizes = SIZES + MORE_SIZES if everything else SIZES
     for name, method, size in itertools.product(dtypes, ("pairs", "scan"), sizes):
         # A piece of memory for each, as users' tensors have: it begins where 16 divides.
@@ -132,6 +133,7 @@ def _options(everything: bool) -> Iterator[tuple[float, str, str, str]]:
 
 def source(found: Launch) -> ASTSource:
     """What the compiler compiles."""
+    launch.settle_keys()
     return ASTSource(
         getattr(MODULES[found.module], found.kernel),
         dict(found.signature),

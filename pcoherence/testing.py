@@ -10,6 +10,8 @@ from torch import Tensor
 
 from . import distances, objectives, reference
 from .inputs import LossInputs, candidates, prepare_inputs
+from .loss import perception_coherence_loss
+from .remembered import remembered
 from .spec import LossSpec, Metric
 
 CASES = ("gaussian", "duplicates", "outlier", "equal", "mean1000", "clustered", "lattice")
@@ -18,6 +20,7 @@ ACCURACY = {torch.float32: (5e-6, 2e-5), torch.float64: (1e-9, 1e-9)}
 """Relative error that a fast backend may have in the loss and in the gradient's norm."""
 
 
+@remembered
 def make_case(
     case: str,
     n: int,
@@ -51,6 +54,32 @@ def make_case(
     elif case != "gaussian":
         raise ValueError(f"case: expected one of {', '.join(CASES)}; got {case!r}")
     return points.to(dtype)
+
+
+MOST_COMPARISONS = 4 * 10**7
+"""Of anchors times candidates squared: up to here `truth` asks the reference, a few seconds."""
+
+
+@remembered
+def truth(
+    student: Tensor, teacher: Tensor, *, dtype: torch.dtype = torch.float64, **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """Loss and d loss / d student of a batch that is its own candidates, computed in `dtype`.
+
+    As `reference_value_and_grad`; of batches that are too large for it, the CPU backend's, which
+    tests hold to the reference (in float64 within 1e-9).
+    """
+    n = student.shape[0]
+    weights = arguments.get("anchor_weights")
+    anchors = n if weights is None else int(weights.count_nonzero())
+    if anchors * n**2 <= MOST_COMPARISONS:
+        return reference_value_and_grad(student, teacher, dtype=dtype, **arguments)[:2]
+    leaf = student.detach().to(dtype).requires_grad_()
+    tensors, options = _split(arguments)
+    others = {name: _in(dtype, tensor) for name, tensor in tensors.items()}
+    loss = perception_coherence_loss(leaf, teacher.to(dtype), **others, **options, backend="cpu")
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient
 
 
 def reference_value_and_grad(

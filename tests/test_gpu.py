@@ -1,13 +1,14 @@
 """The GPU backends on a GPU: options, dtypes, odd sizes, streams, graphs, repeatability.
 
 Skipped where there is no GPU: there the same kernels are tested in Triton's interpreter
-(test_triton.py) and with emulated thread blocks (test_cuda_rows.py).
+(test_triton.py) and with emulated thread blocks (test_cuda_rows.py). PCOHERENCE_REHEARSAL=1 runs
+them with the CPU backend in the GPU's place, which tests the tests.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import pcoherence
+from benchmarks.gpu import device
 from pcoherence.backends import device as pipeline
 from pcoherence.spec import METRICS, OBJECTIVES, SCALES
 from pcoherence.testing import (
@@ -25,13 +27,19 @@ from pcoherence.testing import (
     reference_value_and_grad,
     relative_error,
     tolerances,
+    truth,
 )
 
-if not torch.cuda.is_available():
+if not device.present():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-BACKENDS = [name for name in ("cuda", "triton") if pcoherence.available_backends()[name] is None]
-SIZES = (2, 3, 17, 33, 130, 513, 1031)
+DEVICE = device.DEVICE
+BACKENDS = tuple(device.BACKENDS)
+METHODS_OF = [(backend, method) for backend, names in device.BACKENDS.items() for method in names]
+SIZES = (3, 33, 513, 1031, 2059, 8192)
+"""Odd, but for one that divides by all tiles; of one thread block, of several, of many."""
+ALL_SOFT = 2059
+"""Points up to which soft teachers are checked, too."""
 LOSS_FLOOR, GRADIENT_FLOOR = 0.1, 0.1
 """What losses of a few points and gradients that vanish are held to; see relative_error.
 
@@ -39,19 +47,16 @@ Terms of the gradient are of the size 1 / temperature, 0.1 is a hundredth of tha
 """
 
 
-def test_both_backends_are_there() -> None:
-    assert BACKENDS == ["cuda", "triton"], pcoherence.available_backends()
-
-
-def methods(backend: str) -> tuple[str, ...]:
-    return ("auto", "grid", "scan", "pairs") if backend == "cuda" else ("auto", "scan", "pairs")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backend_is_there(backend: str) -> None:
+    assert pcoherence.available_backends()[backend] is None
 
 
 def evaluate(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Loss and gradient on the GPU, given tensors of the CPU."""
-    moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in options.items()}
-    leaf = student.detach().cuda().requires_grad_()
-    loss = pcoherence.perception_coherence_loss(leaf, teacher.cuda(), **moved)
+    moved = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in options.items()}
+    leaf = student.detach().to(DEVICE).requires_grad_()
+    loss = pcoherence.perception_coherence_loss(leaf, teacher.to(DEVICE), **moved)
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     return loss.detach().cpu(), gradient.cpu()
 
@@ -64,12 +69,13 @@ def check(
     **options: Any,
 ) -> None:
     """Against the float64 truth, with twice what brute force in the same dtype errs by."""
-    truth = reference_value_and_grad(student, teacher, **options)[:2]
-    brute = reference_value_and_grad(student, teacher, dtype=student.dtype, **options)[:2]
-    rough = errors(brute, truth)
+    # The same points in float64, whatever they are rounded to: the same truth.
+    exact = student.double(), teacher.double()
+    right = truth(*exact, dtype=torch.float64, **options)
+    rough = errors(truth(*exact, dtype=student.dtype, **options), right)
     limits = tolerances(student.dtype, rough)
     for method in methods:
-        found = errors(evaluate(student, teacher, backend=backend, method=method, **options), truth)
+        found = errors(evaluate(student, teacher, backend=backend, method=method, **options), right)
         for what, error, limit in zip(("loss", "gradient"), found, limits, strict=True):
             assert error <= limit, f"{method} {what}: {error:.2e} > {limit:.2e}"
 
@@ -82,24 +88,16 @@ def errors(found: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[float, flo
     return loss, gradient
 
 
-@pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_method_at_odd_sizes(backend: str, objective: str, n: int) -> None:
-    student = make_case("gaussian", n, 19, dtype=torch.float32, seed=n)
-    teacher = make_case("gaussian", n, 33, dtype=torch.float32, seed=n + 1)
-    anchors = torch.zeros(n)
-    anchors[:: max(1, n // 6)] = 1.0
-    for soft in (None, 0.2):
-        check(
-            student,
-            teacher,
-            backend,
-            methods(backend),
-            objective=objective,
-            teacher_temperature=soft,
-            anchor_weights=anchors,
-        )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize(("backend", "method"), METHODS_OF)
+def test_values(backend: str, method: str, n: int, dtype: torch.dtype, objective: str) -> None:
+    """Value and gradient; the same points in both dtypes, so that one truth serves both."""
+    student = make_case("gaussian", n, 9, dtype=torch.float32, seed=n).to(dtype)
+    teacher = make_case("gaussian", n, 13, dtype=torch.float32, seed=n + 1).to(dtype)
+    for soft in (None, 0.2) if n <= ALL_SOFT else (None,):
+        check(student, teacher, backend, [method], objective=objective, teacher_temperature=soft)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -145,9 +143,9 @@ def test_hostile_points(backend: str, case: str, temperature: float) -> None:
 @pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o != "l1"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend: str, objective: str, scale: str) -> None:
-    student = make_case("gaussian", 7, 3).cuda().requires_grad_()
-    teacher = make_case("gaussian", 7, 4, seed=1).cuda()
-    for method in methods(backend):
+    student = make_case("gaussian", 7, 3).to(DEVICE).requires_grad_()
+    teacher = make_case("gaussian", 7, 4, seed=1).to(DEVICE)
+    for method in device.BACKENDS[backend]:
         assert gradcheck(
             lambda x, method=method: pcoherence.perception_coherence_loss(
                 x,
@@ -170,13 +168,13 @@ def test_rectangular_with_gradients_to_candidates(backend: str) -> None:
     index = torch.randint(-1, 50, (21,), generator=torch.Generator().manual_seed(0))
     given = {"student_candidates": more[0], "teacher_candidates": more[1], "self_index": index}
     _, expected, expected_candidates = reference_value_and_grad(student, teacher, **given)
-    leaves = [x.cuda().requires_grad_() for x in (student, more[0])]
+    leaves = [x.to(DEVICE).requires_grad_() for x in (student, more[0])]
     loss = pcoherence.perception_coherence_loss(
         leaves[0],
-        teacher.cuda(),
+        teacher.to(DEVICE),
         student_candidates=leaves[1],
-        teacher_candidates=more[1].cuda(),
-        self_index=index.cuda(),
+        teacher_candidates=more[1].to(DEVICE),
+        self_index=index.to(DEVICE),
         backend=backend,
     )
     found = torch.autograd.grad(loss, leaves)
@@ -223,6 +221,7 @@ def test_distances_held_at_once_or_in_blocks(
 ) -> None:
     """More anchors than a block has, and than are mirrored at a time; some pairs are near."""
     monkeypatch.setattr(pipeline, "BLOCK_BYTES", 8 << 20)
+    monkeypatch.setattr(pipeline, "MIRRORED_WIDTH", 16)
     if not symmetric:
         monkeypatch.setattr(pipeline, "SYMMETRIC_BYTES", 0)
     n = 2 * pipeline.MIRRORED_ROWS + 11
@@ -265,7 +264,7 @@ def test_half_precision_errs_at_most_twice_as_much_as_torch(
 
 
 def batch(n: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(n, 48, device="cuda"), torch.randn(n, 64, device="cuda")
+    return torch.randn(n, 48, device=DEVICE), torch.randn(n, 64, device=DEVICE)
 
 
 def step(backend: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,7 +275,7 @@ def step(backend: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor
 
 @pytest.mark.parametrize("n", [100, 1500])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_repeated_runs_are_equal_bit_for_bit(backend: str, n: int) -> None:
+def test_mode_repeats_bit_for_bit(backend: str, n: int) -> None:
     points = batch(n)
     first = step(backend, *points)
     for _ in range(10):
@@ -285,67 +284,52 @@ def test_repeated_runs_are_equal_bit_for_bit(backend: str, n: int) -> None:
 
 @pytest.mark.parametrize("n", [100, 1500])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_another_stream(backend: str, n: int) -> None:
+def test_mode_another_stream(backend: str, n: int) -> None:
     """Work that is still under way on the stream is waited for, and only on that stream."""
     student, teacher = batch(n)
     expected = step(backend, student, teacher)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        busy = torch.randn(4096, 4096, device="cuda")
+    with device.side_stream():
+        size = 64 if device.REHEARSAL else 4096
+        busy = torch.randn(size, size, device=DEVICE)
         for _ in range(20):
             busy = busy @ busy / 64
         late = student + 0 * busy[0, 0].nan_to_num()
         found = step(backend, late, teacher)
-    stream.synchronize()
+    device.synchronize()
     assert all(map(torch.equal, expected, found))
-
-
-def captured(call: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of the call, after a warm-up on a side stream, and the tensors it writes."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph, result
 
 
 @pytest.mark.parametrize("n", [100, 1500])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_cuda_graph(backend: str, n: int) -> None:
+def test_mode_graph(backend: str, n: int) -> None:
     """Nothing synchronises, and a replay sees new inputs."""
     student, teacher = batch(n)
-    graph, result = captured(lambda: step(backend, student, teacher))
+    replay, result = device.captured(lambda: step(backend, student, teacher))
     for _ in range(2):
         student.copy_(torch.randn_like(student))
-        graph.replay()
-        torch.cuda.synchronize()
+        replay()
+        device.synchronize()
         assert all(map(torch.equal, step(backend, student, teacher), result))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_cuda_graph_with_a_bank(backend: str) -> None:
+def test_mode_graph_with_a_bank(backend: str) -> None:
     """Neither its use nor its filling reads a value."""
-    bank = pcoherence.CandidateBank(50, student_width=8, teacher_width=6).cuda()
+    bank = pcoherence.CandidateBank(50, student_width=8, teacher_width=6).to(DEVICE)
     criterion = pcoherence.PerceptionCoherenceLoss(bank=bank, backend=backend)
-    student, teacher = torch.randn(20, 8, device="cuda"), torch.randn(20, 6, device="cuda")
-    graph, _ = captured(lambda: (criterion(student, teacher),))
+    student, teacher = torch.randn(20, 8, device=DEVICE), torch.randn(20, 6, device=DEVICE)
+    replay, _ = device.captured(lambda: (criterion(student, teacher),))
     before = int(bank.pushed)
     for step_number in range(4):
         student.copy_(torch.full_like(student, float(step_number)))
-        graph.replay()
+        replay()
     assert int(bank.pushed) == before + 80
     assert len(bank) == 50
     assert sorted(bank.student[:, 0].tolist()) == [1.0] * 10 + [2.0] * 20 + [3.0] * 20
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compile_equals_eager(backend: str) -> None:
+def test_mode_compile_equals_eager(backend: str) -> None:
     student, teacher = batch(200)
     compiled = torch.compile(
         lambda x: pcoherence.perception_coherence_loss(x, teacher, backend=backend),
@@ -360,13 +344,25 @@ def test_compile_equals_eager(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_and_grad_scaler(backend: str) -> None:
-    network = torch.nn.Linear(16, 8, device="cuda")
-    images, target = torch.randn(64, 16, device="cuda"), torch.randn(64, 12, device="cuda")
-    scaler = torch.amp.GradScaler("cuda")
+def test_mode_tf32_changes_nothing(backend: str) -> None:
+    points = batch(1500)
+    expected = step(backend, *points)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert all(map(torch.equal, expected, step(backend, *points)))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mode_autocast_and_grad_scaler(backend: str) -> None:
+    network = torch.nn.Linear(16, 8, device=DEVICE)
+    images, target = torch.randn(64, 16, device=DEVICE), torch.randn(64, 12, device=DEVICE)
+    scaler = torch.amp.GradScaler(DEVICE)
     criterion = pcoherence.PerceptionCoherenceLoss(backend=backend)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    with torch.autocast("cuda", torch.float16):
+    with torch.autocast(DEVICE, torch.float16):
         features = network(images)
         loss = criterion(features, target.to(features.dtype))
     assert loss.dtype == torch.float32
@@ -383,15 +379,13 @@ def test_soft_rank(backend: str) -> None:
         weights = torch.rand(n)
         upstream = torch.randn(3, n)
         found = []
-        for device, dtype, name in (
+        for where, dtype, name in (
             ("cpu", torch.float64, "cpu"),
-            ("cuda", torch.float32, backend),
+            (DEVICE, torch.float32, backend),
         ):
-            leaf = values.to(device, dtype).requires_grad_()
-            ranks = pcoherence.soft_rank(
-                leaf, temperature, weights=weights.to(device), backend=name
-            )
-            gradient = torch.autograd.grad(ranks, leaf, upstream.to(device, dtype))[0]
+            leaf = values.to(where, dtype).requires_grad_()
+            ranks = pcoherence.soft_rank(leaf, temperature, weights=weights.to(where), backend=name)
+            gradient = torch.autograd.grad(ranks, leaf, upstream.to(where, dtype))[0]
             found.append((ranks.detach().cpu(), gradient.cpu()))
         assert relative_error(found[1][0], found[0][0]) < 1e-5
         assert relative_error(found[1][1], found[0][1]) < 1e-5
@@ -401,14 +395,14 @@ def test_soft_rank(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_soft_rank_beside_masks(backend: str, mask: str) -> None:
     for n, dtype in itertools.product((2, 33, 1031), (torch.float32, torch.float64)):
-        check_masked(backend, "auto", mask, n, dtype, "cuda")
+        check_masked(backend, "auto", mask, n, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("n", [3, 33, 130, 600])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_small_for_the_sanitizer(backend: str, n: int) -> None:
     """What `make gpu-check` runs under compute-sanitizer: every path once, odd and small."""
-    for method, objective in itertools.product(methods(backend), ("mse", "cross_entropy")):
+    for method, objective in itertools.product(device.BACKENDS[backend], ("mse", "cross_entropy")):
         student, teacher = torch.randn(n, 5), torch.randn(n, 6)
         loss, gradient = evaluate(
             student, teacher, method=method, objective=objective, backend=backend

@@ -128,3 +128,30 @@ def test_what_is_compiled_is_what_a_launch_compiles() -> None:
     assert int(kernels) >= 10
     assert int(launches) > int(kernels)
     assert missing.strip() == "[]"
+
+
+KEYS = """
+import sys
+from pcoherence.kernels import distances, launch, objectives, points, soft_ranks
+launch.row_kernels()
+kernels = {}
+for module in (distances, objectives, points, soft_ranks):
+    kernels |= {name: getattr(module, name) for name in sys.argv[1:] if hasattr(module, name)}
+print(sorted([(name, kernels[name].cache_key) for name in sys.argv[1:]]))
+"""
+
+
+def test_keys_do_not_depend_on_who_is_asked_first() -> None:
+    """Or a process would compile what another has compiled already."""
+    found = set()
+    for order in (sorted(KERNELS), sorted(KERNELS, reverse=True)):
+        done = subprocess.run(
+            [sys.executable, "-c", KEYS, *order],
+            cwd=ROOT,
+            env=os.environ | {"TRITON_INTERPRET": "0"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.add(done.stdout)
+    assert len(found) == 1

@@ -60,6 +60,11 @@ Plan plan(const Device& device, std::int64_t rows, std::int64_t n, Method method
   return p;
 }
 
+// Nobody has compiled it for a device.
+template <class T>
+Resources resources(RowKernel, const Plan&) {
+  return {};
+}
 template <class T>
 void launch(const RowTask<T>& task, const Plan& plan, char* workspace, Stream) {
   launch_rows(SmallTask<T>{.row = task, .features = false}, plan, workspace);
@@ -119,6 +124,7 @@ void launch(const SmallGradientTask<T>& task, Stream) {
 
 #define PCOH_INSTANTIATE(T)                                                    \
   template Plan plan<T>(const Device&, std::int64_t, std::int64_t, Method);    \
+  template Resources resources<T>(RowKernel, const Plan&);                     \
   template void launch<T>(const RowTask<T>&, const Plan&, char*, Stream);      \
   template void launch<T>(const SmallTask<T>&, const Plan&, char*, Stream);    \
   template void launch<T>(const SoftRankTask<T>&, const Plan&, char*, Stream); \

@@ -30,15 +30,32 @@ __global__ void __launch_bounds__(kMostThreadsOf<Task>) stream_kernel(const __gr
   work(g, task, static_cast<std::int64_t>(blockIdx.x), static_cast<int>(blockIdx.y));
 }
 
+// The kernel, allowed as much shared memory as the plan takes.
 template <class T, class Task>
-void launch_rows(const Task& task, const Plan& plan, char* workspace, Stream stream) {
-  if (rows_of(task) == 0) return;
+auto prepared_kernel(const Plan& plan) {
   const auto kernel = row_kernel<T, Task>;
   constexpr std::int64_t by_default = 48 << 10;  // more has to be asked for
   // The most there is, not plan.shared: another thread of the host may be launching rows of another length.
   if (plan.shared > by_default)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(current_device().shared_per_block));
+  return kernel;
+}
+
+template <class T, class Task>
+Resources resources_of(const Plan& plan) {
+  const auto kernel = prepared_kernel<T, Task>(plan);
+  cudaFuncAttributes found{};
+  cudaFuncGetAttributes(&found, kernel);
+  int resident = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, plan.threads, plan.shared);
+  return {found.numRegs, static_cast<std::int64_t>(found.localSizeBytes), resident};
+}
+
+template <class T, class Task>
+void launch_rows(const Task& task, const Plan& plan, char* workspace, Stream stream) {
+  if (rows_of(task) == 0) return;
+  const auto kernel = prepared_kernel<T, Task>(plan);
   kernel<<<plan.blocks, plan.threads, plan.shared, static_cast<cudaStream_t>(stream)>>>(task, plan, workspace);
 }
 
@@ -55,6 +72,11 @@ void launch_stream(const Task& task, Stream stream) {
 template <class T>
 Plan plan(const Device& device, std::int64_t rows, std::int64_t n, Method method) {
   return plan_for<T, CudaGroup>(device, rows, n, method);
+}
+
+template <class T>
+Resources resources(RowKernel kernel, const Plan& plan) {
+  return kernel == RowKernel::rows ? resources_of<T, SmallTask<T>>(plan) : resources_of<T, SoftRankTask<T>>(plan);
 }
 
 template <class T>
@@ -116,6 +138,7 @@ void launch(const SmallGradientTask<T>& task, Stream stream) {
 
 #define PCOH_INSTANTIATE(T)                                                    \
   template Plan plan<T>(const Device&, std::int64_t, std::int64_t, Method);    \
+  template Resources resources<T>(RowKernel, const Plan&);                     \
   template void launch<T>(const RowTask<T>&, const Plan&, char*, Stream);      \
   template void launch<T>(const SmallTask<T>&, const Plan&, char*, Stream);    \
   template void launch<T>(const SoftRankTask<T>&, const Plan&, char*, Stream); \

@@ -32,6 +32,17 @@ struct Plan {
 template <class T>
 Plan plan(const Device& device, std::int64_t rows, std::int64_t n, Method method);
 
+// What the compiler and the driver make of a row kernel: registers and bytes of local memory of a thread, and how many
+// blocks of a plan a multiprocessor holds at a time.
+struct Resources {
+  int registers;
+  std::int64_t local;
+  int resident;
+};
+enum class RowKernel { rows, soft_rank };
+template <class T>
+Resources resources(RowKernel kernel, const Plan& plan);
+
 // workspace: plan.workspace_bytes() of uninitialised memory, aligned to 16 bytes.
 template <class T>
 void launch(const RowTask<T>& task, const Plan& plan, char* workspace, Stream stream);

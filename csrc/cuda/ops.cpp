@@ -571,6 +571,26 @@ Tensor series_of(Tensor like) {
   return *result;
 }
 
+// int64 [7]: threads of a block, blocks, bytes of its shared memory and of its workspace; registers and bytes of local
+// memory of a thread; blocks that a multiprocessor holds. kernel: "rows" or "soft_rank", for `rows` rows of n.
+Tensor resources_of(Tensor like, std::string kernel, std::int64_t rows, std::int64_t n, std::string method) {
+  STD_TORCH_CHECK(kernel == "rows" || kernel == "soft_rank", "kernel: expected 'rows' or 'soft_rank', got '", kernel,
+                  "'");
+  const OnDevice on(like);
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  const Tensor result = torch::stable::empty({7}, ScalarType::Long, std::nullopt, cpu);
+  dispatch(like, "like", [&](auto zero) {
+    using T = decltype(zero);
+    const Plan p = plan<T>(current_device(), rows, n, static_cast<Method>(parse(kMethodNames, method, "method")));
+    const Resources r = resources<T>(kernel == "rows" ? RowKernel::rows : RowKernel::soft_rank, p);
+    const std::array<std::int64_t, 7> found{p.threads,   p.blocks, p.shared,  p.workspace,
+                                            r.registers, r.local,  r.resident};
+    std::copy(found.begin(), found.end(), static_cast<std::int64_t*>(result.mutable_data_ptr()));
+  });
+  check_launch();
+  return result;
+}
+
 }  // namespace operators
 }  // namespace pcoherence::cuda
 
@@ -622,6 +642,7 @@ STABLE_TORCH_LIBRARY(PCOH_LIBRARY, m) {
   m.def("symmetrise(Tensor(a!) matrix, bool add) -> ()");
   m.def("tables(Tensor like) -> Tensor");
   m.def("series(Tensor like) -> Tensor");
+  m.def("resources(Tensor like, str kernel, int rows, int n, str method) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PCOH_LIBRARY, PCOH_DISPATCH_KEY, m) {
@@ -638,4 +659,5 @@ STABLE_TORCH_LIBRARY_IMPL(PCOH_LIBRARY, PCOH_DISPATCH_KEY, m) {
   m.impl("symmetrise", PCOH_BOX(&pcoherence::cuda::operators::symmetrise));
   m.impl("tables", PCOH_BOX(&pcoherence::cuda::operators::tables));
   m.impl("series", PCOH_BOX(&pcoherence::cuda::operators::series_of));
+  m.impl("resources", PCOH_BOX(&pcoherence::cuda::operators::resources_of));
 }

@@ -1,0 +1,242 @@
+"""What a GPU measures: loss and gradient against the matrix products, the reference and the clock.
+
+    python -m benchmarks.gpu.figures --journal FILE --backend cuda|triton --part speed
+
+Ratios within one run, medians, timed with events. Every figure is a line of the journal as soon as
+it is known; one that cannot be measured says why, and the others follow. Parts: "speed", what is
+wanted first; "accuracy"; "large", n = 65,536; "compiled", torch.compile of the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pcoherence
+from benchmarks import measure
+from benchmarks.gpu import device, journal
+from pcoherence.backends.products import full_float32
+from pcoherence.testing import make_case, relative_error, truth
+
+WARMUP, REPEATS = 3, 11
+SMALL_REPEATS = 101
+"""Of calls up to 1,024 points, which take a millisecond and vary."""
+
+SIZES = ((256, 512), (1024, 512), (4096, 128), (8192, 512))
+KINDS = ("clustered", "outlier")
+"""Data other than Gaussian: near pairs, and a point that makes the range of every row long."""
+
+KERNELS = 14
+"""Lines of a table of kernels: nearly all that a call launches."""
+
+PARTS = ("speed", "accuracy", "large", "compiled")
+
+Event = dict[str, Any]
+
+
+def scaled(n: int) -> int:
+    """A number of points; a rehearsal's are an eighth."""
+    return n // 8 if device.REHEARSAL else n
+
+
+def points(kind: str, n: int, d: int, seed: int) -> Tensor:
+    """Float32 [n, d] on the device."""
+    draw: Callable[..., Tensor] = getattr(make_case, "__wrapped__", make_case)  # not to be kept
+    return draw(kind, n, d, dtype=torch.float32, seed=seed).to(device.DEVICE)
+
+
+def step(backend: str, n: int, d: int, kind: str = "gaussian") -> Callable[[], tuple[Tensor, ...]]:
+    """Loss and gradient of [n, d] float32 features."""
+    student, teacher = points(kind, n, d, 0).requires_grad_(), points(kind, n, d, 1)
+
+    def run() -> tuple[Tensor, ...]:
+        loss = pcoherence.perception_coherence_loss(student, teacher, backend=backend)
+        return loss.detach(), *torch.autograd.grad(loss, student)
+
+    return run
+
+
+def products(n: int, d: int) -> Callable[[], None]:
+    """X X^T, Y Y^T, V X and V^T X in float32, into memory allocated beforehand."""
+    call = measure.products(n, d, device=device.DEVICE)[1]
+
+    def run() -> None:
+        with full_float32():
+            call()
+
+    return run
+
+
+def milliseconds(*calls: Callable[[], object], repeats: int) -> list[list[float]]:
+    """Times of each call, taken in turn."""
+    for call in calls:
+        for _ in range(WARMUP):
+            call()
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, found in zip(calls, times, strict=True):
+            found.append(device.milliseconds(call))
+    return times
+
+
+def figure(name: str, value: float, unit: str, bar: float = math.inf, least: bool = False) -> Event:
+    """Something measured, and what it is held to, if anything."""
+    event: Event = {"figure": name, "value": value, "unit": unit}
+    if math.isfinite(bar):
+        event["bar"] = f"at {'least' if least else 'most'} {bar:g}"
+        event["met"] = value >= bar if least else value <= bar
+    return event
+
+
+def at_size(backend: str, n: int, d: int, kind: str = "gaussian") -> Iterator[Event]:
+    """A step, eager and replayed from a graph, beside the four products."""
+    bars = {(8192, 512): 1.5, (4096, 128): 3.0} if backend == "cuda" and kind == "gaussian" else {}
+    repeats = SMALL_REPEATS if n <= 1024 else REPEATS
+    call, limit = step(backend, scaled(n), d, kind), products(scaled(n), d)
+    where = f"n {n:,}, d {d}" + ("" if kind == "gaussian" else f", {kind}")
+    ours, theirs = milliseconds(call, limit, repeats=repeats)
+    yield figure(f"{where}: eager", statistics.median(ours), "ms")
+    if kind == "gaussian":
+        yield figure(f"{where}: the four products", statistics.median(theirs), "ms")
+    ratio = measure.median_ratio(ours, theirs)
+    yield figure(f"{where}: eager, times the products", ratio, "x", bars.get((n, d), math.inf))
+    replay, _ = device.captured(call)
+    replayed, theirs = milliseconds(replay, limit, repeats=repeats)
+    bar = 0.25 if backend == "cuda" and n == 256 else math.inf
+    yield figure(f"{where}: as a graph", statistics.median(replayed), "ms", bar)
+    ratio = measure.median_ratio(replayed, theirs)
+    yield figure(f"{where}: as a graph, times the products", ratio, "x")
+
+
+def by_kernel(backend: str, n: int, d: int, kind: str = "gaussian") -> Iterator[Event]:
+    """Where the device's time goes in one call."""
+    call = step(backend, scaled(n), d, kind)
+    for _ in range(WARMUP):
+        call()
+    found = device.time_by_kernel(call)
+    where = f"n {n:,}, d {d}" + ("" if kind == "gaussian" else f", {kind}")
+    yield figure(f"{where}: kernels", sum(row[1] for row in found), "ms")
+    yield {"time": where, "kernels": found[:KERNELS]}
+
+
+def accuracy(backend: str) -> Iterator[Event]:
+    """Errors against float64 at n = 2,047, in float32 and bfloat16."""
+    n, d = 2047, 64
+    anchors = torch.zeros(n)
+    anchors[::400] = 1
+    for dtype, bars in ((torch.float32, (5e-6, 2e-5)), (torch.bfloat16, (math.inf, math.inf))):
+        student, teacher = (make_case("gaussian", n, d, dtype=dtype, seed=i) for i in (0, 1))
+        right = truth(student, teacher, anchor_weights=anchors)
+        leaf = student.to(device.DEVICE).requires_grad_()
+        loss = pcoherence.perception_coherence_loss(
+            leaf,
+            teacher.to(device.DEVICE),
+            anchor_weights=anchors.to(device.DEVICE, dtype),
+            backend=backend,
+        )
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        name = str(dtype).removeprefix("torch.")
+        errors = relative_error(loss.cpu(), right[0]), relative_error(gradient.cpu(), right[1])
+        for what, error, bar in zip(("loss", "gradient"), errors, bars, strict=True):
+            yield figure(f"{name}: error of the {what}", error, "", bar)
+
+
+def large(backend: str) -> Iterator[Event]:
+    """Memory above inputs: of the largest symmetric batch, and of a large one; its time."""
+    call = step(backend, scaled(8192), 512)
+    yield figure("n 8,192, d 512: peak memory", device.peak_memory(call) / 2**30, "GiB")
+    call = step(backend, scaled(65536), 256)
+    yield figure("n 65,536, d 256: peak memory", device.peak_memory(call) / 2**30, "GiB", 8)
+    yield figure("n 65,536, d 256: eager", device.milliseconds(call), "ms")
+
+
+def compiled(backend: str) -> Iterator[Event]:
+    """Forward and backward of torch.compile of the reference, over ours, and of neither."""
+    # Not at 2,048: n^3 numbers would exhaust the memory.
+    n, d = 1024, 128
+    student, teacher = (
+        points("gaussian", scaled(n), d, 0).requires_grad_(),
+        points("gaussian", scaled(n), d, 1),
+    )
+    plain = pcoherence.reference.perception_coherence_loss
+    ours = step(backend, scaled(n), d)
+    bar = 10.0 if backend == "cuda" else math.inf
+    for name, call, least in (
+        ("the reference", plain, math.inf),
+        ("torch.compile of the reference", torch.compile(plain, dynamic=False), bar),
+    ):
+
+        def theirs(call: Callable[..., Tensor] = call) -> Tensor:
+            return torch.autograd.grad(call(student, teacher), student)[0]
+
+        mine, others = milliseconds(ours, theirs, repeats=3)
+        yield figure(f"n {n:,}, d {d}: {name}", statistics.median(others), "ms")
+        ratio = measure.median_ratio(others, mine)
+        yield figure(f"n {n:,}, d {d}: faster than {name}", ratio, "x", least, True)
+
+
+def parts(backend: str) -> dict[str, list[tuple[str, Iterator[Event]]]]:
+    """What is measured, by part, the most wanted first; nothing is before it is asked for."""
+    sizes = [(f"n {n:,}, d {d}", n, d) for n, d in SIZES]
+    speed = [(name, at_size(backend, n, d)) for name, n, d in reversed(sizes)]
+    speed += [(f"kernels, {name}", by_kernel(backend, n, d)) for name, n, d in reversed(sizes)]
+    for kind in KINDS:
+        speed += [(kind, at_size(backend, 4096, 128, kind))]
+        speed += [(f"kernels, {kind}", by_kernel(backend, 4096, 128, kind))]
+    return {
+        "speed": speed,
+        "accuracy": [("accuracy", accuracy(backend))],
+        "large": [("large", large(backend))],
+        "compiled": [("compiled reference", compiled(backend))],
+    }
+
+
+def attempt(name: str, events: Iterator[Event]) -> Iterator[Event]:
+    """The events; where measuring fails, one that says so, so that others can follow."""
+    try:
+        yield from events
+    except Exception as error:
+        traceback.print_exc()
+        yield {"figure": name, "value": None, "unit": "", "message": repr(error)[:160]}
+
+
+def main() -> None:
+    """Measure; the exit status says whether all could be measured."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--journal", type=Path, required=True)
+    parser.add_argument("--group", default="figures")
+    parser.add_argument("--backend", choices=tuple(device.BACKENDS), required=True)
+    parser.add_argument("--part", nargs="+", choices=PARTS, required=True)
+    arguments = parser.parse_args()
+    if device.REHEARSAL:
+        device.rehearse()
+    missing = pcoherence.available_backends()[arguments.backend]
+    if missing is not None:
+        journal.write(arguments.journal, arguments.group, figure="all", value=None, message=missing)
+        sys.exit(f"{arguments.backend}: {missing}")
+    failed = False
+    for part in arguments.part:
+        for name, events in parts(arguments.backend)[part]:
+            for event in attempt(name, events):
+                if "figure" in event:
+                    failed |= event["value"] is None
+                journal.write(
+                    arguments.journal, arguments.group, backend=arguments.backend, **event
+                )
+                print(event, flush=True)
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    main()
