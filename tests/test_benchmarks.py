@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +12,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from benchmarks import gpu_check, gpu_figures, measure, page, report, run, verify
+from benchmarks import measure, page, report, run, verify
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, find
 from benchmarks.contestants import SAME
@@ -205,126 +201,9 @@ def test_wrong_gradients_are_refused(wrong: float) -> None:
         verify.compare((loss, wrong * gradient), (loss, gradient), allowed, "batch")
 
 
-DRYRUN = """\
-#$ _NVVM_BRANCH_=nvvm
-#$ _HERE_={bin}
-#$ _TARGET_DIR_=targets/x86_64-linux
-#$ TOP={bin}/..
-#$ CICC_PATH={bin}/../nvvm/bin
-#$ cudafe++ --orig_src_file_name "/dev/null"
-"""
-"""Of `nvcc --dryrun`, shortened."""
-
-
-def test_the_toolkit_is_what_nvcc_says(tmp_path: Path) -> None:
-    toolkit, wrappers = tmp_path / "cuda-13.0", tmp_path / "wrappers"
-    (toolkit / "bin").mkdir(parents=True)
-    wrappers.symlink_to(toolkit)
-    assert gpu_check.toolkit(DRYRUN.format(bin=wrappers / "bin")) == str(toolkit.resolve())
-    assert gpu_check.toolkit("nvcc fatal   : Don't know what to do with '/dev/null'") is None
-    assert gpu_check.toolkit("") is None
-
-
-def test_cuda_home_is_asked_of_nvcc_only_where_nothing_says_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu_check.cuda_home() == {}
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}/bin/..' >&2\n")
-    nvcc.chmod(0o755)
-    (tmp_path / "bin").mkdir()
-    assert gpu_check.cuda_home() == {"CUDA_HOME": str(tmp_path.resolve())}
-    monkeypatch.setenv("CUDA_PATH", "/elsewhere")
-    assert gpu_check.cuda_home() == {}
-
-
-needs_process_groups = pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="Popen(process_group=...) is of Python 3.11"
-)
-
-
-def alive(argument: str) -> bool:
-    """Whether a process has this argument; one that has ended but is not waited for has none."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if argument.encode() in path.read_bytes().split(b"\0"):
-                return True
-        except OSError:  # it ended meanwhile
-            continue
-    return False
-
-
-@needs_process_groups
-def test_a_step_that_is_cut_off_takes_its_children_along(tmp_path: Path) -> None:
-    nap = f"60.{os.getpid()}"  # nobody else's
-    script = f"sleep {nap} & until grep -qsz {nap} /proc/$!/cmdline; do :; done; echo begun; wait"
-    step = gpu_check.Step("nap", ["bash", "-c", script], 2)
-    log = tmp_path / "log"
-    assert gpu_check.run(step, log, os.environ, 60) == "CUT OFF after 2 s"
-    assert "begun" in log.read_text().splitlines()
-    give_up = time.monotonic() + 10  # its signal is sent; that it has acted is not waited for
-    while alive(nap) and time.monotonic() < give_up:
-        time.sleep(0.01)
-    assert not alive(nap)
-
-
-@needs_process_groups
-def test_steps_end_at_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "SHORTEST", 0.2)
-    steps = [
-        gpu_check.Step("good", ["bash", "-c", 'echo "$VALUE"'], 60, {"VALUE": "from the step"}),
-        gpu_check.Step("bad", ["bash", "-c", "exit 3"], 60),
-        gpu_check.Step("slow", ["sleep", "60"], 50),
-        gpu_check.Step("late", ["touch", str(tmp_path / "late")], 50),
-    ]
-    begin = time.monotonic()
-    summary = gpu_check.run_all(steps, tmp_path, os.environ, begin + 3)
-    assert time.monotonic() - begin < 20
-    assert summary[:2] == ["good: ok", "bad: FAILED (3)"]
-    assert summary[2].startswith("slow: CUT OFF after ")
-    assert summary[3] == "late: SKIPPED: no time left"
-    assert not (tmp_path / "late").exists()
-    assert (tmp_path / "summary.txt").read_text().splitlines() == summary
-    log = (tmp_path / "gpu-check.log").read_text().splitlines()
-    assert log[1] == "from the step"
-    assert [line for line in log if line.startswith("=== slow: sleep")]
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_gpu_check_asks_for_tests_that_exist(tmp_path: Path) -> None:
-    names = [step.name for step in gpu_check.steps(tmp_path)]
-    assert len(set(names)) == len(names)
-    for step in gpu_check.steps(tmp_path):
-        for argument in step.command:
-            if argument.startswith("tests/"):
-                assert (ROOT / argument.split("::")[0]).is_file()
-
-
 def test_environment_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PCOHERENCE_COMMIT", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert measure.environment()["commit"] == "unknown"
     monkeypatch.setenv("PCOHERENCE_COMMIT", "abc123")
     assert measure.environment()["commit"] == "abc123"
-
-
-def test_a_figure_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = gpu_figures.row("good", 1.0, "x", 2.0, True)
-
-    def bad() -> Iterator[dict[str, Any]]:
-        yield good
-        raise RuntimeError("CUDA error: [/an illegal memory access] " + "was seen " * 100)
-
-    found = [("bad", bad()), ("good", iter([good]))]
-    monkeypatch.setattr(gpu_figures, "figures", lambda backend: iter(found))
-    monkeypatch.setattr(gpu_figures, "environment", lambda: {"device": "none"})
-    rows = gpu_figures.run("cuda", tmp_path)
-    assert [row["met"] for row in rows] == [True, None, True]
-    assert rows[1]["figure"] == "cuda: bad"
-    assert rows[1]["value"] is None
-    assert rows[1]["bar"].startswith("RuntimeError('CUDA error")
-    assert len(rows[1]["bar"]) < 200
-    assert '"met": null' in (tmp_path / "figures-cuda.json").read_text()

@@ -1,8 +1,9 @@
-"""The CUDA kernels without a GPU: their source, compiled for the host, on emulated thread blocks.
+"""The CUDA kernels, each alone: on a GPU, or where there is none on emulated thread blocks.
 
-Every emulated thread is a fiber that runs from barrier to barrier; in which order they take turns
-is permuted by a seed, so that a missing barrier, or a sum that depends on who comes first, shows
-as bits that depend on the seed. The operators' glue and the Python pipeline are those of the GPU.
+For the emulation their source is compiled for the host. Every emulated thread is a fiber that runs
+from barrier to barrier; in which order they take turns is permuted by a seed, so that a missing
+barrier, or a sum that depends on who comes first, shows as bits that depend on the seed. The
+operators' glue and the Python pipeline are those of the GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pcoherence.spec import METHODS, OBJECTIVES
 from pcoherence.testing import CASES, make_case, relative_error, tolerances
 
 ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Found = tuple[Tensor, Tensor]
 Emulate = Callable[..., None]
 
@@ -50,8 +52,11 @@ class Emulated(cuda.CudaBackend):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels with the emulation in place of the launcher, loaded into torch."""
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL | None:
+    """The kernels with the emulation in place of the launcher, loaded into torch; None on a GPU."""
+    if DEVICE == "cuda":
+        assert pcoherence.available_backends()["cuda"] is None
+        return None
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++ to compile the kernels with")
@@ -78,8 +83,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture
-def emulate(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulate]:
+def emulate(library: ctypes.CDLL | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulate]:
     """Sets the threads of a block, its bytes of shared memory (0: as on a GPU), and the seed."""
+    if library is None:  # the plan is the device's
+        yield lambda **_: None
+        return
     monkeypatch.setitem(backends.REGISTRY, "cuda", Emulated())
     # Under another name than the CUDA extension's operators, which may be loaded as well.
     monkeypatch.setattr(torch.ops, "pcoherence_cuda", torch.ops.pcoherence_cuda_emulated)
@@ -96,25 +104,38 @@ def from_distances(
     student: Tensor, teacher: Tensor, backend: str = "cuda", **options: Any
 ) -> Found:
     """Loss and gradient w.r.t. distances [m, n], given as features whose metric is themselves."""
-    n = student.shape[1]
-    leaf = student.detach().clone().requires_grad_()
-    nothing = torch.zeros(n, n, dtype=student.dtype)
+    n, to = student.shape[1], place(backend)
+    leaf = student.detach().clone().to(to).requires_grad_()
+    nothing = torch.zeros(n, n, dtype=student.dtype, device=to)
     loss = perception_coherence_loss(
         leaf,
-        teacher,
+        teacher.to(to),
         student_candidates=nothing,
         teacher_candidates=nothing,
         metric=lambda a, b: a,
         backend=backend,
-        **options,
+        **moved(options, to),
     )
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+    return loss.detach().cpu(), torch.autograd.grad(loss, leaf)[0].cpu()
 
 
 def from_features(student: Tensor, teacher: Tensor, backend: str = "cuda", **options: Any) -> Found:
-    leaf = student.detach().clone().requires_grad_()
-    loss = perception_coherence_loss(leaf, teacher, backend=backend, **options)
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+    to = place(backend)
+    leaf = student.detach().clone().to(to).requires_grad_()
+    loss = perception_coherence_loss(leaf, teacher.to(to), backend=backend, **moved(options, to))
+    return loss.detach().cpu(), torch.autograd.grad(loss, leaf)[0].cpu()
+
+
+def place(backend: str) -> str:
+    """The kernels' device, or the truth's."""
+    return DEVICE if backend == "cuda" else "cpu"
+
+
+def moved(options: dict[str, Any], to: str) -> dict[str, Any]:
+    return {
+        name: value.to(to) if isinstance(value, Tensor) else value
+        for name, value in options.items()
+    }
 
 
 def in_double(options: dict[str, Any]) -> dict[str, Any]:
@@ -289,7 +310,13 @@ def test_soft_rank(method: str, dtype: torch.dtype, emulate: Emulate) -> None:
         for weights in (None, torch.rand(n, dtype=dtype), torch.rand(2, n, dtype=dtype)):
             upstream = torch.randn(2, n, dtype=dtype)
             found, truth = (
-                pcoherence.soft_rank(v, 0.05, weights=w, backend=b, method=m)
+                pcoherence.soft_rank(
+                    v.to(place(b)),
+                    0.05,
+                    weights=None if w is None else w.to(place(b)),
+                    backend=b,
+                    method=m,
+                ).cpu()
                 for v, w, b, m in (
                     (values, weights, "cuda", method),
                     (values.double(), None if weights is None else weights.double(),
@@ -307,7 +334,7 @@ def test_soft_rank(method: str, dtype: torch.dtype, emulate: Emulate) -> None:
 def test_soft_rank_beside_masks(method: str, mask: str, emulate: Emulate) -> None:
     emulate(threads=64, seed=6)
     for n, dtype in itertools.product((2, 33), (torch.float32, torch.float64)):
-        check_masked("cuda", method, mask, n, dtype)
+        check_masked("cuda", method, mask, n, dtype, DEVICE)
 
 
 def by_products(monkeypatch: pytest.MonkeyPatch, symmetric: bool) -> None:
@@ -357,17 +384,17 @@ def test_candidates(path: str, emulate: Emulate, monkeypatch: pytest.MonkeyPatch
     for metric in ("euclidean", "cosine"):
         found, truth = [], []
         for backend, to in (("cuda", found), ("reference", truth)):
-            leaves = x.clone().requires_grad_(), c.clone().requires_grad_()
+            leaves = [given.clone().to(place(backend)).requires_grad_() for given in (x, c)]
             loss = perception_coherence_loss(
                 leaves[0],
-                x.flip(1),
+                x.flip(1).to(place(backend)),
                 student_candidates=leaves[1],
-                teacher_candidates=c.flip(1),
+                teacher_candidates=c.flip(1).to(place(backend)),
                 self_index=None,
                 metric=metric,
                 backend=backend,
             )
-            to += [loss.detach(), *torch.autograd.grad(loss, leaves)]
+            to += [loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(loss, leaves))]
         for ours, theirs in zip(found, truth, strict=True):
             assert relative_error(ours, theirs) <= 1e-9
 
@@ -387,7 +414,7 @@ def test_equal_directions_tie(dtype: torch.dtype, emulate: Emulate) -> None:
 @pytest.mark.parametrize("n", [1, 2, 16, 31, 33, 64, 100])
 def test_mirror_and_add_transpose(n: int, dtype: torch.dtype, emulate: Emulate) -> None:
     emulate(seed=10)
-    check_symmetrised(cuda.CudaRowKernels(), make_case("gaussian", n, n, dtype=dtype))
+    check_symmetrised(cuda.CudaRowKernels(), make_case("gaussian", n, n, dtype=dtype).to(DEVICE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -397,7 +424,7 @@ def test_points_are_prepared_as_by_torch(
     case: str, metric: str, dtype: torch.dtype, emulate: Emulate
 ) -> None:
     emulate(seed=11)
-    given = points_with(case, dtype)
+    given = points_with(case, dtype).to(DEVICE)
     for anchors, candidates in ((given, None), (given[:9], given)):
         check_prepared(cuda.CudaRowKernels(), anchors, candidates, metric)
 
@@ -406,12 +433,12 @@ def test_many_identical_points_share_the_first(emulate: Emulate) -> None:
     """Whoever comes first: all probe the same slots."""
     generator = torch.Generator().manual_seed(0)
     kinds = torch.randint(5, (300,), generator=generator)
-    given = make_case("gaussian", 5, 3, dtype=torch.float32)[kinds]
+    given = make_case("gaussian", 5, 3, dtype=torch.float32)[kinds].to(DEVICE)
     for seed in (0, 1, 2):
         emulate(seed=seed)
         found = cuda.CudaRowKernels().prepare(given, None, points.TRAITS["euclidean"])
         first = torch.tensor([kinds.tolist().index(kind) for kind in kinds.tolist()])
-        assert torch.equal(found.first, first)
+        assert torch.equal(found.first.cpu(), first)
 
 
 def test_small_batches_take_two_launches(emulate: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:

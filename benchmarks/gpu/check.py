@@ -13,8 +13,8 @@ built in the background, and CUDA's checks begin when it is there.
 
 Results go to the folder that OUT names in the environment, otherwise to benchmarks/results/gpu:
 journal.jsonl, a line for each event as it happens; summary.txt, rewritten every second; log.txt,
-all that was printed. PCOHERENCE_COMMIT says which commit this is, for copies without .git. With
---rehearse the CPU plays the device: what runs then are the checks of the checks.
+all that was printed; time.png, with the figures. PCOHERENCE_COMMIT says which commit this is, for
+copies without .git. With --rehearse the CPU plays the device, which checks the checks.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ EVERYTHING = (
     Stage(("speed triton",), 0.62),
     Stage(("large",), 0.68),
     Stage(("compiled",), 0.8),
+    Stage(("picture",), 0.82),
     Stage(("memcheck", "racecheck"), 1.0),
 )
 
@@ -118,6 +119,7 @@ class Plan:
             "speed triton": lambda: [self._figures("triton", "speed", "accuracy")],
             "large": lambda: [self._figures(name, "large") for name in ("cuda", "triton")],
             "compiled": lambda: [self._figures("cuda", "compiled")],
+            "picture": self._picture,
             "memcheck": lambda: self._sanitizer("memcheck", ["--report-api-errors", "no"]),
             "racecheck": lambda: self._sanitizer("racecheck", []),
         }
@@ -173,6 +175,11 @@ class Plan:
         command = [sys.executable, "-m", "benchmarks.gpu.figures", "--journal", str(self.journal)]
         command += ["--group", name, "--backend", backend, "--part", *parts]
         return Group(name, command, checks=False, needs_cuda=backend == "cuda")
+
+    def _picture(self) -> list[Group]:
+        command = [sys.executable, "-m", "benchmarks.gpu.picture", str(self.journal)]
+        command += [str(self.journal.with_name("time.png"))]
+        return [Group("picture", command, checks=False)]
 
     def _sanitizer(self, tool: str, options: list[str]) -> list[Group]:
         if shutil.which("compute-sanitizer") is None:
@@ -434,7 +441,7 @@ def start_build(runner: Runner, capability: str) -> None:
 
 def results(output: Path) -> Iterator[Path]:
     """Files of an earlier run."""
-    for name in ("journal.jsonl", "log.txt", "summary.txt"):
+    for name in ("journal.jsonl", "log.txt", "summary.txt", "time.png"):
         if (output / name).exists():
             yield output / name
 
