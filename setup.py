@@ -29,12 +29,22 @@ CXX_FLAGS = [
 ]
 
 
+CUDA_SOURCES = ["csrc/tables.cpp"] + [
+    f"csrc/cuda/{name}" for name in ("launch.cu", "module.cpp", "ops.cpp")
+]
+CUDA_MACROS = [STABLE_ABI, ("USE_CUDA", None)]
+
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads=4"]
 
 
 def headers():
     """What a change of rebuilds everything."""
     return sorted(str(path) for path in Path("csrc").rglob("*.[hi]*"))
+
+
+def cpu_sources():
+    """Files of pcoherence._C."""
+    return ["csrc/tables.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
 
 
 def cpu_extension():
@@ -51,7 +61,7 @@ def cpu_extension():
 
     return CppExtension(
         "pcoherence._C",
-        ["csrc/tables.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
+        cpu_sources(),
         include_dirs=[pybind11.get_include()],
         define_macros=[STABLE_ABI],
         extra_compile_args={"cxx": CXX_FLAGS},
@@ -84,11 +94,10 @@ def cuda_extension():
         print(f"{message}; backend 'cuda' will not be there", file=sys.stderr)
         return None
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
-    names = ("launch.cu", "module.cpp", "ops.cpp")
     return CUDAExtension(
         "pcoherence._C_cuda",
-        ["csrc/tables.cpp", *(f"csrc/cuda/{name}" for name in names)],
-        define_macros=[STABLE_ABI, ("USE_CUDA", None)],
+        CUDA_SOURCES,
+        define_macros=CUDA_MACROS,
         extra_compile_args={
             "cxx": CXX_FLAGS,
             "nvcc": NVCC_FLAGS,
@@ -108,5 +117,6 @@ def extension_modules():
     return built, {"build_ext": BuildExtension.with_options(use_ninja=True)}
 
 
-ext_modules, cmdclass = extension_modules()
-setup(ext_modules=ext_modules, cmdclass=cmdclass)
+if __name__ == "__main__":  # benchmarks/gpu/pack.py wants the lists alone
+    ext_modules, cmdclass = extension_modules()
+    setup(ext_modules=ext_modules, cmdclass=cmdclass)

@@ -92,7 +92,10 @@ DIVISIBLE = [["tt.divisibility", 16]]
 
 
 def recorded(everything: bool, dtypes: list[str]) -> list[Launch]:
-    """The launches of many calls, each once, in the order of their first appearance."""
+    """The launches of many calls, each once, in the order of their first appearance.
+
+    For a process of its own: kernels, tiles and the pipeline's sizes stay replaced.
+    """
     launches: dict[Launch, None] = {}
     kernels = launch.row_kernels()
     for name, module in MODULES.items():
@@ -187,7 +190,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU")
     parser.add_argument("capabilities", nargs="+", type=int, help="such as 90 for sm_90")
     parser.add_argument("--all", action="store_true", help="every combination of options")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "float64"], dest="dtypes")
+    dtypes = ["float32", "float64"]
+    parser.add_argument("--dtype", nargs="+", default=dtypes, choices=dtypes, dest="dtypes")
     arguments = parser.parse_args()
     context = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as alone:  # recorders stay in their process

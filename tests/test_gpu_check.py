@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import sysconfig
 import tarfile
 import time
 from collections.abc import Iterator
@@ -13,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from benchmarks.gpu import check, device, figures, journal, pack, picture, summary
+from benchmarks.gpu import check, device, figures, groups, journal, modules, pack, picture, plan
+from benchmarks.gpu import summary as summaries
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,20 +60,20 @@ def test_good_again():
 """
 
 
-def runner(output: Path, seconds: float = 60) -> check.Runner:
+def runner(output: Path, seconds: float = 60) -> groups.Runner:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PCOHERENCE_REMEMBERED": ""}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    return check.Runner(output, environment, time.monotonic(), seconds)
+    return groups.Runner(output, environment, time.monotonic(), seconds)
 
 
-def checks(output: Path, text: str, *options: str, hang: float = 6.0) -> check.Group:
+def checks(output: Path, text: str, *options: str, hang: float = 6.0) -> groups.Group:
     """A group of checks in a file of their own."""
     file = output / "test_checks.py"
     file.write_text(text)
     command = [sys.executable, "-m", "pytest", str(file), "-p", "benchmarks.gpu.journal"]
     command += ["-o", "addopts=", "--rootdir", str(output), "-p", "no:cacheprovider"]
     command += ["--journal", str(output / "journal.jsonl"), "--group", "checks", *options]
-    return check.Group("checks", command, hang=hang)
+    return groups.Group("checks", command, hang=hang)
 
 
 @needs_process_groups
@@ -94,7 +98,7 @@ def test_checks_go_on_behind_one_that_kills_its_process(tmp_path: Path) -> None:
     assert text.count("test_bad") == 1
     assert "test_bad 1.5: AssertionError: off assert 1.5 == 3 (and 1 more alike)" in text
     assert "illegal memory access" in text
-    assert not summary.succeeded(events)
+    assert not summaries.succeeded(events)
 
 
 @needs_process_groups
@@ -106,7 +110,7 @@ def test_what_is_cut_off_says_so(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 40
     text = (tmp_path / "summary.txt").read_text()
     assert "?  checks                    1 of 2 passed, 1 not reached, cut off at 12 s" in text
-    assert not summary.succeeded(journal.read(tmp_path / "journal.jsonl"))
+    assert not summaries.succeeded(journal.read(tmp_path / "journal.jsonl"))
 
 
 @needs_process_groups
@@ -118,7 +122,7 @@ def test_shards_have_all_checks_once(tmp_path: Path) -> None:
         # The next one is another group.
         events = journal.read(tmp_path / "journal.jsonl")
         (tmp_path / "journal.jsonl").rename(tmp_path / f"{shard}.jsonl")
-        assert summary.succeeded(events)
+        assert summaries.succeeded(events)
     found = [
         event["check"]
         for shard in range(3)
@@ -143,7 +147,7 @@ def alive(argument: str) -> bool:
 def test_a_group_that_is_cut_off_takes_its_children_along(tmp_path: Path) -> None:
     nap = f"60.{os.getpid()}"  # nobody else's
     script = f"sleep {nap} & until grep -qsz {nap} /proc/$!/cmdline; do :; done; echo begun; wait"
-    group = check.Group("nap", ["bash", "-c", script], checks=False)
+    group = groups.Group("nap", ["bash", "-c", script], checks=False)
     runner(tmp_path).run([group], 2)
     assert "begun" in (tmp_path / "log.txt").read_text().splitlines()
     give_up = time.monotonic() + 10  # its signal is sent; that it has acted is not waited for
@@ -157,33 +161,81 @@ def test_a_group_that_is_cut_off_takes_its_children_along(tmp_path: Path) -> Non
 def test_checks_of_cuda_wait_for_the_build(status: int, tmp_path: Path) -> None:
     """And are missing by name where it fails."""
     run = runner(tmp_path)
-    build = check.Group("build", ["bash", "-c", f"sleep 1; exit {status}"], checks=False)
-    run.build = run.start(build)
+    build = groups.Group("build", ["bash", "-c", f"sleep 1; exit {status}"], checks=False)
+    installed: list[bool] = []
+    run.build = groups.Build(run.start(build), lambda: installed.append(True))
     marks = [str(tmp_path / name) for name in ("cuda", "triton")]
-    groups = [
-        check.Group("cuda", ["touch", marks[0]], checks=False, needs_cuda=True),
-        check.Group("triton", ["touch", marks[1]], checks=False),
+    both = [
+        groups.Group("cuda", ["touch", marks[0]], checks=False, needs_build=True),
+        groups.Group("triton", ["touch", marks[1]], checks=False),
     ]
-    run.run(groups, 30)
+    run.run(both, 30)
+    assert installed == [True] * (status == 0)
     assert [Path(mark).exists() for mark in marks] == [status == 0, True]
     events = journal.read(tmp_path / "journal.jsonl")
-    assert summary.succeeded(events) == (status == 0)
+    assert summaries.succeeded(events) == (status == 0)
     if status != 0:
         text = (tmp_path / "summary.txt").read_text()
         assert "!  cuda                      no CUDA module: building it failed (1)" in text
 
 
 def test_every_plan_has_groups_that_exist(tmp_path: Path) -> None:
-    plan = check.Plan(tmp_path, "", "90")
-    for stages in (check.FIRST, check.EVERYTHING):
+    steps = plan.Plan(tmp_path, "", "90")
+    for stages in (plan.FIRST, plan.EVERYTHING):
         assert [stage.until for stage in stages] == sorted(stage.until for stage in stages)
         assert stages[-1].until == 1
         for stage in stages:
-            groups = [group for step in stage.steps for group in plan.groups(step)]
-            assert len({group.name for group in groups}) == len(groups)
-            for argument in (argument for group in groups for argument in group.command):
+            found = [group for step in stage.steps for group in steps.groups(step)]
+            assert len({group.name for group in found}) == len(found)
+            for argument in (argument for group in found for argument in group.command):
                 if argument.startswith("tests/"):
                     assert (ROOT / argument).is_file()
+
+
+@needs_process_groups
+def test_every_group_of_checks_selects_some(tmp_path: Path) -> None:
+    """And those of its backend alone."""
+    steps = plan.Plan(tmp_path, "", "90")
+    wanted = {
+        group.command[group.command.index("-k") + 1]: group.name.split()
+        for step in plan.STEPS
+        for group in steps.groups(step)
+        if "tests/test_gpu.py" in group.command
+    }
+    assert len(wanted) >= 7
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-o", "addopts="]
+    done = subprocess.run(
+        [*command, "--collect-only", "-q"],
+        cwd=ROOT,
+        env={**os.environ, "PCOHERENCE_REHEARSAL": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = [line for line in done.stdout.splitlines() if "::" in line]
+    for expression, group in wanted.items():
+        compiled = Expression.compile(expression)
+        found = [name for name in names if compiled.evaluate(lambda part, name=name: part in name)]
+        assert any("[cuda" in name for name in found) == ("cuda" in group)
+        assert any("[triton" in name for name in found) == ("triton" in group)
+
+
+@needs_process_groups
+def test_a_group_that_cannot_run_is_a_failure_by_name(tmp_path: Path) -> None:
+    run = runner(tmp_path)
+    run.run([groups.Group("memcheck", ["true"], missing="there is no compute-sanitizer")], 10)
+    assert not summaries.succeeded(journal.read(tmp_path / "journal.jsonl"))
+    assert "!  memcheck                  there is no" in (tmp_path / "summary.txt").read_text()
+
+
+@needs_process_groups
+def test_a_sanitizer_that_finds_something_says_so(tmp_path: Path) -> None:
+    run = runner(tmp_path)
+    command = ["bash", "-c", f"exit {plan.FOUND}"]
+    statuses = {plan.FOUND: "memcheck found errors"}
+    run.run([groups.Group("memcheck", command, statuses=statuses)], 10)
+    assert not summaries.succeeded(journal.read(tmp_path / "journal.jsonl"))
+    assert "memcheck found errors" in (tmp_path / "summary.txt").read_text()
 
 
 def test_results_go_where_out_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +245,14 @@ def test_results_go_where_out_says(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert check.parsed().seconds == 170
     monkeypatch.delenv("OUT")
     assert check.parsed().output == ROOT / "benchmarks" / "results" / "gpu"
+    monkeypatch.setattr(sys, "argv", ["check", "--rehearse"])
+    assert check.parsed().output == ROOT / ".benchmarks" / "rehearsal"
+
+
+def test_earlier_results_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "summary.txt").write_text("earlier")
+    check.keep_earlier(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.txt.previous"]
 
 
 # ---------------------------------------------------------------- what is said
@@ -208,24 +268,75 @@ def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
     assert journal.unfinished(events, "a") == "one"
 
 
+def events_of(*events: dict[str, Any], status: int = 0) -> list[dict[str, Any]]:
+    """A group to which this happened, and how it ended."""
+    return [{"group": "speed", **one} for one in (*events, {"status": status})]
+
+
 def test_summary_says_what_was_measured() -> None:
-    events: list[dict[str, Any]] = [
-        {"group": "environment", "fact": "device", "value": "a card"},
-        {"group": "speed", "backend": "cuda", **figures.figure("n 2: eager", 2.0, "ms", 1.0)},
-        {"group": "speed", "backend": "cuda", **figures.figure("n 2: faster", 9.0, "x", 5, True)},
-        {"group": "speed", "figure": "large", "value": None, "unit": "", "message": "no memory"},
-        {"group": "speed", "time": "n 2", "kernels": [["row_kernel", 0.5, 3]]},
-        {"group": "speed", "status": 1},
-    ]
-    text = summary.text(events, 3, 170)
-    assert (
-        "!  speed                     3 measured, 1 could not be measured, 1 missed the bar" in text
-    )
-    assert "at most 1  MISSED" in text
-    assert "at least 5\n" in text
-    assert "large: no memory" in text or "large no memory" in text or "no memory" in text
+    good = {"backend": "cuda", **figures.figure("n 2: eager", 2.0, "ms")}
+    time = {"time": "n 2", "kernels": [["row_kernel", 0.5, 3]]}
+    events = events_of(good, time)
+    text = summaries.text(events, 3, 170)
+    assert summaries.succeeded(events)
+    assert "ok speed                     1 measured" in text
     assert "row_kernel" in text
-    assert "row_kernel" not in summary.text(events, 3, 170, brief=True)
+    assert "row_kernel" not in summaries.text(events, 3, 170, brief=True)
+
+
+def test_what_misses_its_bar_has_failed() -> None:
+    for bar, value, met in (("at most 1", 2.0, False), ("at least 5", 9.0, True)):
+        events = events_of({**figures.figure("eager", value, "x"), "bar": bar, "met": met})
+        text = summaries.text(events, 3, 170)
+        assert summaries.succeeded(events) == met
+        assert f"{bar}{'' if met else '  MISSED'}\n" in text
+
+
+def test_what_could_not_be_measured_has_failed() -> None:
+    events = events_of({"figure": "large", "value": None, "unit": "", "message": "no memory"})
+    assert not summaries.succeeded(events)
+    assert "speed: large : no memory" in summaries.text(events, 3, 170)
+
+
+def test_a_group_of_which_all_was_skipped_has_failed() -> None:
+    skipped = {"check": "a", "outcome": "skipped", "seconds": 0.0}
+    passed = {"check": "b", "outcome": "passed", "seconds": 0.0}
+    assert not summaries.succeeded(events_of({"selected": 1}, skipped))
+    assert summaries.succeeded(events_of({"selected": 2}, skipped, passed))
+
+
+@pytest.mark.parametrize("backend", device.BACKENDS)
+def test_figures_are_held_to_their_bars(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "REHEARSAL", False)
+    of_both = figures.figure("float32: error of the loss", 1.0, "")
+    assert figures.held(backend, of_both)["met"] is False
+    for name, value in (
+        *((name, 1e9) for name in figures.AT_MOST_CUDA),
+        *((name, 0.1) for name in figures.AT_LEAST_CUDA),
+    ):
+        event = figures.held(backend, figures.figure(name, value, "x"))
+        assert event.get("met", True) == (backend != "cuda")
+    monkeypatch.setattr(device, "REHEARSAL", True)
+    assert "met" not in figures.held(backend, of_both)
+
+
+def test_bars_are_of_figures_that_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their names are written twice."""
+    monkeypatch.setattr(figures, "scaled", lambda n: n)
+    monkeypatch.setattr(figures, "step", lambda *_: lambda: (torch.zeros(()),))
+    monkeypatch.setattr(figures, "products", lambda *_: lambda: None)
+    monkeypatch.setattr(figures, "points", lambda *_: torch.ones(2, 1))
+    monkeypatch.setattr(figures, "milliseconds", lambda *calls, repeats: [[1.0]] * len(calls))
+    monkeypatch.setattr(device, "captured", lambda call: (call, None))
+    monkeypatch.setattr(device, "peak_memory", lambda call: 1)
+    monkeypatch.setattr(device, "milliseconds", lambda call: 1.0)
+    measured = [event for n, d in figures.SIZES for event in figures.at_size("cuda", n, d)]
+    measured += [*figures.large("cuda"), *figures.compiled("cuda")]
+    names = {event["figure"] for event in measured}
+    wanted = {*figures.AT_MOST, *figures.AT_MOST_CUDA, *figures.AT_LEAST_CUDA}
+    errors = {name for name in wanted if "error of" in name}
+    assert wanted - errors <= names
+    assert errors == {f"float32: error of the {what}" for what in ("loss", "gradient")}
 
 
 def test_a_figure_that_fails_is_an_event() -> None:
@@ -242,17 +353,19 @@ def test_a_figure_that_fails_is_an_event() -> None:
 
 def test_the_picture_shows_what_was_measured(tmp_path: Path) -> None:
     events = [
-        {"group": "g", "backend": backend, "figure": f"n {n:,}, d 512: {what}", "value": n / 256.0,
-         "unit": "ms"}
+        {"backend": backend, **figures.figure(f"n {n:,}, d 512: {what}", n / 256, "ms")}
         for backend in ("cuda", "triton")
         for n in (256, 1024)
         for what in ("eager", "as a graph", "the four products", "the reference", "kernels")
-    ]  # fmt: skip
+    ]
     lines = picture.series(events)
     assert list(lines) == [name for name in picture.STYLES if not name.startswith("torch.compile")]
     assert lines["cuda, eager"] == {(256, 512): 1.0, (1024, 512): 4.0}
-    picture.draw(events, tmp_path / "time.png")
-    assert (tmp_path / "time.png").stat().st_size > 10_000
+    sizes = []
+    for name, given in (("empty.png", []), ("time.png", events)):
+        picture.draw(given, tmp_path / name)
+        sizes.append((tmp_path / name).stat().st_size)
+    assert sizes[1] > 1.2 * sizes[0]
 
 
 # ---------------------------------------------------------------- what is carried
@@ -267,34 +380,84 @@ def test_triton_finds_what_was_unpacked(tmp_path: Path) -> None:
     (made / "__grp__kernel.json").write_text(json.dumps(children))
     with tarfile.open(tmp_path / "triton.tar.xz", "w:xz") as file:
         file.add(made.parent, ".")
-    check.unpack_triton(tmp_path, tmp_path / "cache")
+    modules.install_triton(tmp_path, tmp_path / "cache")
     read = json.loads((tmp_path / "cache" / "KEY" / "__grp__kernel.json").read_text())
     (path,) = read["child_paths"].values()
     assert path == str(tmp_path / "cache" / "KEY" / "kernel.cubin")
     assert Path(path).read_bytes() == b"code"
 
 
-def test_modules_are_unpacked(tmp_path: Path) -> None:
+def test_modules_are_installed(tmp_path: Path) -> None:
     packed, package = tmp_path / "pack", tmp_path / "package"
-    assert check.unpack(packed, package) == []
     packed.mkdir()
     package.mkdir()
-    (packed / "_C_cuda.abi3.so").write_bytes(b"new")
-    (package / "_C_cuda.abi3.so").write_bytes(b"old")
-    assert check.unpack(packed, package) == ["_C_cuda.abi3.so"]
-    assert (package / "_C_cuda.abi3.so").read_bytes() == b"new"
+    assert modules.install(packed, package) == []
+    (packed / modules.CUDA_MODULE).write_bytes(b"new")
+    (package / modules.CUDA_MODULE).write_bytes(b"old")
+    assert modules.install(packed, package) == [modules.CUDA_MODULE]
+    assert (package / modules.CUDA_MODULE).read_bytes() == b"new"
+
+
+def test_a_pack_fits_its_sources_and_this_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "not whole" in str(modules.unfit(tmp_path))
+    own = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    (tmp_path / modules.CUDA_MODULE).touch()
+    (tmp_path / modules.MANIFEST).write_text(json.dumps({"sources": modules.sources()}))
+    assert f"has no {own}" in str(modules.unfit(tmp_path))
+    (tmp_path / own).touch()
+    assert modules.unfit(tmp_path) is None
+    monkeypatch.setattr(modules, "ROOT", tmp_path)  # where setup.py and csrc are others
+    (tmp_path / "setup.py").touch()
+    assert "other sources" in str(modules.unfit(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ({}, None),
+        ({"capability": "10.0"}, ".gpu-pack is for 90, the device has 100"),
+        ({"cpu module": "no such file"}, "cpu module: no such file"),
+        ({"cuda module": "undefined symbol"}, "cuda module: undefined symbol"),
+    ],
+)
+def test_what_does_not_fit_is_built(
+    facts: dict[str, str], why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modules, "manifest", lambda pack: {"capability": "90"})
+    told = {"capability": "9.0", "cpu module": "loaded", "cuda module": "loaded"} | facts
+    for name, value in told.items():
+        journal.write(tmp_path / journal.FILE, "environment", fact=name, value=value)
+    assert check.wants_build(runner(tmp_path), None) == why
+    assert check.wants_build(runner(tmp_path), "there is no pack") == "there is no pack"
 
 
 def test_the_pack_is_built_as_setup_builds() -> None:
-    cxx, nvcc, (name, version) = pack.settings()
-    assert "-O3" in cxx
-    assert "-O3" in nvcc
-    assert name == "TORCH_TARGET_VERSION"
-    assert int(version, 16) >> 48 == (2 << 8) + 11
+    setup = pack.recipe()
+    there = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.c*")}
+    assert {"csrc/cuda/launch.cu", *setup.CUDA_SOURCES} <= there
+    assert {"csrc/cpu/ops.cpp", *setup.cpu_sources()} <= there
+    assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in pack.defines(setup.CUDA_MACROS)
+    assert "-DUSE_CUDA" in pack.defines(setup.CUDA_MACROS)
 
 
-def test_a_python_that_is_not_there_is_said() -> None:
-    assert "no-such-python" in str(pack.cpu_module(ROOT, "no-such-python"))
+def test_what_is_missing_is_said_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for tool in ("nvcc", "g++", "gcc"):
+        (tmp_path / tool).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "lib64").mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"expected libcudart\.so in"):
+        pack.tools("no-such-python")
+    (tmp_path / "lib64" / "libcudart.so").touch()
+    with pytest.raises(SystemExit, match="--python: expected a Python; got no-such-python"):
+        pack.tools("no-such-python")
+    (tmp_path / "nvcc").unlink()
+    with pytest.raises(SystemExit, match="expected nvcc on PATH"):
+        pack.tools(sys.executable)
 
 
 DRYRUN = """\
@@ -312,9 +475,9 @@ def test_the_toolkit_is_what_nvcc_says(tmp_path: Path) -> None:
     toolkit, wrappers = tmp_path / "cuda-13.0", tmp_path / "wrappers"
     (toolkit / "bin").mkdir(parents=True)
     wrappers.symlink_to(toolkit)
-    assert check.toolkit(DRYRUN.format(bin=wrappers / "bin")) == str(toolkit.resolve())
-    assert check.toolkit("nvcc fatal   : Don't know what to do with '/dev/null'") is None
-    assert check.toolkit("") is None
+    assert modules.toolkit(DRYRUN.format(bin=wrappers / "bin")) == str(toolkit.resolve())
+    assert modules.toolkit("nvcc fatal   : Don't know what to do with '/dev/null'") is None
+    assert modules.toolkit("") is None
 
 
 def test_cuda_home_is_asked_of_nvcc_only_where_nothing_says_it(
@@ -323,14 +486,14 @@ def test_cuda_home_is_asked_of_nvcc_only_where_nothing_says_it(
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert check.cuda_home() == {}
+    assert modules.cuda_home() == {}
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}/bin/..' >&2\n")
     nvcc.chmod(0o755)
     (tmp_path / "bin").mkdir()
-    assert check.cuda_home() == {"CUDA_HOME": str(tmp_path.resolve())}
+    assert modules.cuda_home() == {"CUDA_HOME": str(tmp_path.resolve())}
     monkeypatch.setenv("CUDA_PATH", "/elsewhere")
-    assert check.cuda_home() == {}
+    assert modules.cuda_home() == {}
 
 
 # ---------------------------------------------------------------- the rehearsal
@@ -348,7 +511,7 @@ def test_a_rehearsal_passes(tmp_path: Path) -> None:
     """A few values, and the environment; what the device's tests say of the CPU backend."""
     command = [sys.executable, "-m", "benchmarks.gpu.check", "--rehearse", "--seconds", "100"]
     command += ["--only", "values", "-k", "33 and float32 and auto", "--output", str(tmp_path)]
-    group = check.Group("rehearsal", command, checks=False)
+    group = groups.Group("rehearsal", command, checks=False)
     outer = tmp_path / "outer"
     outer.mkdir()
     run = runner(outer, 120)
@@ -383,3 +546,23 @@ def test_truths_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     doubled(x + 1)
     doubled(x.double())
     assert calls == [2.0, 3.0, 2.0, 2.0]
+    with pytest.raises(TypeError, match="to remember"):
+        doubled(x, factor=lambda: 3.0)  # type: ignore[arg-type]
+
+
+def test_a_changed_definition_forgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pcoherence import remembered
+
+    monkeypatch.setenv("PCOHERENCE_REMEMBERED", str(tmp_path))
+    calls = []
+
+    @remembered.remembered
+    def counted(x: int) -> tuple[int]:
+        calls.append(x)
+        return (x,)
+
+    counted(1)
+    counted(1)
+    monkeypatch.setattr(remembered, "_definitions", lambda: b"changed")
+    counted(1)
+    assert calls == [1, 1]

@@ -138,7 +138,7 @@ def time_by_kernel(call: Callable[[], object]) -> list[tuple[str, float, int]]:
 
 def lost() -> str | None:
     """Why the device serves this process no more, as after an illegal access; None: it does."""
-    if REHEARSAL or not torch.cuda.is_initialized():
+    if REHEARSAL or not torch.cuda.is_available():
         return None
     try:
         synchronize()

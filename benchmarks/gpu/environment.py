@@ -16,11 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.gpu import device, journal
-
-GROUP = "environment"
-MODULE = "cuda module"
-"""The fact that says whether the CUDA extension is there: "loaded", or why not."""
+from benchmarks.gpu import device, journal, modules, plan
 
 LENGTHS = (256, 1024, 4096, 8192, 65536)
 """Candidates of a row for which the driver is asked how many blocks a multiprocessor holds."""
@@ -60,15 +56,13 @@ def printed(*command: str) -> str:
     return done.stdout.strip()
 
 
-def cuda_module() -> str:
-    """Import the extension: "loaded", or why it cannot be."""
-    if torch.version.cuda is None and device.REHEARSAL:
-        return "loaded"  # its part is played by another
+def imported(name: str) -> str:
+    """Import an extension: LOADED, or why it cannot be."""
     try:
-        importlib.import_module("pcoherence._C_cuda")
+        importlib.import_module(f"pcoherence.{name}")
     except (ImportError, OSError) as error:
         return " ".join(str(error).split())[: journal.MESSAGE]
-    return "loaded"
+    return modules.LOADED
 
 
 def resources() -> dict[str, str]:
@@ -96,13 +90,14 @@ def main() -> None:
 
     def write(found: dict[str, Any]) -> None:
         for name, value in found.items():
-            journal.write(path, GROUP, fact=name, value=value)
+            journal.write(path, plan.ENVIRONMENT_GROUP, fact=name, value=value)
             print(f"{name}: {value}", flush=True)
 
     write(facts())
-    module = cuda_module()
-    write({MODULE: module})
-    if module == "loaded" and not device.REHEARSAL:
+    write({modules.CPU_FACT: imported("_C")})
+    module = imported("_C_cuda")
+    write({modules.CUDA_FACT: module})
+    if module == modules.LOADED and not device.REHEARSAL:
         write(resources())
 
 

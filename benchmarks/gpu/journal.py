@@ -7,6 +7,8 @@ Lines have a "group", and one of
     figure     something measured, see figures.py
     fact       about the machine, with a value
     time       where a call's time goes, see figures.py
+    lost       why the device serves the process no more
+    status, cut, missing    how the group ended: exit status, second, why it could not run
 
 As a pytest plugin (-p benchmarks.gpu.journal --journal FILE --group NAME) it writes checks. Those
 that the file has already are left out: a process that died goes on where it stopped.
@@ -22,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+FILE = "journal.jsonl"
 
 LOST = 70
 """Exit status of a process whose device serves it no more."""

@@ -4,38 +4,48 @@
 
 The folder, .gpu-pack, gets
     _C_cuda.abi3.so    the CUDA extension, for one architecture; from Python 3.10 on
-    _C.*.so            the CPU extension, where the headers of such a Python are found
-    truths.pt          float64 truths of the checks, so that no CPU there computes any
+    _C.*.so            the CPU extension, for a Python like the one there
+    truths.pt          float64 truths of the checks, so that no CPU there has to compute them
     triton.tar.xz      Triton's kernels, where that Python has torch and triton as the machine does
     manifest.json      what it was built from
-There `make gpu-check` finds it. Needs nvcc, g++ and a CPU build of torch; no GPU.
+There `make gpu-check` finds it, and uses the modules if the sources are still the same. Python,
+torch and triton should have the versions that they have there; torch may be a CPU build. Needs
+nvcc, g++ and gcc; no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import measure
-from benchmarks.gpu.check import PACK, ROOT, cuda_home
+from benchmarks.gpu import modules
+from benchmarks.gpu.groups import ROOT
+from benchmarks.gpu.modules import PACK, cuda_home
 from pcoherence import remembered
 
 MOST_BYTES = 48 << 20
-"""Of the folder: it travels with a working tree, the two in less than 64 MiB."""
+"""Of the folder, which is copied to the machine with the tree, perhaps for each run."""
 
 TRUTHS = ("tests/test_gpu.py", "tests/test_cuda_rows.py", "tests/test_triton.py")
 """Tests whose truths are carried."""
+
+LIBRARIES = Path(torch.__file__).parent / "lib"
 
 HEADERS = 'import sysconfig as s; print(s.get_path("include"), s.get_config_var("EXT_SUFFIX"))'
 HAS_TRITON = "import torch, triton; print(torch.__version__, triton.__version__)"
@@ -52,41 +62,37 @@ def includes() -> list[str]:
     return [f"-I{Path(torch.__file__).parent / 'include'}"]
 
 
-def settings() -> tuple[list[str], list[str], tuple[str, str]]:
-    """What setup.py builds with: flags of C++, of nvcc, and the oldest torch that will do."""
-    found: dict[str, object] = {}
-    source = (ROOT / "setup.py").read_text().partition("\ndef headers")[0]
-    exec(compile(source, "setup.py", "exec"), found)
-    return found["CXX_FLAGS"], found["NVCC_FLAGS"], found["STABLE_ABI"]  # type: ignore[return-value]
+def recipe() -> Any:
+    """setup.py as a module: sources and flags are said there alone."""
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def cuda_module(folder: Path, work: Path, capability: str) -> None:
+def defines(macros: Sequence[tuple[str, str | None]]) -> list[str]:
+    """As the compiler takes them."""
+    return [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in macros]
+
+
+def cuda_module(folder: Path, work: Path, capability: str, cudart: Path) -> None:
     """The CUDA extension, without a CUDA build of torch.
 
     What it needs of libtorch_cuda is found when it is loaded: a stub of that name stands in for
     it, so that the loader will look there.
     """
-    cxx, nvcc, (name, version) = settings()
-    defines = [f"-D{name}={version}", "-DUSE_CUDA"]
-    home = Path(cuda_home().get("CUDA_HOME") or os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    launch = work / "launch.o"
+    setup = recipe()
     architecture = f"arch=compute_{capability},code=sm_{capability}"
-    jobs = [
-        [
-            *("nvcc", *nvcc, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-gencode", architecture),
-            *("-c", "csrc/cuda/launch.cu", "-o", str(launch)),
-        ]
-    ]
-    objects = [launch]
-    python = subprocess.run([sys.executable, "-c", HEADERS], capture_output=True, text=True)
-    for source in ("csrc/tables.cpp", "csrc/cuda/ops.cpp", "csrc/cuda/module.cpp"):
+    nvcc = ["nvcc", *setup.NVCC_FLAGS, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    cxx = ["g++", *setup.CXX_FLAGS, *defines(setup.CUDA_MACROS), "-fPIC", *includes()]
+    cxx += [f"-I{sysconfig.get_path('include')}"]
+    jobs, objects = [], []
+    for source in setup.CUDA_SOURCES:
         objects.append(work / f"{Path(source).stem}.o")
-        jobs.append(
-            [
-                *("g++", *cxx, *defines, "-fPIC", *includes(), f"-I{python.stdout.split()[0]}"),
-                *("-c", source, "-o", str(objects[-1])),
-            ]
-        )
+        compiler = [*nvcc, "-gencode", architecture] if source.endswith(".cu") else cxx
+        jobs.append([*compiler, "-c", source, "-o", str(objects[-1])])
     running = [subprocess.Popen(job, cwd=ROOT) for job in jobs]
     for job, process in zip(jobs, running, strict=True):
         if process.wait() != 0:
@@ -95,52 +101,36 @@ def cuda_module(folder: Path, work: Path, capability: str) -> None:
     nothing = work / "stub.c"
     nothing.write_text("void pcoherence_stub(void) {}\n")
     run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", nothing, "-o", stub])
-    libraries = Path(torch.__file__).parent / "lib"
-    cudart = next(path for path in (home / "lib64", home / "lib") if path.is_dir())
     run(
         [
             *("g++", "-shared", "-Wl,--no-as-needed", *objects),
-            *(f"-L{work}", f"-L{libraries}", f"-L{cudart}"),
+            *(f"-L{work}", f"-L{LIBRARIES}", f"-L{cudart}"),
             *("-ltorch_cuda", "-ltorch_cpu", "-lc10", "-lcudart"),
-            *("-o", folder / "_C_cuda.abi3.so"),
+            *("-o", folder / modules.CUDA_MODULE),
         ]
     )
 
 
-def cpu_module(folder: Path, python: str) -> str | None:
-    """The CPU extension for another Python; why not, or None."""
-    try:
-        told = subprocess.run([python, "-c", HEADERS], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"there is no {python} here ({error})"
-    include, suffix = told.stdout.split()
-    if not Path(include, "Python.h").exists():
-        return f"{python} has no headers in {include}"
-    import pybind11
-
-    cxx, _, (name, version) = settings()
-    sources = ["csrc/tables.cpp", *sorted(map(str, (ROOT / "csrc/cpu").glob("*.cpp")))]
-    libraries = Path(torch.__file__).parent / "lib"
+def cpu_module(folder: Path, include: str, suffix: str) -> None:
+    """The CPU extension for another Python, whose headers and names these are."""
+    setup = recipe()
+    pybind = importlib.import_module("pybind11").get_include()
     run(
         [
-            *("g++", *cxx, f"-D{name}={version}", "-DTORCH_EXTENSION_NAME=_C", "-fPIC", "-shared"),
-            *(*includes(), f"-I{include}", f"-I{pybind11.get_include()}", *sources),
-            *(f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", "-o", folder / f"_C{suffix}"),
+            *("g++", *setup.CXX_FLAGS, *defines([setup.STABLE_ABI])),
+            *("-DTORCH_EXTENSION_NAME=_C", "-fPIC", "-shared", *includes()),
+            *(f"-I{include}", f"-I{pybind}", *setup.cpu_sources()),
+            *(f"-L{LIBRARIES}", "-ltorch", "-ltorch_cpu", "-lc10", "-o", folder / f"_C{suffix}"),
         ]
     )
-    return None
 
 
-def triton_cache(folder: Path, work: Path, python: str, capability: str) -> str | None:
-    """Triton's kernels for the device, by a Triton like the one there; why not, or None."""
-    told = subprocess.run([python, "-c", HAS_TRITON], capture_output=True, text=True)
-    if told.returncode != 0:
-        return f"{python} has no torch and triton; they are compiled there"
+def triton_cache(folder: Path, work: Path, python: str, capability: str) -> None:
+    """Triton's kernels for the device, by a Triton like the one there."""
     cache = work / "triton"
     environment = {"TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"}
-    command = [python, "-m", "pcoherence.kernels.offline", capability, "--all"]
     subprocess.run(
-        command,
+        [python, "-m", "pcoherence.kernels.offline", capability, "--all"],
         cwd=ROOT,
         env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
@@ -148,7 +138,6 @@ def triton_cache(folder: Path, work: Path, python: str, capability: str) -> str 
     )
     with tarfile.open(folder / "triton.tar.xz", "w:xz") as file:
         file.add(cache, ".")
-    return None
 
 
 def truths(folder: Path) -> None:
@@ -161,41 +150,83 @@ def truths(folder: Path) -> None:
     print(f"{remembered.gather(folder)} truths")
 
 
-def size(folder: Path) -> int:
-    """Bytes of its files."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+class Tools(NamedTuple):
+    """What a pack is built with."""
+
+    cudart: Path  # folder of libcudart
+    include: str  # headers of the other Python
+    suffix: str  # of its extension modules
+    triton: str | None  # versions of its torch and triton; None without them
+
+
+def tools(python: str) -> Tools:
+    """Find everything before anything is built.
+
+    Raises:
+        SystemExit: something is missing; says what.
+    """
+    missing = [name for name in ("nvcc", "g++", "gcc") if shutil.which(name) is None]
+    if missing:
+        raise SystemExit(f"gpu-pack: expected {', '.join(missing)} on PATH")
+    home = cuda_home().get("CUDA_HOME") or os.environ.get("CUDA_HOME") or os.environ["CUDA_PATH"]
+    places = [Path(home, name) for name in ("lib64", "lib")]
+    cudart = next((place for place in places if (place / "libcudart.so").exists()), None)
+    if cudart is None:
+        raise SystemExit(f"gpu-pack: expected libcudart.so in {' or '.join(map(str, places))}")
+    try:
+        told = subprocess.run([python, "-c", HEADERS], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"gpu-pack: --python: expected a Python; got {python}: {error}") from error
+    include, suffix = told.stdout.split()
+    if not Path(include, "Python.h").exists():
+        raise SystemExit(f"gpu-pack: --python: expected its headers in {include}; got no Python.h")
+    found = subprocess.run([python, "-c", HAS_TRITON], capture_output=True, text=True)
+    return Tools(cudart, include, suffix, found.stdout.strip() or None)
 
 
 def main() -> None:
-    """Build all of it anew."""
+    """Build all of it anew; an earlier pack stays until this one is whole."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.gpu.pack",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--capability", default="90", help="such as 90 for sm_90")
+    parser.add_argument("--capability", default="90", help="90, the default, stands for sm_90")
     parser.add_argument("--python", default="python3.12", help="like the one there")
     arguments = parser.parse_args()
-    shutil.rmtree(PACK, ignore_errors=True)
-    work = PACK / "work"
+    found = tools(arguments.python)
+    new = PACK.with_name(f"{PACK.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    work = new / "work"
     work.mkdir(parents=True)
-    notes: dict[str, object] = {**measure.environment(), "capability": arguments.capability}
-    steps: list[tuple[str, Callable[[], str | None]]] = [
-        ("_C_cuda", lambda: cuda_module(PACK, work, arguments.capability)),
-        ("_C", lambda: cpu_module(PACK, arguments.python)),
-        ("truths", lambda: truths(PACK)),
-        ("Triton", lambda: triton_cache(PACK, work, arguments.python, arguments.capability)),
+    notes: dict[str, object] = {
+        **measure.environment(),
+        "capability": arguments.capability,
+        "sources": modules.sources(),
+        "triton": found.triton or "without triton: its kernels are compiled there",
+    }
+    steps: list[tuple[str, Callable[[], None]]] = [
+        ("_C_cuda", lambda: cuda_module(new, work, arguments.capability, found.cudart)),
+        ("_C", lambda: cpu_module(new, found.include, found.suffix)),
+        ("truths", lambda: truths(new)),
     ]
+    if found.triton is not None:
+        steps += [
+            ("triton", lambda: triton_cache(new, work, arguments.python, arguments.capability))
+        ]
     for name, step in steps:
         begun = time.monotonic()
-        missing = step()
-        notes[name] = missing or "built"
-        print(f"{name}: {notes[name]}, {time.monotonic() - begun:.0f} s", flush=True)
+        step()
+        print(f"{name}: built, {time.monotonic() - begun:.0f} s", flush=True)
     shutil.rmtree(work)
-    measure.write_json(PACK / "manifest.json", notes)
+    measure.write_json(new / modules.MANIFEST, notes)
     print(json.dumps(notes, indent=1))
-    found = size(PACK)
-    print(f"{PACK.name}: {found / 2**20:.1f} MiB")
-    if found > MOST_BYTES:
+    size = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
+    print(f"{PACK.name}: {size / 2**20:.1f} MiB")
+    if size > MOST_BYTES:
         raise SystemExit(f"gpu-pack: more than {MOST_BYTES >> 20} MiB")
+    shutil.rmtree(PACK, ignore_errors=True)
+    new.rename(PACK)
 
 
 if __name__ == "__main__":

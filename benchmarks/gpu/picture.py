@@ -67,7 +67,8 @@ def draw(events: Sequence[dict[str, Any]], path: Path) -> None:
     device = next((e["value"] for e in events if e.get("fact") == "device"), "an unknown device")
     axes.set_title(f"float32 on {device}")
     axes.grid(True, axis="y", alpha=0.3)
-    axes.legend()
+    if lines:
+        axes.legend()
     figure.savefig(path, dpi=150)
 
 

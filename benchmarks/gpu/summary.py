@@ -11,7 +11,10 @@ Event = dict[str, Any]
 FAILURES = 40
 """Failures that are told: two screens. The journal has all."""
 
-HEAD = ("device", "capability", "driver", "cuda", "torch", "triton", "python", "commit", "packed")
+HEAD = (
+    *("device", "capability", "driver", "cuda", "torch", "triton", "python", "commit"),
+    *("packed", "built here", "cpu module", "cuda module"),
+)
 """Facts at the top."""
 
 
@@ -40,9 +43,6 @@ def _facts(events: Sequence[Event]) -> Iterator[str]:
     for name in HEAD:
         if name in known:
             yield f"  {name:<12}{known[name]}"
-    module = known.get("cuda module")
-    if module is not None:
-        yield f"  {'module':<12}{'_C_cuda is loaded' if module == 'loaded' else module}"
 
 
 def _names(events: Sequence[Event]) -> list[str]:
@@ -88,7 +88,8 @@ def _group(name: str, own: Sequence[Event]) -> str:
         said.append(str(end["missing"]))
     if end.get("status", 0) not in (0, 1, 5):
         said.append(f"exit status {end['status']}")
-    failed = bad or unmeasured or "missing" in end or end.get("status", 0) != 0
+    failed = bad or unmeasured or missed or "missing" in end or end.get("status", 0) != 0
+    failed = failed or (skipped > 0 and skipped == len(checks) == selected)
     reached = "status" in end and selected <= len(checks)
     sign = "!" if failed else "ok" if reached else "?"
     return f"{sign:<3}{name:<26}{', '.join(said)}"

@@ -42,7 +42,11 @@ def full_float32() -> Iterator[None]:
 
 
 class _Switch:
-    """Torch's switch for TF32, and how many rely on its being off."""
+    """Torch's switch for TF32, and how many rely on its being off.
+
+    By the functions below torch's public ones, some of which warn, or refuse to answer where both
+    have been used.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -62,7 +66,10 @@ class _Switch:
                 torch._C._set_float32_matmul_precision("highest")
 
     def restore(self) -> None:
-        """As it was, once nobody relies on it; left alone where someone has set it since."""
+        """As it was, once nobody relies on it; left alone where someone has switched it on since.
+
+        That someone has switched it off meanwhile cannot be told from having done so here.
+        """
         with self._lock:
             self._users -= 1
             if self._users > 0 or self._before is None:
