@@ -79,13 +79,15 @@ study-quick: $(VENV)/installed  ## the same on little data, to see that it works
 	$(BIN)/python -m benchmarks.distillation run --quick
 
 # What a GPU machine needs, built here; CARD_PYTHON is a Python like that machine's.
+GPU_CAPABILITY ?= 90
 CARD_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3) python3.12)
 gpu-pack: $(VENV)/installed  ## build here what gpu-check uses there: .gpu-pack/ (about 6 minutes)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.gpu.pack --python $(CARD_PYTHON)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.gpu.pack --python $(CARD_PYTHON) \
+	    --capability $(GPU_CAPABILITY)
 
 # On a GPU machine, with its own python3, torch, triton and nvcc; nothing is installed.
 gpu-check:  ## check and measure on this machine's GPU (400 s; GPU_ARGS=--first: 170 s)
 	$(PYTHON) -m benchmarks.gpu.check $(GPU_ARGS)
 
 clean:  ## remove everything that the targets made
-	rm -rf $(VENV) build dist *.egg-info pcoherence/*.so demo-output docs/_build
+	rm -rf $(VENV) build dist *.egg-info pcoherence/*.so demo-output docs/_build .gpu-pack*
