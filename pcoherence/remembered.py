@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +22,7 @@ FILE = "truths.pt"
 
 DEFINITIONS = (
     *("distances.py", "soft_ranks.py", "objectives.py", "reference.py"),
-    *("spec.py", "inputs.py", "anchors.py", "testing.py"),
+    *("spec.py", "inputs.py", "anchors.py", "loss.py", "testing.py"),
 )
 """Files of this package that define the truth: after a change, results are not found any more.
 
@@ -49,7 +51,7 @@ def remembered(function: F) -> F:
         known = _read(folder).get(key)
         own = folder / f"{key}.pt"
         if known is None and own.exists():
-            known = torch.load(own)
+            known = _load(own)
         if known is not None:
             return _copied(known)
         global computed
@@ -74,16 +76,28 @@ def gather(folder: Path) -> int:
 
 
 def _write(path: Path, result: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")  # others may be reading
-    torch.save(result, part)
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(result, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # it is computed again another time
+        warnings.warn(f"{path} cannot be written: {error}", stacklevel=4)
+
+
+def _load(path: Path) -> Any:
+    """What a file holds; None where that cannot be read, and is computed again."""
+    try:
+        return torch.load(path)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        warnings.warn(f"{path} cannot be read: {error}", stacklevel=4)
+        return None
 
 
 @functools.cache
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / FILE
-    known: dict[str, Any] = torch.load(path) if path.exists() else {}
+    known: dict[str, Any] = (_load(path) if path.exists() else None) or {}
     return known
 
 

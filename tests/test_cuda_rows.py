@@ -8,96 +8,25 @@ operators' glue and the Python pipeline are those of the GPU.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from emulation import DEVICE, Emulate
 from row_kernels import POINTS, check_prepared, check_symmetrised, points_with
 from soft_rank_cases import MASKS, check_masked
 from torch import Tensor
 
 import pcoherence
-from pcoherence import backends, ops, perception_coherence_loss
+from pcoherence import perception_coherence_loss
 from pcoherence.backends import cuda, points
 from pcoherence.backends import device as pipeline
 from pcoherence.spec import METHODS, OBJECTIVES
 from pcoherence.testing import CASES, make_case, relative_error, tolerances
 
-ROOT = Path(__file__).parent.parent
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Found = tuple[Tensor, Tensor]
-Emulate = Callable[..., None]
-
-
-class Emulated(cuda.CudaBackend):
-    """The backend on CPU tensors."""
-
-    made = None
-
-    def available(self) -> None:
-        return None
-
-    def operators(self) -> ops.Operators:
-        assert self.made is not None
-        return self.made
-
-    def refuses(self, tensor: Tensor) -> None:
-        return None
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL | None:
-    """The kernels with the emulation in place of the launcher, loaded into torch; None on a GPU."""
-    if DEVICE == "cuda":
-        assert pcoherence.available_backends()["cuda"] is None
-        return None
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("there is no g++ to compile the kernels with")
-    folder = tmp_path_factory.mktemp("emulation")
-    root = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O1", "-g0", "-fPIC", "-Werror=switch", "-DPCOH_EMULATE"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{root / 'include'}"]
-    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        flags += ["-mfma", "-ffp-contract=fast"]  # nvcc contracts, too
-    sources = ["csrc/tables.cpp", "csrc/cuda/ops.cpp", "csrc/cuda/emulate.cpp"]
-    objects = [str(folder / f"{Path(source).stem}.o") for source in sources]
-    jobs = [
-        subprocess.Popen([compiler, *flags, "-c", source, "-o", target], cwd=ROOT)
-        for source, target in zip(sources, objects, strict=True)
-    ]
-    assert [job.wait() for job in jobs] == [0] * len(jobs)
-    path = folder / "emulation.so"
-    libraries = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    subprocess.run([compiler, "-shared", "-o", path, *objects, *libraries], check=True)
-    torch.ops.load_library(str(path))
-    Emulated.made = ops.Operators("pcoherence_emulated")
-    cuda.implement(Emulated.made, "CPU")
-    return ctypes.CDLL(str(path))
-
-
-@pytest.fixture
-def emulate(library: ctypes.CDLL | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulate]:
-    """Sets the threads of a block, its bytes of shared memory (0: as on a GPU), and the seed."""
-    if library is None:  # the plan is the device's
-        yield lambda **_: None
-        return
-    monkeypatch.setitem(backends.REGISTRY, "cuda", Emulated())
-    # Under another name than the CUDA extension's operators, which may be loaded as well.
-    monkeypatch.setattr(torch.ops, "pcoherence_cuda", torch.ops.pcoherence_cuda_emulated)
-
-    def configure(threads: int = 0, shared: int = 0, seed: int = 0) -> None:
-        library.pcoherence_emulate(threads, ctypes.c_long(shared), seed, 0)
-
-    configure()
-    yield configure
-    configure()
 
 
 def from_distances(

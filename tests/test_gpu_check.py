@@ -73,14 +73,14 @@ def checks(output: Path, text: str, *options: str, hang: float = 6.0) -> groups.
     command = [sys.executable, "-m", "pytest", str(file), "-p", "benchmarks.gpu.journal"]
     command += ["-o", "addopts=", "--rootdir", str(output), "-p", "no:cacheprovider"]
     command += ["--journal", str(output / "journal.jsonl"), "--group", "checks", *options]
-    return groups.Group("checks", command, hang=hang)
+    return groups.Group("checks", command, checks=True, tells=True, hang=hang)
 
 
 @needs_process_groups
 def test_checks_go_on_behind_one_that_kills_its_process(tmp_path: Path) -> None:
     run = runner(tmp_path)
     run.run([checks(tmp_path, FAILING)], 60)
-    events = journal.read(tmp_path / "journal.jsonl")
+    events, _ = journal.read(tmp_path / "journal.jsonl")
     found = {e["check"].partition("::")[2]: e["outcome"] for e in events if "check" in e}
     assert found == {
         "test_good": "passed",
@@ -101,6 +101,61 @@ def test_checks_go_on_behind_one_that_kills_its_process(tmp_path: Path) -> None:
     assert not summaries.succeeded(events)
 
 
+MEASURING = """
+import sys, time
+from pathlib import Path
+from benchmarks.gpu import journal
+
+path = Path(sys.argv[1])
+begun = {event.get("begin") for event in journal.read(path)[0]}
+for name in ("hanging", "good"):
+    if name not in begun:
+        journal.write(path, "speed", begin=name, measures=True, at=time.time())
+        time.sleep(600 if name == "hanging" else 0)
+        journal.write(path, "speed", figure=name, value=1.0, unit="ms")
+        journal.write(path, "speed", end=name)
+"""
+
+
+@needs_process_groups
+def test_measurements_go_on_behind_one_that_hangs(tmp_path: Path) -> None:
+    run = runner(tmp_path)
+    command = [sys.executable, "-c", MEASURING, str(run.journal)]
+    run.run([groups.Group("speed", command, tells=True, hang=4)], 60)
+    events, _ = journal.read(run.journal)
+    found = {event["figure"]: event["value"] for event in events if "figure" in event}
+    assert found == {"hanging": None, "good": 1.0}
+    assert "speed: hanging : hung for 4 s" in (tmp_path / "summary.txt").read_text()
+
+
+@needs_process_groups
+def test_the_log_has_a_failure_at_once(tmp_path: Path) -> None:
+    text = (
+        "import os\n\ndef test_bad():\n    print('said')\n    assert 1 == 2, 'why'\n\n"
+        "def test_crash():\n    os._exit(9)\n"
+    )
+    run = runner(tmp_path)
+    run.run([checks(tmp_path, text)], 30)
+    log = (tmp_path / "log.txt").read_text()
+    assert "AssertionError: why" in log
+    assert "said" in log
+
+
+@needs_process_groups
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    nap = f"61.{os.getpid()}"
+    program = (
+        "import os, time\nfrom pathlib import Path\nfrom benchmarks.gpu import groups\n"
+        f"run = groups.Runner(Path({str(tmp_path)!r}), os.environ, time.monotonic(), 60)\n"
+        f"run.start(groups.Group('nap', ['sleep', {nap!r}]))\nos._exit(1)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT)
+    give_up = time.monotonic() + 10
+    while alive(nap) and time.monotonic() < give_up:
+        time.sleep(0.01)
+    assert not alive(nap)
+
+
 @needs_process_groups
 def test_what_is_cut_off_says_so(tmp_path: Path) -> None:
     run = runner(tmp_path)
@@ -110,7 +165,7 @@ def test_what_is_cut_off_says_so(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 40
     text = (tmp_path / "summary.txt").read_text()
     assert "?  checks                    1 of 2 passed, 1 not reached, cut off at 12 s" in text
-    assert not summaries.succeeded(journal.read(tmp_path / "journal.jsonl"))
+    assert not summaries.succeeded(journal.read(tmp_path / "journal.jsonl")[0])
 
 
 @needs_process_groups
@@ -120,13 +175,13 @@ def test_shards_have_all_checks_once(tmp_path: Path) -> None:
         run = runner(tmp_path)
         run.run([checks(tmp_path, many, "--shard", f"{shard}/3", "-k", "not 6")], 60)
         # The next one is another group.
-        events = journal.read(tmp_path / "journal.jsonl")
+        events, _ = journal.read(tmp_path / "journal.jsonl")
         (tmp_path / "journal.jsonl").rename(tmp_path / f"{shard}.jsonl")
         assert summaries.succeeded(events)
     found = [
         event["check"]
         for shard in range(3)
-        for event in journal.read(tmp_path / f"{shard}.jsonl")
+        for event in journal.read(tmp_path / f"{shard}.jsonl")[0]
         if "check" in event
     ]
     assert len(found) == len(set(found)) == 6
@@ -147,7 +202,7 @@ def alive(argument: str) -> bool:
 def test_a_group_that_is_cut_off_takes_its_children_along(tmp_path: Path) -> None:
     nap = f"60.{os.getpid()}"  # nobody else's
     script = f"sleep {nap} & until grep -qsz {nap} /proc/$!/cmdline; do :; done; echo begun; wait"
-    group = groups.Group("nap", ["bash", "-c", script], checks=False)
+    group = groups.Group("nap", ["bash", "-c", script])
     runner(tmp_path).run([group], 2)
     assert "begun" in (tmp_path / "log.txt").read_text().splitlines()
     give_up = time.monotonic() + 10  # its signal is sent; that it has acted is not waited for
@@ -159,20 +214,23 @@ def test_a_group_that_is_cut_off_takes_its_children_along(tmp_path: Path) -> Non
 @needs_process_groups
 @pytest.mark.parametrize("status", [0, 1])
 def test_checks_of_cuda_wait_for_the_build(status: int, tmp_path: Path) -> None:
-    """And are missing by name where it fails."""
+    """Into the next stage, and are missing by name where it fails."""
     run = runner(tmp_path)
-    build = groups.Group("build", ["bash", "-c", f"sleep 1; exit {status}"], checks=False)
+    build = groups.Group("build", ["bash", "-c", f"sleep 3; exit {status}"])
     installed: list[bool] = []
     run.build = groups.Build(run.start(build), lambda: installed.append(True))
     marks = [str(tmp_path / name) for name in ("cuda", "triton")]
     both = [
-        groups.Group("cuda", ["touch", marks[0]], checks=False, needs_build=True),
-        groups.Group("triton", ["touch", marks[1]], checks=False),
+        groups.Group("cuda", ["touch", marks[0]], needs_build=True),
+        groups.Group("triton", ["touch", marks[1]]),
     ]
-    run.run(both, 30)
+    run.run(both, 1.5)
+    assert [Path(mark).exists() for mark in marks] == [False, True]
+    run.run([], 30)
+    run.end()
     assert installed == [True] * (status == 0)
     assert [Path(mark).exists() for mark in marks] == [status == 0, True]
-    events = journal.read(tmp_path / "journal.jsonl")
+    events, _ = journal.read(tmp_path / "journal.jsonl")
     assert summaries.succeeded(events) == (status == 0)
     if status != 0:
         text = (tmp_path / "summary.txt").read_text()
@@ -224,7 +282,7 @@ def test_every_group_of_checks_selects_some(tmp_path: Path) -> None:
 def test_a_group_that_cannot_run_is_a_failure_by_name(tmp_path: Path) -> None:
     run = runner(tmp_path)
     run.run([groups.Group("memcheck", ["true"], missing="there is no compute-sanitizer")], 10)
-    assert not summaries.succeeded(journal.read(tmp_path / "journal.jsonl"))
+    assert not summaries.succeeded(journal.read(tmp_path / "journal.jsonl")[0])
     assert "!  memcheck                  there is no" in (tmp_path / "summary.txt").read_text()
 
 
@@ -234,7 +292,7 @@ def test_a_sanitizer_that_finds_something_says_so(tmp_path: Path) -> None:
     command = ["bash", "-c", f"exit {plan.FOUND}"]
     statuses = {plan.FOUND: "memcheck found errors"}
     run.run([groups.Group("memcheck", command, statuses=statuses)], 10)
-    assert not summaries.succeeded(journal.read(tmp_path / "journal.jsonl"))
+    assert not summaries.succeeded(journal.read(tmp_path / "journal.jsonl")[0])
     assert "memcheck found errors" in (tmp_path / "summary.txt").read_text()
 
 
@@ -260,12 +318,13 @@ def test_earlier_results_are_kept(tmp_path: Path) -> None:
 
 def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
+    begin = {"group": "a", "begin": "one", "at": 1.0}
     journal.write(path, "a", begin="one", at=1.0)
     with path.open("a") as file:
-        file.write('{"group": "a", "check": "one"')
-    events = journal.read(path)
-    assert events == [{"group": "a", "begin": "one", "at": 1.0}]
-    assert journal.unfinished(events, "a") == "one"
+        file.write('{"group": "a", "che\n{"group": "a", "check": "one"')
+    assert journal.read(path) == ([begin], 1)
+    assert journal.unfinished([begin], "a") == begin
+    assert "! 1 lines of the journal cannot be read" in summaries.text(([begin], 1), 1, 2)
 
 
 def events_of(*events: dict[str, Any], status: int = 0) -> list[dict[str, Any]]:
@@ -277,25 +336,27 @@ def test_summary_says_what_was_measured() -> None:
     good = {"backend": "cuda", **figures.figure("n 2: eager", 2.0, "ms")}
     time = {"time": "n 2", "kernels": [["row_kernel", 0.5, 3]]}
     events = events_of(good, time)
-    text = summaries.text(events, 3, 170)
+    text = summaries.text((events, 0), 3, 170)
     assert summaries.succeeded(events)
     assert "ok speed                     1 measured" in text
     assert "row_kernel" in text
-    assert "row_kernel" not in summaries.text(events, 3, 170, brief=True)
+    assert "row_kernel" not in summaries.text((events, 0), 3, 170, brief=True)
 
 
 def test_what_misses_its_bar_has_failed() -> None:
     for bar, value, met in (("at most 1", 2.0, False), ("at least 5", 9.0, True)):
         events = events_of({**figures.figure("eager", value, "x"), "bar": bar, "met": met})
-        text = summaries.text(events, 3, 170)
+        text = summaries.text((events, 0), 3, 170)
         assert summaries.succeeded(events) == met
         assert f"{bar}{'' if met else '  MISSED'}\n" in text
 
 
 def test_what_could_not_be_measured_has_failed() -> None:
+    assert not summaries.succeeded([])
+    assert not summaries.succeeded(events_of(figures.figure("large", float("nan"), "ms")))
     events = events_of({"figure": "large", "value": None, "unit": "", "message": "no memory"})
     assert not summaries.succeeded(events)
-    assert "speed: large : no memory" in summaries.text(events, 3, 170)
+    assert "speed: large : no memory" in summaries.text((events, 0), 3, 170)
 
 
 def test_a_group_of_which_all_was_skipped_has_failed() -> None:
@@ -394,8 +455,11 @@ def test_modules_are_installed(tmp_path: Path) -> None:
     assert modules.install(packed, package) == []
     (packed / modules.CUDA_MODULE).write_bytes(b"new")
     (package / modules.CUDA_MODULE).write_bytes(b"old")
+    older = package / f"_C_cuda.{sysconfig.get_config_var('SOABI')}.so"
+    older.touch()
     assert modules.install(packed, package) == [modules.CUDA_MODULE]
     assert (package / modules.CUDA_MODULE).read_bytes() == b"new"
+    assert not older.exists()
 
 
 def test_a_pack_fits_its_sources_and_this_python(
@@ -417,17 +481,18 @@ def test_a_pack_fits_its_sources_and_this_python(
     ("facts", "why"),
     [
         ({}, None),
+        ({"capability": None, "cpu module": None}, None),  # no time to ask
         ({"capability": "10.0"}, ".gpu-pack is for 90, the device has 100"),
         ({"cpu module": "no such file"}, "cpu module: no such file"),
         ({"cuda module": "undefined symbol"}, "cuda module: undefined symbol"),
     ],
 )
 def test_what_does_not_fit_is_built(
-    facts: dict[str, str], why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    facts: dict[str, str | None], why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(modules, "manifest", lambda pack: {"capability": "90"})
     told = {"capability": "9.0", "cpu module": "loaded", "cuda module": "loaded"} | facts
-    for name, value in told.items():
+    for name, value in ((k, v) for k, v in told.items() if v is not None):
         journal.write(tmp_path / journal.FILE, "environment", fact=name, value=value)
     assert check.wants_build(runner(tmp_path), None) == why
     assert check.wants_build(runner(tmp_path), "there is no pack") == "there is no pack"
@@ -511,7 +576,7 @@ def test_a_rehearsal_passes(tmp_path: Path) -> None:
     """A few values, and the environment; what the device's tests say of the CPU backend."""
     command = [sys.executable, "-m", "benchmarks.gpu.check", "--rehearse", "--seconds", "100"]
     command += ["--only", "values", "-k", "33 and float32 and auto", "--output", str(tmp_path)]
-    group = groups.Group("rehearsal", command, checks=False)
+    group = groups.Group("rehearsal", command)
     outer = tmp_path / "outer"
     outer.mkdir()
     run = runner(outer, 120)
@@ -566,3 +631,13 @@ def test_a_changed_definition_forgets(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(remembered, "_definitions", lambda: b"changed")
     counted(1)
     assert calls == [1, 1]
+    (tmp_path / remembered.FILE).write_bytes(b"broken")
+    remembered._read.cache_clear()
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert counted(1) == (1,)
+    remembered._read.cache_clear()
+    monkeypatch.setenv("PCOHERENCE_REMEMBERED", "/proc/nowhere")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert counted(1) == (1,)

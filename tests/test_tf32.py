@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,10 @@ SWITCHES: dict[str, Callable[[], Any]] = {
     "allow_tf32": lambda: setattr(cudas_own, "allow_tf32", True),
     "fp32_precision": lambda: setattr(cudas_own, "fp32_precision", "tf32"),
     "all backends": lambda: torch._C._set_fp32_precision_setter("generic", "all", "tf32"),
+    "older, and all backends otherwise": lambda: (
+        setattr(cudas_own, "allow_tf32", True),
+        torch._C._set_fp32_precision_setter("generic", "all", "bf16"),
+    ),
     "mkldnn apart": lambda: (
         torch.set_float32_matmul_precision("high"),
         torch._C._set_fp32_precision_setter("mkldnn", "matmul", "ieee"),
@@ -76,7 +81,7 @@ class Products(TorchDispatchMode):
     ) -> Any:
         if function._opname in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "dot"):
             self.seen.append(torch._C._get_fp32_precision_getter("cuda", "matmul"))
-            assert cudas_own.allow_tf32 is False  # or torch would refuse the product
+            assert cudas_own.allow_tf32 is False  # nor did torch refuse the product
         return function(*arguments, **(options or {}))
 
 
@@ -176,6 +181,17 @@ def test_threads_do_not_restore_what_others_rely_on(switch: str) -> None:
     assert state() == before
 
 
+def test_a_fork_while_someone_relies_on_it() -> None:
+    SWITCHES["high"]()
+    with full_float32():
+        child = os.fork()
+        if child == 0:  # no test framework in here
+            with full_float32():
+                inside = cudas_own.fp32_precision
+            os._exit(0 if (inside, torch.get_float32_matmul_precision()) == ("ieee", "high") else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
+
 def test_someone_else_sets_it_meanwhile() -> None:
     SWITCHES["high"]()
     with full_float32():
@@ -190,15 +206,26 @@ def test_transport_takes_no_float32_product(switch: str) -> None:
     pytest.importorskip("ot")
     SWITCHES[switch]()
 
-    class OnlyDouble(TorchDispatchMode):
+    class Seen(TorchDispatchMode):
         def __torch_dispatch__(
             self, function: Any, types: Any, arguments: Any = (), options: Any = None
         ) -> Any:
-            if function._opname in ("mm", "addmm", "bmm", "matmul"):
+            name = function._opname
+            if name in ("mm", "addmm", "bmm", "matmul"):
+                seen.append(name)
                 assert all(x.dtype == torch.float64 for x in arguments if isinstance(x, Tensor))
+            if name == "_cdist_forward":
+                seen.append(name)
+                assert arguments[3] == 2  # its number for "never by a product"
             return function(*arguments, **(options or {}))
 
     student = torch.randn(8, 3, requires_grad=True)
-    for cost in ("cosine", "euclidean", "sqeuclidean"):
-        with OnlyDouble():
+    for cost, wanted in (
+        ("cosine", "mm"),
+        ("euclidean", "_cdist_forward"),
+        ("sqeuclidean", "_cdist_forward"),
+    ):
+        seen: list[str] = []
+        with Seen():
             pcoherence.optimal_transport_loss(student, torch.randn(8, 4), cost=cost).backward()
+        assert wanted in seen

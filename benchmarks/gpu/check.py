@@ -19,14 +19,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.gpu import journal, modules, plan, summary
-from benchmarks.gpu.groups import ROOT, Build, Group, Runner, kill
+from benchmarks.gpu.groups import ROOT, Build, Group, Runner
 from benchmarks.gpu.plan import Plan, Stage
+
+T = TypeVar("T")
 
 REHEARSAL_PATIENCE = 4.0
 """In a rehearsal a few cores do what a device and many do there."""
@@ -123,37 +127,57 @@ def start_build(runner: Runner, capability: str) -> Build:
 
 def wants_build(runner: Runner, unfit: str | None) -> str | None:
     """Why the extension has to be built here; None: the one in the pack will do."""
-    events = journal.read(runner.journal)
+    events, _ = journal.read(runner.journal)
     said = modules.manifest(modules.PACK).get("capability")
-    has = str(fact(events, "capability")).replace(".", "")
+    has = str(fact(events, "capability") or said).replace(".", "")
     if unfit is None and said != has:
         unfit = f"{modules.PACK.name} is for {said}, the device has {has}"
     for name in (modules.CPU_FACT, modules.CUDA_FACT):
-        if unfit is None and fact(events, name) != modules.LOADED:
-            unfit = f"{name}: {fact(events, name)}"
+        found = fact(events, name)  # None: there was no time to try
+        if unfit is None and found not in (modules.LOADED, None):
+            unfit = f"{name}: {found}"
     return unfit
+
+
+def prepared(runner: Runner, what: str, step: Callable[[], T]) -> T | None:
+    """What a step returns; its failure is a fact, and not the end."""
+    try:
+        return step()
+    except Exception as error:  # a pack that arrived broken, a folder that cannot be written
+        said = " ".join(repr(error).split())[: journal.MESSAGE]
+        journal.write(runner.journal, plan.ENVIRONMENT_GROUP, fact=what, value=said)
+        return None
 
 
 def run(arguments: argparse.Namespace, runner: Runner) -> None:
     """The environment, what the extension needs, and all stages."""
-    output = runner.output
-    unfit = modules.unfit(modules.PACK)
-    packed = modules.install(modules.PACK, ROOT / "pcoherence") if unfit is None else []
-    modules.install_triton(modules.PACK, Path(runner.environment["TRITON_CACHE_DIR"]))
-    journal.write(
-        runner.journal, plan.ENVIRONMENT_GROUP, fact="packed", value=unfit or ", ".join(packed)
-    )
+    output, package = runner.output, ROOT / "pcoherence"
+
+    def write(**event: object) -> None:
+        journal.write(runner.journal, plan.ENVIRONMENT_GROUP, **event)
+
+    unfit = prepared(runner, "the pack", lambda: modules.unfit(modules.PACK) or "")
+    packed = None
+    if unfit == "":
+        packed = prepared(runner, "the pack", lambda: modules.install(modules.PACK, package))
+    write(fact="packed", value=", ".join(packed) if packed else unfit or "nothing")
+    cache = Path(runner.environment["TRITON_CACHE_DIR"])
+    prepared(runner, "Triton's cache", lambda: modules.install_triton(modules.PACK, cache))
     first = Plan(output, arguments.expression, "")
     runner.run(first.groups("environment"), plan.ENVIRONMENT_SHARE * arguments.seconds)
-    capability = fact(journal.read(runner.journal), "capability")
+    events, _ = journal.read(runner.journal)
+    capability = fact(events, "capability")
     if capability is None:
-        why = "no device that torch can use, or no time to ask it: see log.txt"
-        journal.write(runner.journal, plan.ENVIRONMENT_GROUP, missing=why)
-        return
+        if any(event.get("status") for event in events):
+            write(missing="no device that torch can use: see log.txt")
+            return
+        capability = plan.USUAL_CAPABILITY  # it was cut off before it could say
+    unfit = None if packed else unfit or "the pack cannot be used"
     why_build = None if arguments.rehearse else wants_build(runner, unfit)
     if why_build is not None:
-        journal.write(runner.journal, plan.ENVIRONMENT_GROUP, fact="built here", value=why_build)
+        write(fact="built here", value=why_build)
         runner.build = start_build(runner, capability)
+        runner.build.for_all = fact(events, modules.CPU_FACT) != modules.LOADED
     steps = Plan(output, arguments.expression, capability.replace(".", ""))
     for stage in stages(arguments):
         groups = [group for step in stage.steps for group in steps.groups(step)]
@@ -169,15 +193,15 @@ def main() -> None:
     keep_earlier(output)
     patience = REHEARSAL_PATIENCE if arguments.rehearse else 1.0
     runner = Runner(output, variables(arguments.rehearse), begun, arguments.seconds, patience)
+    for signal_number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, lambda number, _: sys.exit(128 + number))
     try:
         run(arguments, runner)
     finally:
-        if runner.build is not None:
-            kill(runner.build.process)
-        runner.refresh(True)
-        events = journal.read(runner.journal)
-        print(summary.text(events, runner.elapsed(), arguments.seconds, brief=True))
-    sys.exit(int(not summary.succeeded(events)))
+        runner.end()
+        found = journal.read(runner.journal)
+        print(summary.text(found, runner.elapsed(), arguments.seconds, brief=True))
+    sys.exit(int(not summary.succeeded(found[0])))
 
 
 if __name__ == "__main__":

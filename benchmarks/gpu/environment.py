@@ -10,6 +10,7 @@ import importlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +26,33 @@ RESOURCES = ("threads", "blocks", "shared", "workspace", "registers", "local", "
 """What torch.ops.pcoherence_cuda.resources returns."""
 
 
-def facts() -> dict[str, Any]:
-    """Versions, and the device's own numbers."""
-    found: dict[str, Any] = {**measure.environment(), "cores": os.cpu_count()}
-    found["glibc"] = platform.libc_ver()[1]
-    try:
-        found["triton"] = importlib.import_module("triton").__version__
-    except ImportError as error:
-        found["triton"] = str(error)
+def facts() -> Iterator[tuple[str, Any]]:
+    """The device's own numbers, whether the extension is there, versions: what is needed first."""
     if device.REHEARSAL:
-        return {**found, "device": "none: a rehearsal on the CPU", "capability": "9.0"}
-    properties = torch.cuda.get_device_properties(0)
+        yield "device", "none: a rehearsal on the CPU"
+        yield "capability", "9.0"
+    else:
+        properties = torch.cuda.get_device_properties(0)
+        yield "device", properties.name
+        yield "capability", f"{properties.major}.{properties.minor}"
+    yield modules.CPU_FACT, imported("_C")
+    yield modules.CUDA_FACT, imported("_C_cuda")
+    yield from measure.environment().items()
+    yield "cores", os.cpu_count()
+    yield "glibc", platform.libc_ver()[1]
+    try:
+        yield "triton", importlib.import_module("triton").__version__
+    except ImportError as error:
+        yield "triton", str(error)
+    if device.REHEARSAL:
+        return
     for name in dir(properties):
         if not name.startswith("_"):
-            found[name] = str(getattr(properties, name))
-    found["device"] = properties.name
-    found["capability"] = f"{properties.major}.{properties.minor}"
-    found["cuda"] = torch.version.cuda
-    found["driver"] = printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    found["nvcc"] = printed("nvcc", "--version").rpartition("\n")[2]
-    return found
+            yield name, str(getattr(properties, name))
+    yield "cuda", torch.version.cuda
+    yield "driver", printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    yield "nvcc", printed("nvcc", "--version").rpartition("\n")[2]
+    yield from resources()
 
 
 def printed(*command: str) -> str:
@@ -59,46 +67,37 @@ def printed(*command: str) -> str:
 def imported(name: str) -> str:
     """Import an extension: LOADED, or why it cannot be."""
     try:
-        importlib.import_module(f"pcoherence.{name}")
+        module = importlib.import_module(f"pcoherence.{name}")
     except (ImportError, OSError) as error:
         return " ".join(str(error).split())[: journal.MESSAGE]
+    print(f"{name}: {module.__file__}", flush=True)
     return modules.LOADED
 
 
-def resources() -> dict[str, str]:
+def resources() -> Iterator[tuple[str, str]]:
     """Of each row kernel, for rows of some lengths."""
-    found = {}
+    if not hasattr(torch.ops.pcoherence_cuda, "resources"):
+        return
     for dtype in (torch.float32, torch.float64):
         like = torch.empty(0, dtype=dtype, device=device.DEVICE)
         for n in LENGTHS:
             for kernel in ("rows", "soft_rank"):
                 numbers = torch.ops.pcoherence_cuda.resources(like, kernel, n, n, "auto").tolist()
-                text = ", ".join(
-                    f"{name} {x:,}" for name, x in zip(RESOURCES, numbers, strict=True)
-                )
-                found[f"{kernel} {str(dtype).removeprefix('torch.')} n {n:,}"] = text
-    return found
+                named = zip(RESOURCES, numbers, strict=True)
+                text = ", ".join(f"{name} {number:,}" for name, number in named)
+                yield f"{kernel} {str(dtype).removeprefix('torch.')} n {n:,}", text
 
 
 def main() -> None:
-    """Write them, the cheapest first."""
+    """Write each as soon as it is known."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--journal", type=Path, required=True)
     path: Path = parser.parse_args().journal
-
-    def write(found: dict[str, Any]) -> None:
-        for name, value in found.items():
-            journal.write(path, plan.ENVIRONMENT_GROUP, fact=name, value=value)
-            print(f"{name}: {value}", flush=True)
-
-    write(facts())
-    write({modules.CPU_FACT: imported("_C")})
-    module = imported("_C_cuda")
-    write({modules.CUDA_FACT: module})
-    if module == modules.LOADED and not device.REHEARSAL:
-        write(resources())
+    for name, value in facts():
+        journal.write(path, plan.ENVIRONMENT_GROUP, fact=name, value=value)
+        print(f"{name}: {value}", flush=True)
 
 
 if __name__ == "__main__":

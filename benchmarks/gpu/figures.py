@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -249,15 +250,19 @@ def main() -> None:
         journal.write(arguments.journal, arguments.group, figure="all", value=None, message=missing)
         sys.exit(f"{arguments.backend}: {missing}")
     failed = False
-    for part in arguments.part:
-        for name, events in parts(arguments.backend)[part]:
-            for event in map(partial(held, arguments.backend), attempt(name, events)):
-                if "figure" in event:
-                    failed |= event["value"] is None
-                journal.write(
-                    arguments.journal, arguments.group, backend=arguments.backend, **event
-                )
-                print(event, flush=True)
+    earlier, _ = journal.read(arguments.journal)
+    begun = {event.get("begin") for event in earlier if event["group"] == arguments.group}
+    wanted = [found for part in arguments.part for found in parts(arguments.backend)[part]]
+    write = partial(journal.write, arguments.journal, arguments.group)
+    for name, events in wanted:
+        if name in begun:  # by a process that died of it
+            continue
+        write(begin=name, measures=True, at=time.time())
+        for event in map(partial(held, arguments.backend), attempt(name, events)):
+            failed |= "figure" in event and event["value"] is None
+            write(backend=arguments.backend, **event)
+            print(event, flush=True)
+        write(end=name)
     sys.exit(int(failed))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +25,11 @@ RESTARTS = 8
 POLL, REFRESH = 0.1, 1.0
 """Seconds between looks at the processes, and between summaries."""
 
-ENDED = {0: None, 1: None, 5: "no check was selected"}
-"""Exit statuses with which pytest ends by itself, and what there is to say of them."""
+ENDED = (0, 1, 5)
+"""Exit statuses with which pytest ends by itself: all passed, some failed, nothing was left."""
+
+KILLED = 5.0
+"""Seconds in which a killed process ends, unless the driver holds it."""
 
 
 class Group(NamedTuple):
@@ -34,8 +38,10 @@ class Group(NamedTuple):
     name: str
     command: Sequence[str]
     variables: Mapping[str, str] = {}
-    checks: bool = True  # its tests are in the journal, so that another process can go on
+    again: Mapping[str, str] = {}  # variables that a process gets which goes on behind another
+    checks: bool = False  # its exit statuses are pytest's
     needs_build: bool = False  # the CUDA extension, which may still be building
+    tells: bool = False  # writes into the journal what it begins, so that another can go on
     hang: float = HANG
     missing: str | None = None  # why it cannot run at all
     statuses: Mapping[int, str] = {}  # exit statuses of its own, in words
@@ -47,7 +53,7 @@ class Running:
 
     group: Group
     process: subprocess.Popen[bytes]
-    begun: float
+    begun: float  # time.time()
     restarts: int = 0
 
 
@@ -57,6 +63,7 @@ class Build:
 
     process: subprocess.Popen[bytes]
     install: Callable[[], object]
+    for_all: bool = False  # whether every check needs it, since there is no CPU extension either
     ready: bool = False
 
     def poll(self) -> str | None:
@@ -92,6 +99,7 @@ class Runner:
     patience: float = 1.0
     build: Build | None = None
     refreshed: float = 0.0
+    postponed: list[Group] = field(default_factory=list)  # until the build is done
 
     @property
     def journal(self) -> Path:
@@ -102,7 +110,9 @@ class Runner:
         """Seconds since the beginning."""
         return time.monotonic() - self.begun
 
-    def start(self, group: Group) -> subprocess.Popen[bytes]:
+    def start(
+        self, group: Group, variables: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """Its process: a group of its own, so that all it has started ends with it."""
         with (self.output / "log.txt").open("ab") as log:
             line = " ".join(group.command).partition("\n")[0]
@@ -111,30 +121,44 @@ class Runner:
             return subprocess.Popen(
                 group.command,
                 cwd=ROOT,
-                env={**self.environment, **group.variables},
+                env={**self.environment, **group.variables, **(variables or {})},
                 stdin=subprocess.DEVNULL,  # reading from the terminal would stop it
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 process_group=0,  # not setsid: whoever ends all of this would miss it
+                preexec_fn=end_with_parent,
             )
 
     def run(self, groups: Sequence[Group], until: float) -> None:
-        """Groups side by side until all have ended, or `until` seconds have passed."""
-        waiting = list(groups)
+        """Groups side by side until all have ended, or `until` seconds have passed.
+
+        Those that still wait for the build then are left to the next call.
+        """
+        waiting = [*self.postponed, *groups]
+        self.postponed = []
         running: list[Running] = []
         try:
             while (waiting or running) and self.elapsed() < until:
+                if self.build is not None:
+                    self.build.poll()
                 waiting = [group for group in waiting if not self._begin(group, running)]
                 running = [one for one in running if not self._ended(one)]
                 self.refresh()
                 time.sleep(POLL)
             for one in running:
                 self._write(one.group, cut=round(self.elapsed()))
-            for group in waiting:
-                self._write(group, missing="no time was left for it")
+            self.postponed = waiting
         finally:  # also where this program is interrupted
             for one in running:
                 kill(one.process)
+        self.refresh(True)
+
+    def end(self) -> None:
+        """Say what has never begun, and stop building."""
+        for group in self.postponed:
+            self._write(group, missing="no time was left for it")
+        if self.build is not None:
+            kill(self.build.process)
         self.refresh(True)
 
     def _write(self, group: Group, **event: object) -> None:
@@ -143,14 +167,15 @@ class Runner:
     def _begin(self, group: Group, running: list[Running]) -> bool:
         """Start a group unless it has to wait; whether there is nothing to wait for."""
         why = group.missing
-        if why is None and group.needs_build and self.build is not None:
+        needs = group.needs_build or (group.tells and self.build is not None and self.build.for_all)
+        if why is None and needs and self.build is not None:
             why = self.build.poll()
         if why == "wait":
             return False
         if why is not None:
             self._write(group, missing=why)
             return True
-        running.append(Running(group, self.start(group), self.elapsed()))
+        running.append(Running(group, self.start(group), time.time()))
         return True
 
     def _ended(self, one: Running) -> bool:
@@ -159,36 +184,36 @@ class Runner:
         if status is None:
             if not self._hangs(one):
                 return False
-            kill(one.process)
             died = f"hung for {group.hang * self.patience:.0f} s"
+            if not kill(one.process):
+                self._write(group, missing=f"it {died}, and could not be killed")
+                return True
         elif status in group.statuses:
             self._write(group, status=status, missing=group.statuses[status])
             return True
-        elif not group.checks or status in ENDED:
-            said = ENDED.get(status) if group.checks else None
-            self._write(group, status=status, **({"missing": said} if said else {}))
+        elif status in (ENDED if group.checks else (0, 1)):
+            self._write(group, status=0 if status == 5 else status)
             return True
         else:
             died = "lost the device" if status == journal.LOST else f"died ({status})"
-        name = journal.unfinished(journal.read(self.journal), group.name)
-        if name is not None:
-            self._write(group, check=name, outcome=died, seconds=0.0)
-        # Without a check to leave out, another process would die of the same.
-        if one.restarts == RESTARTS or (name is None and status != journal.LOST):
+        last = journal.unfinished(journal.read(self.journal)[0], group.name)
+        if last is not None:
+            journal.finish(self.journal, group.name, last, died)
+        # Without something to leave out, another process would die of the same.
+        if one.restarts == RESTARTS or (last is None and status != journal.LOST):
             self._write(group, status=-1, missing=f"the process {died}")
             return True
         one.restarts += 1
-        one.process, one.begun = self.start(group), self.elapsed()
+        one.process, one.begun = self.start(group, group.again), time.time()
         return False
 
     def _hangs(self, one: Running) -> bool:
-        hang = one.group.hang * self.patience
-        if not one.group.checks or self.elapsed() - one.begun < hang:
+        """Whether nothing has been begun for too long: a check, a measurement, the process."""
+        if not one.group.tells or time.time() - one.begun < one.group.hang * self.patience:
             return False
-        events = [e for e in journal.read(self.journal) if e["group"] == one.group.name]
-        if journal.unfinished(events, one.group.name) is None:
-            return False
-        return time.time() - max(event["at"] for event in events if "begin" in event) > hang
+        events = [e for e in journal.read(self.journal)[0] if e["group"] == one.group.name]
+        latest = max([one.begun, *(event["at"] for event in events if "begin" in event)])
+        return time.time() - latest > one.group.hang * self.patience
 
     def refresh(self, now: bool = False) -> None:
         """Rewrite the summary, once a second."""
@@ -201,8 +226,18 @@ class Runner:
         part.replace(self.output / "summary.txt")
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it has started."""
+def end_with_parent() -> None:
+    """In a child: end when the process that started it ends, however that does."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def kill(process: subprocess.Popen[bytes]) -> bool:
+    """End a process and all that it has started; whether it has ended."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            process.wait(KILLED)
+        except subprocess.TimeoutExpired:  # in the driver, with a kernel that does not end
+            return False
+    return True

@@ -2,7 +2,8 @@
 
 Lines have a "group", and one of
     selected   how many checks a group has
-    begin      the name of a check
+    begin      the name of a check, or with "measures" of a measurement, and when
+    end        the name of a measurement
     check      its name again, with outcome, seconds, and a message where it did not pass
     figure     something measured, see figures.py
     fact       about the machine, with a value
@@ -44,20 +45,36 @@ def write(path: Path, group: str, **event: Any) -> None:
         os.close(file)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All events; a last line that is being written is not one yet."""
+def read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """All events, and how many lines are broken; a last one that is being written is neither."""
     if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [], 0
+    events, broken = [], 0
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        if line.endswith("\n"):
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:  # a full disk, a process that was killed
+                broken += 1
+    return events, broken
 
 
-def unfinished(events: list[dict[str, Any]], group: str) -> str | None:
-    """The check that a group began and did not end."""
+def unfinished(events: list[dict[str, Any]], group: str) -> dict[str, Any] | None:
+    """The last event with which a group began something, if that has not ended."""
     own = [event for event in events if event["group"] == group]
     ended = {event["check"] for event in own if "check" in event}
-    begun = [event["begin"] for event in own if "begin" in event]
-    return begun[-1] if begun and begun[-1] not in ended else None
+    ended |= {event["end"] for event in own if "end" in event}
+    begun = [event for event in own if "begin" in event]
+    return begun[-1] if begun and begun[-1]["begin"] not in ended else None
+
+
+def finish(path: Path, group: str, begun: dict[str, Any], died: str) -> None:
+    """Say what became of what a process had begun when it died."""
+    if begun.get("measures"):
+        write(path, group, figure=begun["begin"], value=None, unit="", message=died)
+        write(path, group, end=begun["begin"])
+    else:
+        write(path, group, check=begun["begin"], outcome=died, seconds=0.0)
 
 
 # ---------------------------------------------------------------- as a pytest plugin
@@ -74,14 +91,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Start writing, in a process that runs checks itself."""
     path = config.getoption("--journal")
     if path is not None:
-        config.pluginmanager.register(_Writer(path, config.getoption("--group")))
+        config.pluginmanager.register(_Writer(path, config))
 
 
 class _Writer:
     """Writes what becomes of every check."""
 
-    def __init__(self, path: Path, group: str) -> None:
-        self._path, self._group = path, group
+    def __init__(self, path: Path, config: pytest.Config) -> None:
+        self._path, self._config = path, config
+        self._group: str = config.getoption("--group")
         self._seconds, self._outcome, self._message = 0.0, "", ""
 
     @pytest.hookimpl(trylast=True)  # after -k
@@ -89,7 +107,7 @@ class _Writer:
         """Take this process's share, and leave out what has been begun before."""
         part, parts = map(int, config.getoption("--shard").split("/"))
         items[:] = items[part::parts]
-        events = read(self._path)
+        events, _ = read(self._path)
         own = [event for event in events if event["group"] == self._group]
         if not any("selected" in event for event in own):
             write(self._path, self._group, selected=len(items))
@@ -118,6 +136,12 @@ class _Writer:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One of its phases."""
         self._seconds += report.duration
+        if report.outcome == "failed":  # at once: who is cut off writes no report at its end
+            terminal = self._config.get_terminal_writer()
+            terminal.line(report.longreprtext)
+            for title, text in report.sections:
+                terminal.line(f"--- {title}\n{text}")
+            terminal.flush()
         if report.outcome == "passed" or self._outcome == "failed":
             return
         self._outcome = report.outcome

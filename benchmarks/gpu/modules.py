@@ -52,9 +52,12 @@ def unfit(pack: Path) -> str | None:
 
 
 def install(folder: Path, package: Path) -> list[str]:
-    """Put the modules in a folder where Python finds them; their names."""
+    """Put the modules in a folder where Python finds them, and no older one; their names."""
     modules = sorted(folder.glob("_C*.so"))
     for module in modules:
+        # A name with this Python's own suffix would be found before abi3.
+        for other in ("abi3.so", f"{sysconfig.get_config_var('SOABI')}.so"):
+            (package / f"{module.name.partition('.')[0]}.{other}").unlink(missing_ok=True)
         part = package / f"{module.name}.part"  # a process may have mapped the old one
         shutil.copyfile(module, part)
         part.replace(package / module.name)

@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("journal", type=Path)
     parser.add_argument("picture", type=Path)
     arguments = parser.parse_args()
-    draw(journal.read(arguments.journal), arguments.picture)
+    draw(journal.read(arguments.journal)[0], arguments.picture)
 
 
 if __name__ == "__main__":

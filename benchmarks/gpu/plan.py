@@ -30,6 +30,9 @@ FIRST_SECONDS, EVERYTHING_SECONDS = 170.0, 400.0
 
 ENVIRONMENT_GROUP = "environment"
 
+USUAL_CAPABILITY = "9.0"
+"""Of the GPUs at hand, where the environment had no time to say what there is."""
+
 ENVIRONMENT_SHARE = 0.15
 """Share of the seconds in which the machine has to have said what it is."""
 
@@ -84,12 +87,12 @@ class Plan:
 
     def _environment(self) -> list[Group]:
         module = [sys.executable, "-m", "benchmarks.gpu.environment"]
-        return [Group(ENVIRONMENT_GROUP, [*module, "--journal", str(self.journal)], checks=False)]
+        return [Group(ENVIRONMENT_GROUP, [*module, "--journal", str(self.journal)])]
 
     def _compile(self) -> list[Group]:
         """Triton's kernels into its cache, by all cores, before anybody needs them one by one."""
         command = [sys.executable, "-m", "pcoherence.kernels.offline", self._capability, "--all"]
-        return [Group("compile triton", command, {"TRITON_INTERPRET": "0"}, checks=False)]
+        return [Group("compile triton", command, {"TRITON_INTERPRET": "0"})]
 
     def _pytest(
         self,
@@ -98,6 +101,7 @@ class Plan:
         expression: str = "",
         shard: tuple[int, int] = (0, 1),
         needs_build: bool = False,
+        blocking: bool = True,
     ) -> Group:
         command = [sys.executable, "-m", "pytest", f"tests/{file}", "-p", "benchmarks.gpu.journal"]
         # Not the project's addopts: with -q a run that is cut off leaves nothing but dots.
@@ -108,8 +112,18 @@ class Plan:
         wanted = " and ".join(f"({part})" for part in (expression, self._expression) if part)
         if wanted:
             command += ["-k", wanted]
-        # A launch that fails is then reported by the test that launched it.
-        return Group(name, command, {"CUDA_LAUNCH_BLOCKING": "1"}, needs_build=needs_build)
+        # A launch that fails is then reported by the test that launched it; but streams that do
+        # not wait for each other cannot be seen.
+        waits = {"CUDA_LAUNCH_BLOCKING": "1"}
+        return Group(
+            name,
+            command,
+            variables=waits if blocking else {},
+            again=waits,
+            checks=True,
+            needs_build=needs_build,
+            tells=True,
+        )
 
     def _rows(self) -> list[Group]:
         """Every kernel alone."""
@@ -124,6 +138,7 @@ class Plan:
                 "test_gpu.py",
                 f"{tests} and [{backend}",
                 needs_build=backend == "cuda",
+                blocking=name != "modes",
             )
             for backend in ("cuda", "triton")
         ]
@@ -138,6 +153,7 @@ class Plan:
                 of_backend,
                 (i, half),
                 needs_build=backend == "cuda",
+                blocking=False,
             )
             for backend, of_backend in (("cuda", "not [triton"), ("triton", "[triton"))
             for i in range(half)
@@ -147,12 +163,12 @@ class Plan:
         name = f"{parts[0]} {backend}"
         command = [sys.executable, "-m", "benchmarks.gpu.figures", "--journal", str(self.journal)]
         command += ["--group", name, "--backend", backend, "--part", *parts]
-        return Group(name, command, checks=False, needs_build=backend == "cuda")
+        return Group(name, command, needs_build=backend == "cuda", tells=True)
 
     def _picture(self) -> list[Group]:
         command = [sys.executable, "-m", "benchmarks.gpu.picture", str(self.journal)]
         command += [str(self.journal.with_name("time.png"))]
-        return [Group("picture", command, checks=False)]
+        return [Group("picture", command)]
 
     def _sanitizer(self, tool: str, options: list[str]) -> list[Group]:
         """The tests that are for it, under a tool of compute-sanitizer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,13 +20,22 @@ HEAD = (
 
 
 def succeeded(events: Sequence[Event]) -> bool:
-    """Whether everything ran to its end, and passed."""
-    return not any(line.startswith(("!", "?")) for line in _groups(events))
+    """Whether everything ran to its end, and passed; nothing is no success."""
+    lines = list(_groups(events))
+    return bool(lines) and not any(line.startswith(("!", "?")) for line in lines)
 
 
-def text(events: Sequence[Event], elapsed: float, seconds: float, brief: bool = False) -> str:
-    """All of it, or without the long tables; lines fit a terminal but for messages."""
+def text(
+    journal: tuple[Sequence[Event], int], elapsed: float, seconds: float, brief: bool = False
+) -> str:
+    """All of it, or without the long tables; lines fit a terminal but for messages.
+
+    Args: what journal.read returns, and seconds that have passed, of those that there are.
+    """
+    events, broken = journal
     lines = [f"{elapsed:.0f} of {seconds:.0f} s", "", *_facts(events), ""]
+    if broken:
+        lines += [f"! {broken} lines of the journal cannot be read", ""]
     lines += ["groups (ok, ! something failed, ? not all was reached)", *_groups(events)]
     for title, found in (
         ("failed", list(_failures(events))),
@@ -62,7 +72,7 @@ def _group(name: str, own: Sequence[Event]) -> str:
     skipped = sum(event["outcome"] == "skipped" for event in checks)
     bad = len(checks) - passed - skipped
     figures = [event for event in own if "figure" in event]
-    unmeasured = sum(event["value"] is None for event in figures)
+    unmeasured = sum(not _measured(event) for event in figures)
     missed = sum(event.get("met") is False for event in figures)
     said = []
     if selected:
@@ -95,10 +105,15 @@ def _group(name: str, own: Sequence[Event]) -> str:
     return f"{sign:<3}{name:<26}{', '.join(said)}"
 
 
+def _measured(event: Event) -> bool:
+    """Whether a figure has a value that is one."""
+    return event["value"] is not None and math.isfinite(event["value"])
+
+
 def _failures(events: Sequence[Event]) -> Iterator[str]:
     """Alike ones once, with their number."""
     found = [e for e in events if "check" in e and e["outcome"] not in ("passed", "skipped")]
-    found += [e for e in events if "figure" in e and e["value"] is None]
+    found += [e for e in events if "figure" in e and not _measured(e)]
     found += [e for e in events if "lost" in e]
     alike: dict[tuple[str, str], list[str]] = {}
     for event in found:
@@ -118,7 +133,7 @@ def _failures(events: Sequence[Event]) -> Iterator[str]:
 
 def _figures(events: Sequence[Event]) -> Iterator[str]:
     for event in events:
-        if event.get("figure") and event["value"] is not None:
+        if "figure" in event and _measured(event):
             bar = f"  {event['bar']}{'' if event['met'] else '  MISSED'}" if "bar" in event else ""
             value = f"{event['value']:.3g} {event['unit']}"
             yield f"  {event.get('backend', ''):<8}{event['figure']:<52}{value:>12}{bar}"

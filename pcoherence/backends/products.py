@@ -7,11 +7,15 @@ d = 512). Scripts switch it on for their networks' layers, where that does no ha
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -45,25 +49,32 @@ class _Switch:
     """Torch's switch for TF32, and how many rely on its being off.
 
     By the functions below torch's public ones, some of which warn, or refuse to answer where both
-    have been used.
+    the older and the newer words have been used. Torch refuses products, too, while the two differ.
     """
 
     def __init__(self) -> None:
+        self._start()
+        os.register_at_fork(after_in_child=self._forked)
+
+    def _start(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._before: tuple[str | None, str] | None = None  # what to restore, if anything
+        self._before: _Before | None = None  # what to restore, if anything
+
+    def _forked(self) -> None:
+        """Nobody of the parent's relies on it here."""
+        before = self._before
+        self._start()
+        if before is not None:
+            before.restore()
 
     def off(self) -> None:
         """Switch it off, also where someone has switched it on since."""
         with self._lock:
             self._users += 1
-            if _get("cuda") != "tf32":
-                return
-            self._before = _legacy(), _get("mkldnn")
-            if self._before[0] is None:
-                _set("cuda", "ieee")
-            else:  # torch refuses products while its two ways to say it differ
-                torch._C._set_float32_matmul_precision("highest")
+            if _get("cuda") == "tf32":
+                self._before = _Before()
+                self._before.switch_off()
 
     def restore(self) -> None:
         """As it was, once nobody relies on it; left alone where someone has switched it on since.
@@ -72,20 +83,41 @@ class _Switch:
         """
         with self._lock:
             self._users -= 1
-            if self._users > 0 or self._before is None:
-                return
-            (legacy, mkldnn), self._before = self._before, None
-            if _get("cuda") == "tf32":
-                return
-            if legacy is None:
-                # The switch of all backends may be what said so: then this one goes on following.
-                for value in ("none", "tf32"):
-                    if _get("cuda") != "tf32":
-                        _set("cuda", value)
-                return
-            torch._C._set_float32_matmul_precision(legacy)
-            if _get("mkldnn") != mkldnn:
-                _set("mkldnn", mkldnn)
+            if self._users == 0 and self._before is not None:
+                before, self._before = self._before, None
+                if _get("cuda") != "tf32":
+                    before.restore()
+
+
+class _Before:
+    """What the switch says while TF32 is on."""
+
+    def __init__(self) -> None:
+        self._mkldnn = _get("mkldnn")
+        self._precision = _asked(torch._C._get_float32_matmul_precision)
+        # The older switch may be on without a word for all that the newer one says.
+        self._allowed = _asked(torch._C._get_cublas_allow_tf32)
+
+    def switch_off(self) -> None:
+        if self._precision is not None:
+            torch._C._set_float32_matmul_precision("highest")
+        elif self._allowed is not None:
+            torch._C._set_cublas_allow_tf32(False)
+        else:
+            _set("cuda", "ieee")
+
+    def restore(self) -> None:
+        if self._precision is not None:
+            torch._C._set_float32_matmul_precision(self._precision)
+        elif self._allowed is not None:
+            torch._C._set_cublas_allow_tf32(True)
+        else:
+            # The switch of all backends may be what said so: then this one goes on following.
+            for value in ("none", "tf32"):
+                if _get("cuda") != "tf32":
+                    _set("cuda", value)
+        if _get("mkldnn") != self._mkldnn:
+            _set("mkldnn", self._mkldnn)
 
 
 _switch = _Switch()
@@ -101,9 +133,9 @@ def _set(backend: str, precision: str) -> None:
     torch._C._set_fp32_precision_setter(backend, "matmul", precision)
 
 
-def _legacy() -> str | None:
-    """What torch.set_float32_matmul_precision last said; None where the newer switch overrules."""
+def _asked(question: Callable[[], T]) -> T | None:
+    """What the older switch says; None where torch has no words for what the newer one says."""
     try:
-        return torch._C._get_float32_matmul_precision()
-    except RuntimeError:  # torch refuses to put its state into the older words
+        return question()
+    except RuntimeError:
         return None

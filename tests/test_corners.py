@@ -1,0 +1,262 @@
+"""Every fast path against the reference where a slip would hide: in float64, so that it shows.
+
+A path is a backend and the way it takes: the CPU's, CUDA's small batches and its pipeline (on
+emulated thread blocks), Triton's pairs and its scan (in its interpreter).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from covering import covering
+from emulation import DEVICE, Emulate
+from torch import Tensor
+
+import pcoherence
+from pcoherence import perception_coherence_loss
+from pcoherence.backends import cuda
+from pcoherence.backends import device as pipeline
+from pcoherence.spec import OBJECTIVES
+from pcoherence.testing import make_case, relative_error
+
+PATHS = ("cpu", "cuda small", "cuda pipeline", "triton pairs", "triton scan")
+METRICS = ("euclidean", "sqeuclidean", "cosine")
+SCALES = ("anchor", "none")
+
+Found = tuple[Tensor, list[Tensor]]
+Evaluate = Callable[..., Found]
+
+
+def evaluated(
+    backend: str, device: str, leaves: list[Tensor], constants: dict[str, Any], **options: Any
+) -> Found:
+    """Loss and gradients; leaves are the student and perhaps its candidates."""
+    used = [leaf.detach().to(device).requires_grad_() for leaf in leaves]
+    given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in constants.items()}
+    if len(used) == 2:
+        given["student_candidates"] = used[1]
+    loss = perception_coherence_loss(used[0], **given, **options, backend=backend)
+    upstream = torch.ones_like(loss)
+    return loss.detach().cpu(), [g.cpu() for g in torch.autograd.grad(loss, used, upstream)]
+
+
+def reference(leaves: list[Tensor], constants: dict[str, Any], **options: Any) -> Found:
+    return evaluated("reference", "cpu", leaves, constants, **options)
+
+
+@pytest.fixture(params=PATHS)
+def evaluate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
+    """`evaluated` by one of the paths, in blocks of few anchors where there are blocks."""
+    backend, _, way = request.param.partition(" ")
+    device, method = "cpu", "auto"
+    if backend == "cpu":
+        request.getfixturevalue("cpu_backend")
+    elif backend == "cuda":
+        emulate: Emulate = request.getfixturevalue("emulate")
+        emulate(threads=64, seed=1)
+        device = DEVICE
+    else:
+        if importlib.util.find_spec("triton") is None:
+            pytest.skip("triton is not installed")
+        device, method = "cuda" if torch.cuda.is_available() else "cpu", way
+    if way == "pipeline":
+        monkeypatch.setattr(cuda, "SMALL_CANDIDATES", 0)
+    if backend != "cpu" and way != "small":
+        monkeypatch.setattr(pipeline, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(pipeline, "MIN_ROWS", 7)
+        monkeypatch.setattr(pipeline, "SYMMETRIC_BYTES", 0)
+    return lambda *given, **options: evaluated(
+        backend, device, *given, **{"method": method, **options}
+    )
+
+
+def problem(n: int, rectangular: bool, weighted: bool, seed: int = 0) -> tuple[list[Tensor], Any]:
+    """Leaves and constants: n candidates, half as many anchors where rectangular.
+
+    Every candidate has weight; anchors are the candidates before them, or nobody.
+    """
+    m = max(1, n // 2) if rectangular else n
+    leaves = [make_case("gaussian", m, 5, seed=seed + n)]
+    constants: dict[str, Any] = {"teacher": make_case("gaussian", m, 4, seed=seed + n + 1)}
+    generator = torch.Generator().manual_seed(seed + n)
+    if rectangular:
+        leaves.append(make_case("gaussian", n, 5, seed=seed + n + 2))
+        constants["teacher_candidates"] = make_case("gaussian", n, 4, seed=seed + n + 3)
+        constants["self_index"] = torch.arange(m) - 1  # -1: nobody; 0: the first
+    if weighted:
+        constants["anchor_weights"] = torch.rand(m, generator=generator, dtype=torch.float64)
+        constants["candidate_weights"] = torch.rand(n, generator=generator, dtype=torch.float64)
+    return leaves, constants
+
+
+def compare(found: Found, truth: Found, tolerance: float = 1e-9) -> None:
+    assert relative_error(found[0], truth[0], 0.1) <= tolerance
+    for ours, theirs in zip(found[1], truth[1], strict=True):
+        assert relative_error(ours, theirs, 0.1) <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("objective", "metric", "scale", "soft", "rectangular", "weighted"),
+    covering(OBJECTIVES, METRICS, SCALES, (None, 0.3), (False, True), (False, True), strength=3),
+)
+def test_options(
+    objective: str,
+    metric: str,
+    scale: str,
+    soft: float | None,
+    rectangular: bool,
+    weighted: bool,
+    evaluate: Evaluate,
+) -> None:
+    """Any three; the networks' features are of unlike scales, and so are their temperatures."""
+    leaves, constants = problem(17, rectangular, weighted)
+    leaves = [7 * leaf for leaf in leaves]
+    constants = {k: 0.2 * v if k.startswith("teacher") else v for k, v in constants.items()}
+    temperatures = {"temperature": 0.1, "teacher_temperature": soft}
+    if scale == "none" and metric != "cosine":
+        far = {"euclidean": 1, "sqeuclidean": 2}[metric]
+        temperatures = {
+            "temperature": 0.3 * 7**far,
+            "teacher_temperature": soft and soft * 0.2**far,
+        }
+    options = {"objective": objective, "metric": metric, "scale": scale, **temperatures}
+    for reduction in ("mean", "sum", "none"):
+        given = leaves, constants
+        compare(
+            evaluate(*given, reduction=reduction, **options),
+            reference(*given, reduction=reduction, **options),
+        )
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_near_pairs_pull_on_both_sides(metric: str, evaluate: Evaluate) -> None:
+    """Of anchors and candidates given apart; a near pair's gradient leaves the products."""
+    x, c = make_case("gaussian", 9, 4), make_case("gaussian", 35, 4, seed=1)
+    c[5] = c[4]
+    c[:4] = x[:4] + 1e-9
+    constants = {"teacher": x.flip(1), "teacher_candidates": c.flip(1), "self_index": None}
+    given = [x, c], constants
+    compare(evaluate(*given, metric=metric), reference(*given, metric=metric))
+
+
+@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize("metric", METRICS)
+def test_zero_vectors(metric: str, rectangular: bool, evaluate: Evaluate) -> None:
+    """They have no direction: under cosine no gradient, wherever they stand."""
+    leaves, constants = problem(18, rectangular, False)
+    for points in (*leaves, *(v for k, v in constants.items() if k.startswith("teacher"))):
+        points[[0, 3, 7]] = 0
+        points[4] = -0.0
+    found = evaluate(leaves, constants, metric=metric)
+    compare(found, reference(leaves, constants, metric=metric))
+    if metric == "cosine":
+        for gradient in found[1]:
+            assert not gradient[[0, 3, 4, 7]].any()
+            assert gradient[1].any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_anchor_has_weight(objective: str, reduction: str, evaluate: Evaluate) -> None:
+    leaves, constants = problem(17, False, False)
+    constants["anchor_weights"] = torch.zeros(17, dtype=torch.float64)
+    loss, (gradient,) = evaluate(leaves, constants, objective=objective, reduction=reduction)
+    assert (loss == 0).all()
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n", [33, 130])
+def test_spearman_of_constant_ranks(n: int, weighted: bool, evaluate: Evaluate) -> None:
+    """A collapsed student, and a collapsed teacher: 1, without gradient, in float32 too."""
+    for dtype in (torch.float64, torch.float32):
+        leaves, constants = problem(n, False, weighted)
+        constants = {name: value.to(dtype) for name, value in constants.items()}
+        for student, teacher in (
+            (make_case("equal", n, 5, dtype=dtype), constants["teacher"]),
+            (leaves[0].to(dtype), make_case("equal", n, 4, dtype=dtype)),
+        ):
+            given = constants | {"teacher": teacher}
+            losses, (gradient,) = evaluate([student], given, objective="spearman", reduction="sum")
+            total = n if not weighted else constants["anchor_weights"].sum()
+            assert float(losses) == pytest.approx(float(total), rel=1e-6)
+            assert not gradient.any()
+
+
+BAD = (math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_is_not_finite_shows_where_it_is_seen(
+    metric: str, objective: str, evaluate: Evaluate
+) -> None:
+    """An anchor of NaN or inf is NaN, and changes no other's loss or gradient."""
+    leaves, constants = problem(17, True, False)
+    options = {"metric": metric, "objective": objective, "reduction": "none"}
+    clean = evaluate(leaves, constants, **options)
+    others = torch.arange(8) != 3
+    for i, bad in enumerate(BAD):
+        for side in ("student", "teacher"):
+            for weight in (1.0, 0.0):  # of the anchor: 0 marks padding, and does not hide it
+                student, teacher = leaves[0].clone(), constants["teacher"].clone()
+                (student if side == "student" else teacher)[3, i] = bad
+                weights = torch.ones(8, dtype=torch.float64)
+                weights[3] = weight
+                given = constants | {"teacher": teacher, "anchor_weights": weights}
+                losses, (gradient, _) = evaluate([student, leaves[1]], given, **options)
+                assert losses.isnan().tolist() == [i == 3 for i in range(8)]
+                assert relative_error(losses[others], clean[0][others]) <= 1e-12
+                assert relative_error(gradient[others], clean[1][0][others]) <= 1e-12
+                assert gradient[3].isnan().all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_weights_do_not_hide_what_is_not_finite(objective: str, evaluate: Evaluate) -> None:
+    """A candidate of NaN or inf makes every anchor NaN, also where it has weight 0."""
+    leaves, constants = problem(17, True, False)
+    options = {"objective": objective, "reduction": "none"}
+    for bad in BAD:
+        for weight in (1.0, 0.0):
+            candidates = leaves[1].clone()
+            candidates[11, 2] = bad
+            weights = torch.ones(17, dtype=torch.float64)
+            weights[11] = weight
+            given = constants | {"candidate_weights": weights}
+            losses, gradients = evaluate([leaves[0], candidates], given, **options)
+            assert losses.isnan().all()
+            assert all(gradient.isnan().any() for gradient in gradients)
+
+
+def test_range_that_overflows(evaluate: Evaluate) -> None:
+    """A callable metric may give distances whose difference float32 cannot hold."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.rand(2, 3, 40, generator=generator)
+    teacher = (2 * teacher - 1) * 3e38
+    points, others = torch.zeros(3, 1), torch.zeros(40, 1)
+
+    def with_range(rows: Tensor, objective: str, soft: float | None) -> Found:
+        constants = {"teacher": points, "teacher_candidates": others, "self_index": None}
+        to = {"metric": lambda a, b: (a[:, :1] * 0 + student.to(a.device)),
+              "teacher_metric": lambda a, b: rows.to(a.device)}  # fmt: skip
+        return evaluate(
+            [points, others], constants, objective=objective, teacher_temperature=soft,
+            scale="none", **to,
+        )  # fmt: skip
+
+    for objective in OBJECTIVES:
+        found, expected = (with_range(rows, objective, None) for rows in (teacher, teacher / 1e30))
+        assert found[0].isfinite()
+        torch.testing.assert_close(found[0], expected[0])
+        # A student whose range overflows: its ranks are those of the order.
+        soft = with_range(teacher, objective, 0.1)
+        assert soft[0].isfinite()
+
+
+def test_every_path_is_there() -> None:
+    assert set(pcoherence.available_backends()) >= {path.split()[0] for path in PATHS}
