@@ -22,7 +22,7 @@ import triton.language as tl
 # Columns of the statistics, float64 [6, rows].
 WEIGHT = tl.constexpr(0)  # W
 MEAN = tl.constexpr(1)  # sum_k w_k d_k / W; 0 where W = 0
-LOW = tl.constexpr(2)  # value at position 0: the smallest of weight > 0; with ENDS see row_stats
+LOW = tl.constexpr(2)  # value at position 0: of those of weight > 0 the nearest to 0
 FACTOR = tl.constexpr(3)  # positions per distance, 1 / (mean tau)
 EXTENT = tl.constexpr(4)  # positions are cut to [-EXTENT, EXTENT]; with ENDS it is END
 STATE = tl.constexpr(5)  # 1; 0 where W = 0, but with ENDS; NaN where values cannot be ranked
@@ -71,8 +71,6 @@ def row_stats(
     """Fill the statistics, all sums in float64.
 
     ENDS, for soft_rank: values, float64, may be infinite, and those of weight 0 count too.
-    Positions begin at the value nearest to 0: taken from the lowest, they would lose the digits
-    that tell apart what lies close together far away.
     """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     live = r < rows
@@ -100,13 +98,15 @@ def row_stats(
     if SCALE == "batch":
         shared = tl.load(batch_mean)
         factor = factor / tl.where(shared > 0, shared, 1.0)
+    spread = high - low
+    # The value nearest to 0: taken from the lowest, positions would lose the digits that tell apart
+    # what lies close together far away, or overflow.
+    base = tl.where(high < 0, high, tl.maximum(low, 0.0))
+    low = tl.where(low <= high, base, 0.0)
     if ENDS:
-        base = tl.where(high < 0, high, tl.maximum(low, 0.0))
-        low = tl.where(low <= high, base, 0.0)
         extent = tl.full([BR], END, tl.float64)
         state = tl.where(nans > 0, float("nan"), 1.0)
     else:
-        spread = high - low
         factor = tl.where(factor * spread <= MAX_RANGE, factor, MAX_RANGE / spread)
         extent = factor * spread
         finite = (tl.abs(total) < float("inf")) & (tl.abs(spread) < float("inf"))
