@@ -12,10 +12,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+CHECKOUT = os.pathsep.join(path for path in sys.path if path)
+"""Where this process finds its modules: others are to test the same code, not what is installed."""
+
 
 def run_in_processes(script: str, size: int, folder: Path) -> None:
     """Run `script` in `size` processes; the first failure's output is the error."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": CHECKOUT}
     processes = [
         subprocess.Popen(
             [sys.executable, script, str(rank), str(size), str(folder / "store")],

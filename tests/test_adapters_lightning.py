@@ -200,6 +200,27 @@ def test_processes_without_points_are_left_out(tmp_path: Path) -> None:
     run_in_processes(__file__, 3, tmp_path)
 
 
+def test_what_is_logged_is_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning adds up over processes what is logged with sync_dist alone."""
+    logged: dict[str, bool] = {}
+    module = DistillationModule(*networks())
+    module.log = lambda name, loss, **options: logged.update({name: options.get("sync_dist")})  # type: ignore[method-assign]
+    module.validation_step(POINTS[:10], 0)
+    callback, run = CoherenceCallback(), types.SimpleNamespace(num_val_batches=[1])
+    run.strategy = types.SimpleNamespace(reduce=lambda tensor, *, reduce_op: tensor)
+    holder: Any = types.SimpleNamespace(
+        device="cpu",
+        log_dict=lambda values, **options: logged.update(
+            dict.fromkeys(values, options.get("sync_dist"))
+        ),
+    )
+    outputs = {"student": POINTS[:9, :3], "teacher": POINTS[:9]}
+    callback.on_validation_batch_end(run, holder, outputs, None, 0)
+    callback.on_validation_epoch_end(run, holder)
+    assert len(logged) > 2
+    assert all(logged.values()), logged
+
+
 class SumsOfProcesses:
     """What the callback asks of a Trainer and its strategy."""
 

@@ -49,6 +49,33 @@ def test_the_last_points_are_candidates_without_gradient() -> None:
     assert len(criterion.bank) == 8
 
 
+def test_beside_candidates_that_are_given_the_batch_is_kept() -> None:
+    """With weight, whatever the candidates weigh; the bank's points follow the given ones."""
+    bank = CandidateBank(20, student_width=3, teacher_width=4, dtype=torch.float64)
+    criterion = PerceptionCoherenceLoss(bank=bank)
+    (first, second), more = (batch(seed) for seed in (0, 1)), batch(2, 7)
+    weights = torch.tensor([1.0, 0, 2, 0, 1, 0, 0]).double()
+    for student, teacher in (first, second):
+        past = [bank.student[: len(bank)].clone(), bank.teacher[: len(bank)].clone()]
+        given = {
+            "student_candidates": more[0],
+            "teacher_candidates": more[1],
+            "candidate_weights": weights,
+        }
+        loss = criterion(student, teacher, **given)
+        expected = perception_coherence_loss(
+            student,
+            teacher,
+            student_candidates=torch.cat([more[0], past[0]]),
+            teacher_candidates=torch.cat([more[1], past[1]]),
+            candidate_weights=torch.cat([weights, torch.ones(len(past[0]))]),
+        )
+        torch.testing.assert_close(loss, expected)
+    assert torch.equal(bank.student[:10], torch.cat([first[0], second[0]]))
+    assert torch.equal(bank.teacher[:10], torch.cat([first[1], second[1]]))
+    assert (bank.weights[:10] == 1).all()
+
+
 def test_batches_larger_than_the_bank_leave_their_end() -> None:
     bank = CandidateBank(3)
     student, teacher = batch(0)

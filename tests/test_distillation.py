@@ -251,6 +251,9 @@ def test_groups_compare_within_themselves(batch: tuple[Tensor, Seen]) -> None:
     expected = sum(criterion(*part) for part in parts) / 2  # the seventh point is left out
     assert torch.equal(Grouped(criterion, 3)(x, seen), expected)
     assert torch.equal(Grouped(criterion, N)(x, seen), criterion(x, seen))
+    # A batch that the size divides has all of its groups.
+    whole = x[:6], Seen(*(own[:6] for own in seen))
+    assert torch.equal(Grouped(criterion, 3)(*whole), expected)
 
 
 def test_every_method_has_as_many_trials() -> None:

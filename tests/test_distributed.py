@@ -71,6 +71,36 @@ def rows_alone(rank: int, size: int) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def own_indices(rank: int, size: int) -> None:
+    """An explicit self_index counts the own rows; -1 stays nobody."""
+    images, teacher, _ = whole()
+    own = slice(*SHARDS[size][rank])
+    index = torch.arange(12) - own.start
+    index[[0, 4, 7]] = -1
+    criterion = PerceptionCoherenceLoss(gather=True, reduction="none")
+    found = criterion(images[own], teacher[own], self_index=index[own])
+    expected = pcoherence.perception_coherence_loss(
+        images,
+        teacher,
+        self_index=torch.where(index == -1, -1, torch.arange(12)),
+        reduction="none",
+    )
+    torch.testing.assert_close(found, expected[own])
+
+
+def no_weights(rank: int, size: int) -> None:
+    """Where all anchors weigh 0 the loss is 0, and so is the gradient."""
+    images, teacher, _ = whole()
+    own = slice(*SHARDS[size][rank])
+    student = images[own].requires_grad_()
+    weights = torch.zeros(own.stop - own.start, dtype=torch.float64)
+    loss = PerceptionCoherenceLoss(gather=True)(student, teacher[own], anchor_weights=weights)
+    loss.backward()
+    assert loss == 0
+    assert student.grad is not None
+    assert not student.grad.any()
+
+
 def fully_sharded(rank: int, size: int) -> None:
     """FSDP averages gradients over processes as DistributedDataParallel does."""
     images, teacher, _ = whole()
@@ -91,6 +121,9 @@ def failures(rank: int) -> None:
     wrong = images[:, :3] if rank == 1 else images
     with pytest.raises(RuntimeError, match=r"^gather: expected the same student width on every"):
         criterion(wrong, teacher)
+    frozen = images if rank == 1 else images.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"^gather: expected the same requires grad on every"):
+        criterion(frozen, teacher)
     broken = images[:4] if rank == 1 else images
     expected = (ValueError, r"^teacher: expected as many rows") if rank == 1 else (
         RuntimeError, r"^gather: process 1 refused its arguments"
@@ -195,6 +228,8 @@ def work(rank: int, size: int) -> None:
         ):
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12, msg=name)
     rows_alone(rank, size)
+    own_indices(rank, size)
+    no_weights(rank, size)
     fully_sharded(rank, size)
     failures(rank)
     no_process_waits(rank, size)

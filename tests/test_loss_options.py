@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import covering
 from torch import Tensor
 
 from pcoherence import perception_coherence_loss, soft_rank
@@ -84,13 +85,13 @@ def problem(
     return leaves, constants
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("rectangular", [False, True])
-@pytest.mark.parametrize("teacher_temperature", [None, 0.2])
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("objective", "scale", "metric", "teacher_temperature", "rectangular", "weighted", "dtype"),
+    covering(
+        *(OBJECTIVES, SCALES, METRICS, (None, 0.2), (False, True), (False, True), DTYPES),
+        strength=3,
+    ),
+)
 def test_options(
     cpu_backend: str,
     objective: str,
@@ -177,10 +178,11 @@ def test_a_collapsed_student_gets_no_gradient(
         assert gradient.abs().max() <= torch.finfo(dtype).eps  # of features near 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["duplicates", "equal", "lattice"])
-def test_tied_teachers(cpu_backend: str, case: str) -> None:
-    student = make_case("gaussian", 40, 6, dtype=torch.float32)
-    teacher = make_case(case, 40, 3, dtype=torch.float32)
+def test_tied_teachers(cpu_backend: str, case: str, dtype: torch.dtype) -> None:
+    student = make_case("gaussian", 40, 6, dtype=dtype)
+    teacher = make_case(case, 40, 3, dtype=dtype)
     for metric in ("euclidean", "cityblock"):
         check(cpu_backend, [student], {"teacher": teacher}, metric=metric)
 

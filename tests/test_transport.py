@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -42,6 +43,25 @@ def test_equals_pot(cost: str, solver: str, sizes: tuple[int, int]) -> None:
         plan = ot.sinkhorn(ot.unif(sizes[0]), ot.unif(sizes[1]), costs, reg=0.1 * costs.mean())
     found = optimal_transport_loss(student, teacher, cost=cost, solver=solver, regularization=0.1)
     np.testing.assert_allclose(found.item(), (plan * costs).sum(), rtol=1e-6)
+
+
+def test_max_iterations_ends_sinkhorn() -> None:
+    student, teacher = features(20, 5, 7)
+    costs = ot.dist(standardized(student).T, standardized(teacher).T) / 20
+    losses = []
+    for iterations in (1, 1000):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # POT's, that one iteration does not converge
+            plan = ot.sinkhorn(
+                *map(ot.unif, (5, 7)), costs / costs.mean(), 0.01, "sinkhorn_log",
+                numItermax=iterations,
+            )  # fmt: skip
+            found = optimal_transport_loss(
+                student, teacher, solver="sinkhorn", regularization=0.01, max_iterations=iterations
+            )
+        losses.append(found.item())
+        np.testing.assert_allclose(found.item(), (plan * costs).sum(), rtol=1e-6)
+    assert abs(losses[0] - losses[1]) > 1e-3 * losses[1]
 
 
 def test_pots_own_example() -> None:
