@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -20,8 +21,8 @@ from pcoherence.backends import cuda
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KEPT = ROOT / ".benchmarks" / "emulation"
-"""Compiling takes half a minute of a core; what is there is used by all processes of a run."""
+KEPT = ROOT / ".benchmarks" / "tests"
+"""Compiling takes half a minute of a core and more: once for all processes of a run, and later."""
 
 SOURCES = ("csrc/tables.cpp", "csrc/cuda/ops.cpp", "csrc/cuda/emulate.cpp")
 Emulate = Callable[..., None]
@@ -43,6 +44,19 @@ class Emulated(cuda.CudaBackend):
         return None if tensor.device.type == "cpu" else "it is emulated on the CPU"
 
 
+@contextlib.contextmanager
+def kept(name: str, *ingredients: object) -> Iterator[Path]:
+    """A folder for what is made of csrc/ and the ingredients; one process makes, others wait."""
+    key = hashlib.sha256(repr((ingredients, torch.__version__)).encode())
+    for path in sorted((ROOT / "csrc").rglob("*.*")):
+        key.update(path.read_bytes())
+    folder = KEPT / f"{name}-{key.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
 def compiled(compiler: str) -> Path:
     """The kernels with the emulation in place of the launcher."""
     root = Path(torch.__file__).parent
@@ -50,14 +64,8 @@ def compiled(compiler: str) -> Path:
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{root / 'include'}"]
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         flags += ["-mfma", "-ffp-contract=fast"]  # nvcc contracts, too
-    key = hashlib.sha256(repr((flags, torch.__version__)).encode())
-    for path in sorted((ROOT / "csrc").rglob("*.*")):
-        key.update(path.read_bytes())
-    folder = KEPT / key.hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "emulation.so"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, the others wait
+    with kept("emulation", flags) as folder:
+        path = folder / "emulation.so"
         if path.exists():
             return path
         objects = [str(folder / f"{Path(source).stem}.o") for source in SOURCES]

@@ -191,9 +191,7 @@ def test_no_anchor_has_weight(objective: str, reduction: str, evaluate: Evaluate
     assert (gradient == 0).all()
 
 
-@on_all_paths(
-    "n, weighted", list(itertools.product((33, 130), (False, True))), [(33, True), (130, False)]
-)
+@on_all_paths("n, weighted", list(itertools.product((33, 130), (False, True))), [(33, True)])
 def test_spearman_of_constant_ranks(n: int, weighted: bool, evaluate: Evaluate) -> None:
     """A collapsed student, and a collapsed teacher: 1, without gradient, in float32 too."""
     for dtype in (torch.float64, torch.float32):
@@ -216,7 +214,7 @@ BAD = (math.nan, math.inf, -math.inf)
 @on_all_paths(
     "metric, objective, bad",
     list(itertools.product(METRICS, OBJECTIVES, BAD)),
-    [("euclidean", "mse", math.nan), ("euclidean", "cross_entropy", math.inf)],
+    [("euclidean", "mse", math.nan)],
 )
 def test_what_is_not_finite_shows_where_it_is_seen(
     metric: str, objective: str, bad: float, evaluate: Evaluate
@@ -242,7 +240,7 @@ def test_what_is_not_finite_shows_where_it_is_seen(
 @on_all_paths(
     "objective, bad",
     list(itertools.product(OBJECTIVES, BAD)),
-    [("mse", math.nan), ("cross_entropy", math.inf)],
+    [("cross_entropy", math.inf)],
 )
 def test_weights_do_not_hide_what_is_not_finite(
     objective: str, bad: float, evaluate: Evaluate

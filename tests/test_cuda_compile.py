@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulation import kept
 
 ROOT = Path(__file__).parent.parent
 CUDA = ROOT / "csrc" / "cuda"
@@ -44,18 +45,21 @@ def demangled(text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def compiled() -> tuple[str, Path]:
     """What ptxas says of the kernels, and the folder of their cubins."""
     assert NVCC is not None
-    folder = tmp_path_factory.mktemp("launch")
     command = [NVCC, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads=2"]
-    command += ["-Xptxas", "-v", "--keep", "--keep-dir", str(folder)]
-    command += ["-c", str(CUDA / "launch.cu"), "-o", str(folder / "launch.o")]
+    command += ["-Xptxas", "-v", "--keep", "-c", str(CUDA / "launch.cu")]
     for c in CAPABILITIES:
         command += ["-gencode", f"arch=compute_{c},code=sm_{c}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return demangled(done.stderr), folder
+    with kept("launch", command) as folder:
+        said = folder / "said"
+        if not said.exists():
+            where = ["--keep-dir", str(folder), "-o", str(folder / "launch.o")]
+            done = subprocess.run([*command, *where], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            said.write_text(demangled(done.stderr))
+        return said.read_text(), folder
 
 
 def test_kernels_keep_to_their_budget(compiled: tuple[str, Path]) -> None:

@@ -370,6 +370,40 @@ def test_many_identical_points_share_the_first(emulate: Emulate) -> None:
         assert torch.equal(found.first.cpu(), first)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_more_anchors_than_fast_memory_holds(metric: str, emulate: Emulate) -> None:
+    """A small gradient sums over anchors in parts of 512 (float64): nobody may run ahead."""
+    m = 700
+    x, c = make_case("gaussian", m, 3), make_case("gaussian", 5, 3, seed=1)
+    found = []
+    for seed in (0, 1, 2):
+        emulate(threads=64, seed=seed)
+        leaves = [given.to(DEVICE).requires_grad_() for given in (x.clone(), c.clone())]
+        loss = perception_coherence_loss(
+            leaves[0],
+            x.flip(1).to(DEVICE),
+            student_candidates=leaves[1],
+            teacher_candidates=c.flip(1).to(DEVICE),
+            metric=metric,
+            backend="cuda",
+        )
+        found.append([loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(loss, leaves))])
+    assert all(
+        torch.equal(*pair) for again in found[1:] for pair in zip(found[0], again, strict=True)
+    )
+    leaves = [given.requires_grad_() for given in (x.clone(), c.clone())]
+    loss = perception_coherence_loss(
+        leaves[0],
+        x.flip(1),
+        student_candidates=leaves[1],
+        teacher_candidates=c.flip(1),
+        metric=metric,
+        backend="reference",
+    )
+    for ours, theirs in zip(found[0], [loss, *torch.autograd.grad(loss, leaves)], strict=True):
+        assert relative_error(ours, theirs) <= 1e-9
+
+
 def test_small_batches_take_two_launches(emulate: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate()
     x, y = make_case("gaussian", 20, 4), make_case("gaussian", 20, 6, seed=1)

@@ -171,19 +171,16 @@ def test_what_is_cut_off_says_so(tmp_path: Path) -> None:
 @needs_process_groups
 def test_shards_have_all_checks_once(tmp_path: Path) -> None:
     many = "import pytest\n\n@pytest.mark.parametrize('i', range(7))\ndef test_it(i):\n    pass\n"
+    parts = []
     for shard in range(3):
-        run = runner(tmp_path)
-        run.run([checks(tmp_path, many, "--shard", f"{shard}/3", "-k", "not 6")], 60)
-        # The next one is another group.
-        events, _ = journal.read(tmp_path / "journal.jsonl")
-        (tmp_path / "journal.jsonl").rename(tmp_path / f"{shard}.jsonl")
-        assert summaries.succeeded(events)
-    found = [
-        event["check"]
-        for shard in range(3)
-        for event in journal.read(tmp_path / f"{shard}.jsonl")[0]
-        if "check" in event
-    ]
+        group = checks(tmp_path, many, "--shard", f"{shard}/3", "-k", "not 6")
+        command = [f"checks {shard}" if part == "checks" else part for part in group.command]
+        parts.append(group._replace(name=f"checks {shard}", command=command))
+    run = runner(tmp_path)
+    run.run(parts, 60)
+    events, _ = journal.read(run.journal)
+    assert summaries.succeeded(events)
+    found = [event["check"] for event in events if "check" in event]
     assert len(found) == len(set(found)) == 6
 
 

@@ -124,7 +124,10 @@ def test_wheel_works_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["torch", "pybind11"])
 def test_building_without_what_it_needs_says_what_to_install(missing: str) -> None:
-    program = f"import runpy, sys; sys.modules[{missing!r}] = None; runpy.run_path('setup.py')"
+    program = (
+        f"import runpy, sys; sys.modules[{missing!r}] = None; "
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
     environment = {k: v for k, v in os.environ.items() if k != "PCOHERENCE_NO_EXTENSION"}
     done = subprocess.run(
         [sys.executable, "-c", program],

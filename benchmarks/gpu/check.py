@@ -191,6 +191,8 @@ def main() -> None:
     output: Path = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     keep_earlier(output)
+    # The toolkit's other tools lie beside nvcc, which may be on PATH by a link.
+    os.environ["PATH"] += os.pathsep + str(Path(modules.toolkit_folder(), "bin"))
     patience = REHEARSAL_PATIENCE if arguments.rehearse else 1.0
     runner = Runner(output, variables(arguments.rehearse), begun, arguments.seconds, patience)
     for signal_number in (signal.SIGTERM, signal.SIGHUP):

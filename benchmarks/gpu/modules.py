@@ -85,6 +85,12 @@ def toolkit(dryrun: str) -> str | None:
     return os.path.realpath(top[1].strip()) if top else None
 
 
+def toolkit_folder() -> str:
+    """Where CUDA's toolkit is, or usually would be."""
+    told = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return told or cuda_home().get("CUDA_HOME", "/usr/local/cuda")
+
+
 def cuda_home() -> dict[str, str]:
     """CUDA_HOME where nothing says it: torch guesses from nvcc's path, which may be a wrapper's."""
     if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):

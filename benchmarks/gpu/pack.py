@@ -36,7 +36,7 @@ import torch
 from benchmarks import measure
 from benchmarks.gpu import modules
 from benchmarks.gpu.groups import ROOT
-from benchmarks.gpu.modules import PACK, cuda_home
+from benchmarks.gpu.modules import PACK
 from pcoherence import remembered
 
 MOST_BYTES = 48 << 20
@@ -168,8 +168,7 @@ def tools(python: str) -> Tools:
     missing = [name for name in ("nvcc", "g++", "gcc") if shutil.which(name) is None]
     if missing:
         raise SystemExit(f"gpu-pack: expected {', '.join(missing)} on PATH")
-    home = cuda_home().get("CUDA_HOME") or os.environ.get("CUDA_HOME") or os.environ["CUDA_PATH"]
-    places = [Path(home, name) for name in ("lib64", "lib")]
+    places = [Path(modules.toolkit_folder(), name) for name in ("lib64", "lib")]
     cudart = next((place for place in places if (place / "libcudart.so").exists()), None)
     if cudart is None:
         raise SystemExit(f"gpu-pack: expected libcudart.so in {' or '.join(map(str, places))}")
