@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,13 +17,14 @@ import torch
 from torch import Tensor
 
 from pcoherence import backends
+from pcoherence.backends import triton
 from pcoherence.backends.cpu import CpuBackend
 from pcoherence.inputs import LossInputs
 from pcoherence.spec import METHODS, LossSpec
 
 REHEARSAL = os.environ.get("PCOHERENCE_REHEARSAL") == "1"
 DEVICE = "cpu" if REHEARSAL else "cuda"
-BACKENDS = {"cuda": METHODS, "triton": ("auto", "scan", "pairs")}
+BACKENDS = {"cuda": METHODS, "triton": triton.METHODS}
 """The GPU backends and their methods."""
 
 PAIRS_MOST = 600
@@ -64,21 +64,6 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """One call between two events; the device is idle before it."""
-    synchronize()
-    if REHEARSAL:
-        begin = time.perf_counter()
-        call()
-        return (time.perf_counter() - begin) * 1e3
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end))
-
-
 @contextlib.contextmanager
 def side_stream() -> Iterator[None]:
     """Work goes to another stream, which waits for what came before and is waited for."""
@@ -109,19 +94,6 @@ def captured(call: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], Any],
     with torch.cuda.graph(graph):
         result = call()
     return graph.replay, result
-
-
-def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes that torch allocates during the call, above those in use before."""
-    if REHEARSAL:
-        call()
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def time_by_kernel(call: Callable[[], object]) -> list[tuple[str, float, int]]:

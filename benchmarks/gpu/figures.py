@@ -95,11 +95,14 @@ def milliseconds(*calls: Callable[[], object], repeats: int) -> list[list[float]
     for call in calls:
         for _ in range(WARMUP):
             call()
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
-        for call, found in zip(calls, times, strict=True):
-            found.append(device.milliseconds(call))
-    return times
+    named = {str(i): call for i, call in enumerate(calls)}
+    seconds = measure.interleaved(named, repeats, warm=False, device=device.DEVICE)
+    return [[1e3 * second for second in found] for found in seconds.values()]
+
+
+def place(n: int, d: int, kind: str = "gaussian") -> str:
+    """How figures of a size and kind of data begin."""
+    return f"n {scaled(n):,}, d {d}" + ("" if kind == "gaussian" else f", {kind}")
 
 
 def figure(name: str, value: float, unit: str) -> Event:
@@ -126,7 +129,7 @@ def at_size(backend: str, n: int, d: int, kind: str = "gaussian") -> Iterator[Ev
     """A step, eager and replayed from a graph, beside the four products."""
     repeats = SMALL_REPEATS if n <= 1024 else REPEATS
     call, limit = step(backend, scaled(n), d, kind), products(scaled(n), d)
-    where = f"n {scaled(n):,}, d {d}" + ("" if kind == "gaussian" else f", {kind}")
+    where = place(n, d, kind)
     ours, theirs = milliseconds(call, limit, repeats=repeats)
     yield figure(f"{where}: eager", statistics.median(ours), "ms")
     if kind == "gaussian":
@@ -146,7 +149,7 @@ def by_kernel(backend: str, n: int, d: int, kind: str = "gaussian") -> Iterator[
     for _ in range(WARMUP):
         call()
     found = device.time_by_kernel(call)
-    where = f"n {scaled(n):,}, d {d}" + ("" if kind == "gaussian" else f", {kind}")
+    where = place(n, d, kind)
     yield figure(f"{where}: kernels", sum(row[1] for row in found), "ms")
     yield {"time": where, "kernels": found[:KERNELS]}
 
@@ -175,13 +178,13 @@ def accuracy(backend: str) -> Iterator[Event]:
 
 def large(backend: str) -> Iterator[Event]:
     """Memory above inputs: of the largest symmetric batch, and of a large one; its time."""
-    call = step(backend, scaled(8192), 512)
-    yield figure(f"n {scaled(8192):,}, d 512: peak memory", device.peak_memory(call) / 2**30, "GiB")
-    call = step(backend, scaled(65536), 256)
-    yield figure(
-        f"n {scaled(65536):,}, d 256: peak memory", device.peak_memory(call) / 2**30, "GiB"
-    )
-    yield figure(f"n {scaled(65536):,}, d 256: eager", device.milliseconds(call), "ms")
+    for n, d, timed in ((8192, 512, False), (65536, 256, True)):
+        call = step(backend, scaled(n), d)
+        peak = measure.device_peak_memory(call, device.DEVICE)
+        yield figure(f"{place(n, d)}: peak memory", peak / 2**30, "GiB")
+        if timed:
+            seconds = measure.seconds_of(call, device.DEVICE)
+            yield figure(f"{place(n, d)}: eager", 1e3 * seconds, "ms")
 
 
 def compiled(backend: str) -> Iterator[Event]:
@@ -203,7 +206,7 @@ def compiled(backend: str) -> Iterator[Event]:
             return torch.autograd.grad(call(student, teacher), student)[0]
 
         mine, others = milliseconds(ours, theirs, repeats=3)
-        where = f"n {scaled(n):,}, d {d}"
+        where = place(n, d)
         yield figure(f"{where}: {name}", statistics.median(others), "ms")
         yield figure(f"{where}: faster than {name}", measure.median_ratio(others, mine), "x")
 
