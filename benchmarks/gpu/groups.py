@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.gpu import journal, summary
 
@@ -66,8 +66,13 @@ class Build:
     for_all: bool = False  # whether every check needs it, since there is no CPU extension either
     ready: bool = False
 
+    def keeps(self, group: Group) -> str | None:
+        """What keeps a group from starting: "wait", why it will never start, or None."""
+        needed = group.needs_build or (self.for_all and group.tells)
+        return self.poll() if needed else None
+
     def poll(self) -> str | None:
-        """What keeps those who need it: "wait", why it will never be there, or None."""
+        """Where it stands, as `keeps`; installs what was built as soon as it is there."""
         status = self.process.poll()
         if status is None:
             return "wait"
@@ -99,6 +104,7 @@ class Runner:
     patience: float = 1.0
     build: Build | None = None
     refreshed: float = 0.0
+    known: Sequence[Mapping[str, Any]] = ()  # events, when the summary was last written
     postponed: list[Group] = field(default_factory=list)  # until the build is done
 
     @property
@@ -110,9 +116,7 @@ class Runner:
         """Seconds since the beginning."""
         return time.monotonic() - self.begun
 
-    def start(
-        self, group: Group, variables: Mapping[str, str] | None = None
-    ) -> subprocess.Popen[bytes]:
+    def start(self, group: Group) -> subprocess.Popen[bytes]:
         """Its process: a group of its own, so that all it has started ends with it."""
         with (self.output / "log.txt").open("ab") as log:
             line = " ".join(group.command).partition("\n")[0]
@@ -121,7 +125,7 @@ class Runner:
             return subprocess.Popen(
                 group.command,
                 cwd=ROOT,
-                env={**self.environment, **group.variables, **(variables or {})},
+                env={**self.environment, **group.variables},
                 stdin=subprocess.DEVNULL,  # reading from the terminal would stop it
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -167,9 +171,8 @@ class Runner:
     def _begin(self, group: Group, running: list[Running]) -> bool:
         """Start a group unless it has to wait; whether there is nothing to wait for."""
         why = group.missing
-        needs = group.needs_build or (group.tells and self.build is not None and self.build.for_all)
-        if why is None and needs and self.build is not None:
-            why = self.build.poll()
+        if why is None and self.build is not None:
+            why = self.build.keeps(group)
         if why == "wait":
             return False
         if why is not None:
@@ -204,25 +207,29 @@ class Runner:
             self._write(group, status=-1, missing=f"the process {died}")
             return True
         one.restarts += 1
-        one.process, one.begun = self.start(group, group.again), time.time()
+        again = group._replace(variables={**group.variables, **group.again})
+        one.process, one.begun = self.start(again), time.time()
         return False
 
     def _hangs(self, one: Running) -> bool:
         """Whether nothing has been begun for too long: a check, a measurement, the process."""
-        if not one.group.tells or time.time() - one.begun < one.group.hang * self.patience:
-            return False
-        events = [e for e in journal.read(self.journal)[0] if e["group"] == one.group.name]
-        latest = max([one.begun, *(event["at"] for event in events if "begin" in event)])
-        return time.time() - latest > one.group.hang * self.patience
+
+        def silent(events: Sequence[Mapping[str, Any]]) -> bool:
+            own = (e["at"] for e in events if e["group"] == one.group.name and "begin" in e)
+            return time.time() - max([one.begun, *own]) > one.group.hang * self.patience
+
+        # What the summary knows is a second old, but need not be read for each group.
+        return one.group.tells and silent(self.known) and silent(journal.read(self.journal)[0])
 
     def refresh(self, now: bool = False) -> None:
         """Rewrite the summary, once a second."""
         if not now and self.elapsed() - self.refreshed < REFRESH:
             return
         self.refreshed = self.elapsed()
-        text = summary.text(journal.read(self.journal), self.elapsed(), self.seconds)
+        found = journal.read(self.journal)
+        self.known = found[0]
         part = self.output / "summary.part"
-        part.write_text(text)
+        part.write_text(summary.text(found, self.elapsed(), self.seconds))
         part.replace(self.output / "summary.txt")
 
 
