@@ -85,7 +85,7 @@ def cuda_extension():
         missing = f"torch {torch.__version__} is built without CUDA"
     elif CUDA_HOME is None:
         missing = "there is no nvcc on PATH, and CUDA_HOME is not set"
-    if wanted == "0" or (missing and torch.version.cuda is None and wanted is None):
+    if wanted == "0" or (wanted is None and torch.version.cuda is None):
         return None
     if missing:
         message = f"pcoherence: the CUDA extension cannot be built: {missing}"

@@ -53,8 +53,8 @@ HAS_TRITON = "import torch, triton; print(torch.__version__, triton.__version__)
 
 def run(command: Sequence[object], variables: Mapping[str, str] | None = None) -> None:
     """A command in the project's root; its failure ends all of this."""
-    subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, **(variables or {})},
-                   check=True)  # fmt: skip
+    environment = {**os.environ, **(variables or {})}
+    subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True)
 
 
 def includes() -> list[str]:
