@@ -24,13 +24,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from benchmarks.gpu import journal, modules, plan, summary
 from benchmarks.gpu.groups import ROOT, Build, Group, Runner
 from benchmarks.gpu.plan import Plan, Stage
-
-T = TypeVar("T")
 
 REHEARSAL_PATIENCE = 4.0
 """In a rehearsal a few cores do what a device and many do there."""
@@ -41,7 +38,6 @@ def variables(rehearse: bool) -> dict[str, str]:
     kept = ROOT / ".benchmarks"
     return {
         **os.environ,
-        **modules.cuda_home(),
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "PCOHERENCE_CUDA": "1",
@@ -61,10 +57,10 @@ def stages(arguments: argparse.Namespace) -> Sequence[Stage]:
     """What was asked for, without the environment; steps that were named share the time."""
     if not arguments.only:
         return plan.FIRST if arguments.first else plan.EVERYTHING
-    steps = [step for step in arguments.only if step != "environment"]
+    share = (1 - plan.ENVIRONMENT_SHARE) / len(arguments.only)
     return [
-        Stage((step,), plan.ENVIRONMENT_SHARE + (1 - plan.ENVIRONMENT_SHARE) * (i + 1) / len(steps))
-        for i, step in enumerate(steps)
+        Stage((step,), plan.ENVIRONMENT_SHARE + share * (i + 1))
+        for i, step in enumerate(arguments.only)
     ]
 
 
@@ -125,44 +121,41 @@ def start_build(runner: Runner, capability: str) -> Build:
     return Build(runner.start(group), lambda: modules.install(folder / "pcoherence", package))
 
 
-def wants_build(runner: Runner, unfit: str | None) -> str | None:
+def wants_build(events: Sequence[Mapping[str, object]], unfit: str | None) -> str | None:
     """Why the extension has to be built here; None: the one in the pack will do."""
-    events, _ = journal.read(runner.journal)
-    said = modules.manifest(modules.PACK).get("capability")
+    if unfit is not None:
+        return unfit
+    said = modules.manifest(modules.PACK)["capability"]
     has = str(fact(events, "capability") or said).replace(".", "")
-    if unfit is None and said != has:
-        unfit = f"{modules.PACK.name} is for {said}, the device has {has}"
+    if said != has:
+        return f"{modules.PACK.name} is for {said}, the device has {has}"
     for name in (modules.CPU_FACT, modules.CUDA_FACT):
         found = fact(events, name)  # None: there was no time to try
-        if unfit is None and found not in (modules.LOADED, None):
-            unfit = f"{name}: {found}"
-    return unfit
+        if found not in (modules.LOADED, None):
+            return f"{name}: {found}"
+    return None
 
 
-def prepared(runner: Runner, what: str, step: Callable[[], T]) -> T | None:
-    """What a step returns; its failure is a fact, and not the end."""
+def attempted(step: Callable[[], str | None]) -> str | None:
+    """Why a step could not be done; that it failed is a reason, and not the end."""
     try:
         return step()
     except Exception as error:  # a pack that arrived broken, a folder that cannot be written
-        said = " ".join(repr(error).split())[: journal.MESSAGE]
-        journal.write(runner.journal, plan.ENVIRONMENT_GROUP, fact=what, value=said)
-        return None
+        return " ".join(repr(error).split())[: journal.MESSAGE]
 
 
 def run(arguments: argparse.Namespace, runner: Runner) -> None:
     """The environment, what the extension needs, and all stages."""
-    output, package = runner.output, ROOT / "pcoherence"
+    output, cache = runner.output, Path(runner.environment["TRITON_CACHE_DIR"])
 
     def write(**event: object) -> None:
         journal.write(runner.journal, plan.ENVIRONMENT_GROUP, **event)
 
-    unfit = prepared(runner, "the pack", lambda: modules.unfit(modules.PACK) or "")
-    packed = None
-    if unfit == "":
-        packed = prepared(runner, "the pack", lambda: modules.install(modules.PACK, package))
-    write(fact="packed", value=", ".join(packed) if packed else unfit or "nothing")
-    cache = Path(runner.environment["TRITON_CACHE_DIR"])
-    prepared(runner, "Triton's cache", lambda: modules.install_triton(modules.PACK, cache))
+    unfit = attempted(lambda: modules.use(modules.PACK, ROOT / "pcoherence"))
+    write(fact="pack", value=unfit or "used")
+    failed = attempted(lambda: modules.install_triton(modules.PACK, cache))
+    if failed is not None:
+        write(fact="Triton's cache", value=failed)
     first = Plan(output, arguments.expression, "")
     runner.run(first.groups("environment"), plan.ENVIRONMENT_SHARE * arguments.seconds)
     events, _ = journal.read(runner.journal)
@@ -172,8 +165,7 @@ def run(arguments: argparse.Namespace, runner: Runner) -> None:
             write(missing="no device that torch can use: see log.txt")
             return
         capability = plan.USUAL_CAPABILITY  # it was cut off before it could say
-    unfit = None if packed else unfit or "the pack cannot be used"
-    why_build = None if arguments.rehearse else wants_build(runner, unfit)
+    why_build = None if arguments.rehearse else wants_build(events, unfit)
     if why_build is not None:
         write(fact="built here", value=why_build)
         runner.build = start_build(runner, capability)
@@ -191,6 +183,7 @@ def main() -> None:
     output: Path = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     keep_earlier(output)
+    os.environ.update(modules.cuda_home())
     # The toolkit's other tools lie beside nvcc, which may be on PATH by a link.
     os.environ["PATH"] += os.pathsep + str(Path(modules.toolkit_folder(), "bin"))
     patience = REHEARSAL_PATIENCE if arguments.rehearse else 1.0

@@ -51,6 +51,14 @@ def unfit(pack: Path) -> str | None:
     return f"{pack.name} has no {', '.join(missing)}" if missing else None
 
 
+def use(pack: Path, package: Path) -> str | None:
+    """Put a pack's modules where Python finds them; why not, or None."""
+    why = unfit(pack)
+    if why is None:
+        install(pack, package)
+    return why
+
+
 def install(folder: Path, package: Path) -> list[str]:
     """Put the modules in a folder where Python finds them, and no older one; their names."""
     modules = sorted(folder.glob("_C*.so"))
