@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(CXX_FILES)
 FORMATTED := $(CXX_FILES) $(wildcard tests/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-sentences test lint format docs figures bench bench-quick study study-quick gpu-pack gpu-check clean
+.PHONY: help install demo demo-sentences test mutants lint format docs figures bench bench-quick study study-quick gpu-pack gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ demo-sentences: $(VENV)/installed  ## distil a sentence encoder on WordNet's def
 
 test: $(VENV)/installed  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+mutants: $(VENV)/installed  ## do the tests notice small slips in the code? a table (about 30 minutes)
+	$(BIN)/python tests/mutants $(MUTANTS)
 
 lint: $(VENV)/installed  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
