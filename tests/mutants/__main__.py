@@ -72,9 +72,8 @@ def main() -> int:
     asked, console = arguments(), Console()
     slips = chosen(asked)
     if asked.list or not slips:
-        console.print(
-            *(f"{slip.file}: {slip.name}" for slip in slips), f"{len(slips)} slips", sep="\n"
-        )
+        names = [f"{slip.file}: {slip.name}" for slip in slips]
+        console.print(*names, f"{len(slips)} slips", sep="\n")
         return 0
     folder: Path = asked.folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,8 @@ A slip is written where it stands, with as much around it as makes the place uni
     tests = ["tests/test_soft_rank.py"]  # optional: RELATED says which, otherwise
 
 In C++ both versions are built and the environment chooses, so what stands there is an expression,
-`«a + b ⇒ a - b»`, or whole statements, `«g.sync(); ⇒ »`, and types agree. Elsewhere any text will do.
+`«a + b ⇒ a - b»`, or whole statements, `«g.sync(); ⇒ »`, and types agree. Elsewhere any text
+will do.
 """
 
 from __future__ import annotations
@@ -29,62 +30,31 @@ else:
 
 MARKED = re.compile(r"«(.*?) ?⇒ ?(.*?)»", re.DOTALL)
 
-RELATED: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (
-        "csrc/cuda/",
-        ("corners", "cuda_rows", "cuda_races", "triton", "gpu", "loss_options", "accuracy"),
-    ),
-    (
-        "csrc/",
-        (
-            "corners",
-            "rows",
-            "soft_rank",
-            "names",
-            "loss_options",
-            "autograd",
-            "metrics",
-            "precision",
-        )
-        + (
-            "reference",
-            "threads",
-            "modes",
-            "memory",
-            "validation",
-            "properties",
-            "accuracy",
-            "bank",
-        )
-        + ("cuda_rows",),
-    ),
-    ("kernels/", ("corners", "triton", "gpu", "triton_compile")),
-    (
-        "pcoherence/backends/",
-        ("corners", "tf32", "cuda_rows", "backends", "modes", "autograd", "memory", "validation")
-        + ("triton", "gpu", "loss_options", "precision", "accuracy"),
-    ),
-    ("pcoherence/adapters/features", ("adapters_features",)),
-    ("pcoherence/adapters/lightning", ("adapters_lightning",)),
-    ("pcoherence/adapters/metric", ("adapters_metric_learning",)),
-    ("pcoherence/adapters/sentence", ("adapters_sentence_transformers",)),
-    ("pcoherence/adapters/torchmetrics", ("adapters_torchmetrics",)),
-    ("pcoherence/transport", ("transport", "tf32", "validation", "docs")),
-    ("pcoherence/metrics", ("metrics", "adapters_torchmetrics", "validation", "distillation")),
-    ("pcoherence/diagnostics", ("diagnostics", "validation", "docs")),
-    ("pcoherence/plots", ("plots",)),
-    ("pcoherence/bank", ("bank", "distributed", "validation", "modes")),
-    ("pcoherence/anchors", ("anchors", "bank", "distributed", "validation")),
-    ("pcoherence/distributed", ("distributed", "bank", "validation")),
-    (
-        "pcoherence/",
-        ("reference", "validation", "names", "soft_rank", "anchors", "backends", "autograd")
-        + ("modes", "loss_options", "corners", "inductor", "bank", "memory", "docs"),
-    ),
-    ("benchmarks/distillation/", ("distillation",)),
-    ("benchmarks/gpu/", ("gpu_check",)),
-    ("benchmarks/", ("benchmarks",)),
-)
+RELATED = {
+    "csrc/cuda/": "corners cuda_rows cuda_races triton gpu loss_options accuracy",
+    "csrc/": "corners rows soft_rank names loss_options autograd metrics precision reference "
+    "threads modes memory validation properties accuracy bank cuda_rows",
+    "kernels/": "corners triton gpu triton_compile",
+    "pcoherence/backends/": "corners tf32 cuda_rows backends modes autograd memory validation "
+    "triton gpu loss_options precision accuracy",
+    "pcoherence/adapters/features": "adapters_features",
+    "pcoherence/adapters/lightning": "adapters_lightning",
+    "pcoherence/adapters/metric": "adapters_metric_learning",
+    "pcoherence/adapters/sentence": "adapters_sentence_transformers",
+    "pcoherence/adapters/torchmetrics": "adapters_torchmetrics",
+    "pcoherence/transport": "transport tf32 validation docs",
+    "pcoherence/metrics": "metrics adapters_torchmetrics validation distillation",
+    "pcoherence/diagnostics": "diagnostics validation docs",
+    "pcoherence/plots": "plots",
+    "pcoherence/bank": "bank distributed validation modes",
+    "pcoherence/anchors": "anchors bank distributed validation",
+    "pcoherence/distributed": "distributed bank validation",
+    "pcoherence/": "reference validation names soft_rank anchors backends autograd modes "
+    "loss_options corners inductor bank memory docs",
+    "benchmarks/distillation/": "distillation",
+    "benchmarks/gpu/": "gpu_check",
+    "benchmarks/": "benchmarks",
+}
 """Tests that know a file, those that end soon first: of the first prefix that fits."""
 
 
@@ -130,9 +100,9 @@ class Slip:
 
 def related(file: str) -> tuple[str, ...]:
     """Test files for a file that no slip names tests for."""
-    for prefix, names in RELATED:
+    for prefix, names in RELATED.items():
         if file.startswith(prefix):
-            return tuple(f"tests/test_{name}.py" for name in names)
+            return tuple(f"tests/test_{name}.py" for name in names.split())
     return ("tests",)
 
 

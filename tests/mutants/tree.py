@@ -22,7 +22,8 @@ HEADER = """#pragma once
 extern "C" __attribute__((visibility("hidden"))) int pcoherence_slip;
 """
 DEFINITION = """#include <cstdlib>
-int pcoherence_slip = std::getenv("PCOHERENCE_SLIP") ? std::atoi(std::getenv("PCOHERENCE_SLIP")) : 0;
+static const char* told = std::getenv("PCOHERENCE_SLIP");
+int pcoherence_slip = told ? std::atoi(told) : 0;
 """
 
 
@@ -85,7 +86,7 @@ def build(folder: Path, slips: Sequence[Slip]) -> None:
 
 def run(folder: Path, tests: Sequence[str], log: Path, limit: float, *options: str,
         number: int = 0) -> Result:  # fmt: skip
-    """The tests, up to the first that fails; running longer than `limit` seconds is noticed, too."""
+    """The tests, up to the first that fails; more than `limit` seconds are noticed, too."""
     environment = os.environ | {
         "PYTHONPATH": str(folder),
         "PYTHONDONTWRITEBYTECODE": "1",  # or a slip of the same size within a second is not seen
