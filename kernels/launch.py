@@ -230,11 +230,14 @@ class TritonRowKernels:
         everyone = anchors if candidates is None else candidates
         n, width = everyone.shape
         t = tiles(anchors.dtype, anchors.is_cuda)
-        centre, scale = (anchors.new_empty(size, dtype=torch.float64) for size in ((width,), ()))
+        centre, scale, memory = (
+            anchors.new_empty(size, dtype=torch.float64) for size in ((width,), (), (SAMPLE,))
+        )
         points.find_centre[1,](
             everyone,
             centre,
             scale,
+            memory,
             n,
             width,
             min(n, SAMPLE),
