@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from processes import join_group, run_in_processes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pcoherence import CandidateBank, coherence, perception_coherence_loss
 from pcoherence.adapters.lightning import CoherenceCallback, DistillationModule
+from pcoherence.metrics import Coherence
 
 POINTS = torch.randn(41, 4, generator=torch.manual_seed(0))
 LABELS = torch.arange(41)
@@ -252,6 +254,7 @@ def work(rank: int, size: int) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(logged[f"val_{name}/0"], value.float())
     gathered_loss(rank, size)
+    trainers(rank, size)
 
 
 def gathered_loss(rank: int, size: int) -> None:
@@ -271,6 +274,56 @@ def gathered_loss(rank: int, size: int) -> None:
         expected += torch.stack([loss.detach() * len(points), torch.tensor(float(len(points)))])
     torch.distributed.all_reduce(sums)
     torch.testing.assert_close(sums[0] / sums[1], expected[0] / expected[1])
+
+
+class Started(LightningEnvironment):
+    """Processes that are there, in a group that is there."""
+
+    creates_processes_externally = True
+
+    def world_size(self) -> int:
+        """Of the group."""
+        return torch.distributed.get_world_size()
+
+    def global_rank(self) -> int:
+        """In the group."""
+        return torch.distributed.get_rank()
+
+    local_rank = global_rank
+
+    def set_world_size(self, size: int) -> None:
+        """It is known."""
+
+    def set_global_rank(self, rank: int) -> None:
+        """It is known."""
+
+
+def trainers(rank: int, size: int) -> None:
+    """Lightning's own: every process logs what is right for the points of all."""
+    shards = [(0, 9), (9, 10), (10, 41)]  # in batches of 20; one of them with nobody to rank
+    points = [POINTS[begin:end] for begin, end in shards]
+    student, teacher = networks()
+    for gather in (False, True):
+        module = DistillationModule(student, teacher, gather=gather)
+        run = trainer(
+            strategy="ddp", devices=size, plugins=[Started()], use_distributed_sampler=False,
+            callbacks=[CoherenceCallback()],
+        )  # fmt: skip
+        # Gathered, every process has to have as many batches.
+        validation = DataLoader(points[rank], batch_size=41 if gather else 20)
+        run.validate(module, validation, verbose=False)
+        if gather:
+            batches = [POINTS]
+        else:
+            batches = [part for own in points for part in own.split(20) if len(part) > 1]
+        losses = [perception_coherence_loss(*module.features(batch)).detach() for batch in batches]
+        total = sum(len(batch) * loss for batch, loss in zip(batches, losses, strict=True))
+        expected = {"val_loss": total / sum(map(len, batches))}
+        measured = [coherence(*module.features(own)) for own in points if len(own) > 1]
+        for name, *values in zip(Coherence._fields, *measured, strict=True):
+            expected[f"val_{name}"] = sum(values).float() / len(values)
+        found = {name: value.cpu() for name, value in run.callback_metrics.items()}
+        torch.testing.assert_close(found, expected)
 
 
 if __name__ == "__main__":

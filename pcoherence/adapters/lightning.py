@@ -136,12 +136,14 @@ class DistillationModule(LightningModule):
         """Of a batch's loss in the mean that is logged.
 
         Gathered, a process's loss has its share of the anchors in it: the mean over processes
-        counts for the points of all.
+        counts for the points of all. A multiple of the number of processes, because Lightning
+        averages weights over them, too, and rounds down.
         """
-        if not self.criterion.gather or self.trainer.world_size == 1:
-            return points
-        own = torch.tensor(float(points), device=self.device)
-        return int(self.trainer.strategy.reduce(own, reduce_op="sum"))
+        size = 1 if self._trainer is None else self.trainer.world_size
+        if size > 1 and self.criterion.gather:
+            own = torch.tensor(float(points), device=self.device)
+            points = int(self.trainer.strategy.reduce(own, reduce_op="sum"))
+        return size * points
 
     def configure_optimizers(self) -> Any:
         """The optimizer that was asked for."""
