@@ -56,6 +56,17 @@ def test_cosine_of_a_zero_vector_is_finite_and_without_gradient() -> None:
     assert (points.grad[[0, 2]] == 0).all()
 
 
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**100])
+def test_directions_have_no_size(size: float) -> None:
+    """The squares of such features are 0 or infinite in float32."""
+    a, b = (make_case("gaussian", 6, 4, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    near, far = a.clone().requires_grad_(), (a * size).requires_grad_()
+    found, expected = distances.cosine(far, b * size), distances.cosine(near, b)
+    assert torch.equal(found, expected)
+    ours, theirs = (torch.autograd.grad(d.sum(), x)[0] for d, x in ((found, far), (expected, near)))
+    assert torch.equal(ours * size, theirs)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_distance_of_identical_points_is_exactly_zero(metric: str) -> None:
     points = make_case("duplicates", 12, 5, dtype=torch.float32) + 1000
@@ -238,23 +249,46 @@ def test_empty_anchors_give_zero() -> None:
     assert (bank.grad == 0).all()
 
 
-def test_an_anchor_without_candidates_contributes_zero_and_counts() -> None:
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_anchor_without_candidates_contributes_zero_and_counts(
+    objective: str, backend: str
+) -> None:
     points, index = make_case("gaussian", 3, 2), torch.tensor([0, 1, 2])
     weights = torch.tensor([1.0, 0.0, 0.0])
     losses = [
-        reference.perception_coherence_loss(
+        perception_coherence_loss(
             points,
             points,
             candidate_weights=weights,
             self_index=index,
             reduction=reduction,
-            objective="cross_entropy",
+            objective=objective,
             temperature=1.0,
+            backend=backend,
         )
         for reduction in ("none", "mean")
     ]
     assert losses[0][0] == 0
-    assert losses[1] == losses[0].sum() / 3
+    torch.testing.assert_close(losses[1], losses[0].sum() / 3)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_l1_of_agreement_has_no_gradient(dtype: torch.dtype, backend: str) -> None:
+    """Ranks of networks that differ by a factor differ by rounding, whose sign is no direction."""
+    student = make_case("gaussian", 17, 5, dtype=dtype).requires_grad_()
+    loss = perception_coherence_loss(
+        student,
+        3 * student.detach(),
+        objective="l1",
+        temperature=1.0,
+        teacher_temperature=1.0,
+        backend=backend,
+    )
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss <= objectives.RESOLUTION[dtype]
+    assert not gradient.any()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
