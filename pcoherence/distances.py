@@ -110,6 +110,8 @@ def weighted_sums(
     """
     if anchor_weights is not None:
         weights = anchor_weights[:, None] * weights
+        # Padding counts for nothing, whatever its distances are: 0 * NaN is NaN.
+        distances = torch.where(anchor_weights[:, None] == 0, 0.0, distances)
     return (weights * distances).sum(), weights.sum()
 
 

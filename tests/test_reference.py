@@ -20,7 +20,7 @@ from pcoherence import (
     reference,
     soft_ranks,
 )
-from pcoherence.spec import METRICS, OBJECTIVES, SCALES
+from pcoherence.spec import METRICS, OBJECTIVES, SCALES, Metric
 from pcoherence.testing import (
     CASES,
     make_case,
@@ -333,3 +333,29 @@ def test_a_negative_mean_does_not_turn_the_order_around(scale: str, backend: str
         backend=backend,
     )
     assert loss.item() < 1e-3
+
+
+@pytest.mark.parametrize("metric", ["euclidean", lambda a, b: torch.cdist(a, b)])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_batchs_mean_beside_an_anchor_of_nan(backend: str, metric: Metric) -> None:
+    """A mean that is NaN is no unit, as one of 0 is none; padding does not make it NaN."""
+    student, teacher = make_case("gaussian", 6, 3), make_case("gaussian", 6, 2, seed=1)
+    given = {
+        "student_candidates": make_case("gaussian", 9, 3, seed=2),
+        "teacher_candidates": make_case("gaussian", 9, 2, seed=3),
+        "metric": metric,
+        "reduction": "none",
+    }
+    others = torch.tensor([0, 1, 3, 4, 5])
+    student[2, 1] = torch.nan
+    for weight, alone in ((1.0, {"scale": "none"}), (0.0, {"scale": "batch"})):
+        weights = torch.ones(6, dtype=torch.float64)
+        weights[2] = weight
+        losses = perception_coherence_loss(
+            student, teacher, anchor_weights=weights, scale="batch", backend=backend, **given
+        )
+        expected = reference.perception_coherence_loss(
+            student[others], teacher[others], **given, **alone
+        )
+        assert losses.isnan().tolist() == [i == 2 for i in range(6)]
+        torch.testing.assert_close(losses[others], expected)
