@@ -18,6 +18,7 @@ from pcoherence import (
     objectives,
     perception_coherence_loss,
     reference,
+    soft_rank,
     soft_ranks,
 )
 from pcoherence.spec import METRICS, OBJECTIVES, SCALES, Metric
@@ -359,3 +360,13 @@ def test_a_batchs_mean_beside_an_anchor_of_nan(backend: str, metric: Metric) -> 
         )
         assert losses.isnan().tolist() == [i == 2 for i in range(6)]
         torch.testing.assert_close(losses[others], expected)
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (4, 1)])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_weights_of_soft_ranks_of_a_square(backend: str, shape: tuple[int, ...]) -> None:
+    """A row of them or a column: as many numbers, but not the same ranks."""
+    values, weights = make_case("gaussian", 4, 4), torch.arange(4.0).reshape(shape)
+    difference = values[:, :, None] - values[:, None, :]
+    expected = 0.5 + (weights.expand(4, 4)[:, None, :] * torch.sigmoid(difference)).sum(-1)
+    torch.testing.assert_close(soft_rank(values, weights=weights, backend=backend), expected)
