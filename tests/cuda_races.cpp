@@ -1,12 +1,12 @@
-// Every CUDA kernel on emulated thread blocks whose threads are real ones, for ThreadSanitizer: a barrier that is
-// missing is a race. Fibers, which the other tests use, see such a race only where it changes a result.
+// Every CUDA kernel on emulated thread blocks under ThreadSanitizer, for which a barrier that is missing is a race. The
+// other tests see it only where it changes a result.
 #include <cstdio>
 #include <random>
 #include <vector>
 
 #include "../csrc/cuda/launch.h"
 
-extern "C" void pcoherence_emulate(int threads, long shared, unsigned seed, int real_threads);
+extern "C" void pcoherence_emulate(int threads, long shared, unsigned seed);
 
 namespace {
 
@@ -21,6 +21,8 @@ std::vector<T> random(std::size_t count, unsigned seed) {
   for (T& v : values) v = uniform(generator);
   return values;
 }
+
+constexpr int kMany = 1030;
 
 template <class T>
 struct Problem {
@@ -111,6 +113,21 @@ struct Problem {
            nullptr);
   }
 
+  // The first anchor's, a sum over more candidates than fast memory holds.
+  void small_gradient_in_parts() {
+    static_assert(kMany * sizeof(T) > kScratchBytes);
+    launch(SmallGradientTask<T>{{x.data(), c.data(), width, false, MetricTraits{}, nullptr, nullptr},
+                                1,
+                                n,
+                                gradient.data(),
+                                points.data(),
+                                nullptr,
+                                losses.data(),
+                                ones.data(),
+                                &total},
+           nullptr);
+  }
+
   void streams() {
     launch(RowSumsTask<T>{m, n, student.data(), weights.data(), self.data(), sums.data(), weight_sums.data()}, nullptr);
     launch(DifferenceTask<T>{m, n, width, x.data(), c.data(), student.data(), true, T(1)}, nullptr);
@@ -155,7 +172,7 @@ void everything() {
   using Problem = Problem<float>;
   // shared 0: what the plan says, all in fast memory; otherwise all in slow memory.
   for (const long shared : {0L, 4096L + 256}) {
-    pcoherence_emulate(64, shared, 0, 1);
+    pcoherence_emulate(64, shared, 0);
     for (const Method method : {Method::grid, Method::scan, Method::pairs}) {
       Problem(20).rows(method, Objective::mse, 0.1, false, false);
       Problem(20).rows(method, Objective::cross_entropy, 0.01, true, true);  // many bins
@@ -166,6 +183,7 @@ void everything() {
     Problem(9).small(true);
   }
   Problem(40).streams();
+  Problem(kMany).small_gradient_in_parts();
 }
 
 }  // namespace

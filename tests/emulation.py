@@ -112,7 +112,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulate]:
     monkeypatch.setattr(torch.ops, "pcoherence_cuda", torch.ops.pcoherence_cuda_emulated)
 
     def configure(threads: int = 0, shared: int = 0, seed: int = 0) -> None:
-        library.pcoherence_emulate(threads, ctypes.c_long(shared), seed, 0)
+        library.pcoherence_emulate(threads, ctypes.c_long(shared), seed)
 
     configure()
     yield configure

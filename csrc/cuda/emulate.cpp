@@ -154,6 +154,6 @@ const Device& current_device() {
 }  // namespace pcoherence::cuda
 
 // threads, shared: see Emulation; 0 leaves them to the plan.
-extern "C" void pcoherence_emulate(int threads, long shared, unsigned seed, int real_threads) {
-  pcoherence::cuda::emulation = {threads, shared, seed, real_threads != 0};
+extern "C" void pcoherence_emulate(int threads, long shared, unsigned seed) {
+  pcoherence::cuda::emulation = {threads, shared, seed};
 }

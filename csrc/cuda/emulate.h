@@ -1,25 +1,31 @@
 // A group of threads on the host, for tests of the kernels where there is no GPU: fibers that take turns at barriers.
 //
 // Between two barriers every thread runs alone, in an order that a seed permutes anew each time: a missing barrier
-// shows as a result that depends on the seed. With `real_threads` the same code runs on std::threads, for sanitizers.
-// Memory of a group starts as 0xFF bytes: NaN, and indices that no array has.
+// shows as a result that depends on the seed. Under ThreadSanitizer, which takes fibers for threads that only barriers
+// order, it shows where it changes no result. Memory of a group starts as 0xFF bytes: NaN, and indices that no array
+// has.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
-#include <condition_variable>
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <numeric>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "group.h"
+
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+// What takes turns, and is no part of what is emulated.
+#define PCOH_UNSEEN __attribute__((no_sanitize("thread")))
+#else
+#define PCOH_UNSEEN
+#endif
 
 namespace pcoherence::cuda {
 
@@ -27,105 +33,122 @@ struct Emulation {
   int threads = 0;          // of a row's group, a multiple of 32; 0: as the plan says
   std::int64_t shared = 0;  // bytes of fast memory; 0: as the plan says
   unsigned seed = 0;        // order of turns; 0: ascending
-  bool real_threads = false;
 };
 
 // Runs body(thread) for all threads, which meet in wait().
 class Team {
  public:
-  // With a lock of its own: who meets elsewhere is not ordered by it, or races would be hidden.
   struct Barrier {
     int size = 0, arrived = 0;
     unsigned turn = 0;
-    std::mutex mutex;
-    std::condition_variable changed;
+    char order[2] = {};  // what a sanitizer knows of odd and even turns
   };
 
-  Team(int threads, const Emulation& how) : how_(how), random_(how.seed), fibers_(how.real_threads ? 0 : threads) {
-    threads_ = threads;
-  }
+  Team(int threads, const Emulation& how) : how_(how), random_(how.seed), fibers_(threads) {}
 
-  void run(const std::function<void(int)>& body) {
-    if (how_.real_threads) {
-      std::vector<std::thread> team;
-      for (int t = 0; t < threads_; ++t) team.emplace_back(body, t);
-      for (auto& t : team) t.join();
-      return;
-    }
+  PCOH_UNSEEN void run(const std::function<void(int)>& body) {
     body_ = &body;
-    for (int t = 0; t < threads_; ++t) start(t);
-    std::vector<int> order(threads_);
+    scheduler_.is_current();
+    ordered_before(&body_);
+    const int threads = static_cast<int>(fibers_.size());
+    for (int t = 0; t < threads; ++t) start(t);
+    std::vector<int> order(threads);
     std::iota(order.begin(), order.end(), 0);
-    for (int left = threads_; left > 0;) {
+    for (int left = threads; left > 0;) {
       if (how_.seed != 0) std::shuffle(order.begin(), order.end(), random_);
       for (const int t : order) {
         if (fibers_[t].done) continue;
         current_ = t;
-        if (_setjmp(scheduler_) == 0) resume(t);
+        if (_setjmp(scheduler_.state) == 0) resume(t);
         left -= fibers_[t].done;
       }
     }
+    ordered_after(&body_);
   }
 
-  bool real_threads() const { return how_.real_threads; }
-
-  void wait(Barrier& b) {
-    std::unique_lock<std::mutex> lock(b.mutex, std::defer_lock);
-    if (how_.real_threads) lock.lock();
+  // `orders`: memory written before is seen after.
+  PCOH_UNSEEN void wait(Barrier& b, bool orders) {
     const unsigned turn = b.turn;
+    if (orders) ordered_before(b.order + turn % 2);
     if (++b.arrived == b.size) {
       b.arrived = 0;
       ++b.turn;
-      b.changed.notify_all();
-      return;
     }
-    while (b.turn == turn) {
-      if (how_.real_threads) {
-        b.changed.wait(lock);
-      } else if (_setjmp(fibers_[current_].state) == 0) {
-        _longjmp(scheduler_, 1);
-      }
-    }
+    while (b.turn == turn)
+      if (_setjmp(fibers_[current_].state) == 0) resume_scheduler();
+    if (orders) ordered_after(b.order + turn % 2);
   }
 
  private:
-  struct Fiber {
+#if defined(__SANITIZE_THREAD__)
+  // What a sanitizer takes for a thread.
+  struct Sanitized {
+    void* fiber = nullptr;
+    PCOH_UNSEEN void is_current() { fiber = __tsan_get_current_fiber(); }
+    PCOH_UNSEEN void create() { fiber = __tsan_create_fiber(0); }
+    PCOH_UNSEEN void switch_to() { __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync); }
+  };
+  static void ordered_before(void* p) { __tsan_release(p); }
+  static void ordered_after(void* p) { __tsan_acquire(p); }
+#else
+  struct Sanitized {
+    void is_current() {}
+    void create() {}
+    void switch_to() {}
+  };
+  static void ordered_before(void*) {}
+  static void ordered_after(void*) {}
+#endif
+  static constexpr std::size_t kStack = 256 << 10;
+  // Kept: a launch has many blocks.
+  struct Stack : Sanitized {
+    std::unique_ptr<char[]> memory = std::make_unique_for_overwrite<char[]>(kStack);
+  };
+  struct Fiber : Sanitized {
     ucontext_t first;
     jmp_buf state;
     bool started = false, done = false;
   };
-  static constexpr std::size_t kStack = 256 << 10;
 
-  void start(int t) {
+  PCOH_UNSEEN void start(int t) {
     Fiber& f = fibers_[t];
-    static std::vector<std::unique_ptr<char[]>> stacks;  // kept: a launch has many blocks
-    while (static_cast<int>(stacks.size()) <= t) stacks.push_back(std::make_unique_for_overwrite<char[]>(kStack));
+    static std::vector<Stack> stacks;
+    while (static_cast<int>(stacks.size()) <= t) stacks.emplace_back().create();
+    static_cast<Sanitized&>(f) = stacks[t];
     getcontext(&f.first);
-    f.first.uc_stack.ss_sp = stacks[t].get();
+    f.first.uc_stack.ss_sp = stacks[t].memory.get();
     f.first.uc_stack.ss_size = kStack;
     f.first.uc_link = nullptr;
     const auto self = reinterpret_cast<std::uintptr_t>(this);
     makecontext(&f.first, reinterpret_cast<void (*)()>(&Team::enter), 2, static_cast<unsigned>(self >> 32),
                 static_cast<unsigned>(self));
   }
-  static void enter(unsigned high, unsigned low) {
+  PCOH_UNSEEN static void enter(unsigned high, unsigned low) {
     auto* team = reinterpret_cast<Team*>((std::uintptr_t(high) << 32) | low);
+    ordered_after(&team->body_);
     (*team->body_)(team->current_);
     team->fibers_[team->current_].done = true;
-    _longjmp(team->scheduler_, 1);
+    ordered_before(&team->body_);
+    team->resume_scheduler();
   }
-  void resume(int t) {
-    if (fibers_[t].started) _longjmp(fibers_[t].state, 1);
-    fibers_[t].started = true;
-    setcontext(&fibers_[t].first);
+  PCOH_UNSEEN void resume(int t) {
+    Fiber& f = fibers_[t];
+    f.switch_to();
+    if (f.started) _longjmp(f.state, 1);
+    f.started = true;
+    setcontext(&f.first);
+  }
+  PCOH_UNSEEN void resume_scheduler() {
+    scheduler_.switch_to();
+    _longjmp(scheduler_.state, 1);
   }
 
   Emulation how_;
   std::minstd_rand random_;
-  int threads_ = 0, current_ = 0;
+  int current_ = 0;
   std::vector<Fiber> fibers_;
   const std::function<void(int)>* body_ = nullptr;
-  jmp_buf scheduler_;
+  Fiber scheduler_;
 };
 
 // What the threads of a group share.
@@ -137,7 +160,6 @@ struct Block {
   }
   struct Warp {
     Team::Barrier barrier;
-    unsigned met = 0;  // lanes that have come to a shuffle, ever
     unsigned slots[kWarp][16];
   };
   bool in_fast(const void* p) const {
@@ -164,8 +186,8 @@ class EmulatedGroup {
   int lane() const { return thread_ % kWarp; }
   int warp() const { return thread_ / kWarp; }
   int warps() const { return threads() / kWarp; }
-  void sync() { block_.team.wait(block_.all); }
-  void sync_warp() { block_.team.wait(own().barrier); }
+  void sync() { block_.team.wait(block_.all, true); }
+  void sync_warp() { block_.team.wait(own().barrier, true); }
   char* scratch() const { return reinterpret_cast<char*>(block_.scratch.data()); }
   bool in_fast(const void* p) const { return block_.in_fast(p); }
   template <class V>
@@ -207,12 +229,8 @@ class EmulatedGroup {
  private:
   Block::Warp& own() const { return block_.warps[thread_ / kWarp]; }
 
-  // The lanes of a warp. On a GPU shuffles order no memory but their own; neither do these for a sanitizer.
-  void meet() {
-    if (!block_.team.real_threads()) return sync_warp();
-    const unsigned before = __atomic_fetch_add(&own().met, 1, __ATOMIC_RELAXED), all = (before / kWarp + 1) * kWarp;
-    while (static_cast<int>(__atomic_load_n(&own().met, __ATOMIC_RELAXED) - all) < 0) std::this_thread::yield();
-  }
+  // The lanes of a warp. On a GPU shuffles order no memory but their own.
+  void meet() { block_.team.wait(own().barrier, false); }
   template <class V>
   void put(const V& v) {
     static_assert(sizeof(V) <= sizeof(own().slots[0]) && sizeof(V) % 4 == 0);
