@@ -219,6 +219,48 @@ def copies(rank: int, size: int) -> None:
     assert default.process_group is None
 
 
+def part_of_all(rank: int, size: int) -> None:
+    """A group without the first process, in which ranks are other numbers than in the world."""
+    images, teacher, _ = whole()
+    group = dist.new_group(list(range(1, size)))
+    if rank == 0:
+        return
+    cuts = {2: [0, 12], 3: [0, 5, 12]}[size]
+    own = slice(cuts[rank - 1], cuts[rank])
+    student, alone = images[own].requires_grad_(), images.clone().requires_grad_()
+    criterion = PerceptionCoherenceLoss(gather=True, process_group=group, reduction="none")
+    found = criterion(student, teacher[own])
+    expected = pcoherence.perception_coherence_loss(alone, teacher, reduction="none")
+    torch.testing.assert_close(found, expected[own])
+    found.sum().backward()
+    expected.sum().backward()
+    assert alone.grad is not None
+    torch.testing.assert_close(student.grad, alone.grad[own])
+
+
+def weights_of_one(rank: int, size: int) -> None:
+    """Candidate weights that the last process alone gives are seen by all."""
+    images, teacher, weights = whole()
+    own, last = slice(*SHARDS[size][rank]), slice(*SHARDS[size][-1])
+    given = {"candidate_weights": weights[own]} if rank == size - 1 else {}
+    criterion = PerceptionCoherenceLoss(gather=True, reduction="none")
+    everyones = torch.ones_like(weights)
+    everyones[last] = weights[last]
+    expected = pcoherence.perception_coherence_loss(
+        images, teacher, candidate_weights=everyones, reduction="none"
+    )
+    torch.testing.assert_close(criterion(images[own], teacher[own], **given), expected[own])
+
+
+def a_bank_of_another_width(rank: int, size: int) -> None:
+    """On one process: nobody waits for it."""
+    images, teacher, _ = whole()
+    width = 5 if rank == 1 else 6
+    bank = CandidateBank(20, student_width=width, teacher_width=4, dtype=torch.float64)
+    with refused(rank, ValueError, r"^student: expected width 5"):
+        PerceptionCoherenceLoss(gather=True, bank=bank)(images, teacher)
+
+
 def work(rank: int, size: int) -> None:
     """What one process does."""
     own = slice(*SHARDS[size][rank])
@@ -237,6 +279,9 @@ def work(rank: int, size: int) -> None:
     any_group(rank, size)
     tensors_of_many_processes(rank, size)
     copies(rank, size)
+    part_of_all(rank, size)
+    weights_of_one(rank, size)
+    a_bank_of_another_width(rank, size)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -370,3 +370,24 @@ def test_weights_of_soft_ranks_of_a_square(backend: str, shape: tuple[int, ...])
     difference = values[:, :, None] - values[:, None, :]
     expected = 0.5 + (weights.expand(4, 4)[:, None, :] * torch.sigmoid(difference)).sum(-1)
     torch.testing.assert_close(soft_rank(values, weights=weights, backend=backend), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_metric_may_measure_in_another_dtype(backend: str, dtype: torch.dtype) -> None:
+    """The loss stays in that of the features, and so does its gradient."""
+    student = make_case("gaussian", 9, 3, dtype=torch.float32).requires_grad_()
+    teacher = make_case("gaussian", 9, 2, dtype=torch.float32, seed=1)
+
+    def of(metric: Metric) -> tuple[Tensor, Tensor]:
+        loss = perception_coherence_loss(
+            student, teacher, metric=metric, teacher_metric="euclidean", backend=backend
+        )
+        return loss, torch.autograd.grad(loss, student)[0]
+
+    # Half precision has 11 bits; the slope of a rank is 1 / (4 temperature) at most.
+    tolerance = {"rtol": 0.0, "atol": 1e-5 if dtype == torch.float64 else 2.0**-8}
+    found = of(lambda a, b: distances.euclidean(a, b).to(dtype))
+    for ours, theirs in zip(found, of("euclidean"), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, **tolerance)
