@@ -285,3 +285,35 @@ def test_range_that_overflows(objective: str, evaluate: Evaluate) -> None:
         return  # a sum over all |z|, which float32 cannot tell from what the teacher takes off it
     # Neighbours are far more than a temperature apart: soft ranks are the order, too.
     torch.testing.assert_close(with_range(teacher, 0.1)[0], found[0], rtol=1e-4, atol=1e-4)
+
+
+BATCH = (METRICS, (None, 0.3), (False, True), (False, True))
+
+
+@on_all_paths(
+    "metric, soft, rectangular, weighted",
+    covering(*BATCH, strength=3),
+    [("euclidean", 0.3, True, True)],
+)
+def test_the_mean_over_a_batch(
+    metric: str, soft: float | None, rectangular: bool, weighted: bool, evaluate: Evaluate
+) -> None:
+    """It is one of all blocks, and its gradient is a part of theirs; an anchor may be nobody."""
+    leaves, constants = problem(17, rectangular, weighted)
+    constants = {k: 0.2 * v if k.startswith("teacher") else v for k, v in constants.items()}
+    options = {"metric": metric, "scale": "batch", "teacher_temperature": soft}
+    compare(evaluate(leaves, constants, **options), reference(leaves, constants, **options))
+
+
+@on_all_paths("metric", singles(METRICS), singles(["euclidean"]))
+def test_padding_of_nan_is_not_in_the_mean_over_a_batch(metric: str, evaluate: Evaluate) -> None:
+    leaves, constants = problem(17, True, False)
+    others = torch.arange(8) != 3
+    constants["anchor_weights"] = others.double()
+    options = {"metric": metric, "scale": "batch", "reduction": "none"}
+    clean = evaluate(leaves, constants, **options)
+    student = leaves[0].clone()
+    student[3, 2] = math.nan
+    losses, _ = evaluate([student, leaves[1]], constants, **options)
+    assert losses.isnan().tolist() == [i == 3 for i in range(8)]
+    assert relative_error(losses[others], clean[0][others]) <= 1e-12
