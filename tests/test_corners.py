@@ -287,6 +287,23 @@ def test_range_that_overflows(objective: str, evaluate: Evaluate) -> None:
     torch.testing.assert_close(with_range(teacher, 0.1)[0], found[0], rtol=1e-4, atol=1e-4)
 
 
+@on_all_paths("metric, rectangular", list(itertools.product(METRICS, (False, True))), [])
+def test_points_that_nearly_coincide_pull_alike(
+    metric: str, rectangular: bool, evaluate: Evaluate
+) -> None:
+    """On both sides, and without costing others their digits, however close they are."""
+    x = make_case("gaussian", 21, 11)
+    constants = {"teacher": make_case("gaussian", 21, 4, seed=1)}
+    leaves = [x]
+    for i, gap in enumerate((1e-5, 1e-7, 1e-9, 1e-12)):
+        x[9 + i] = x[i] * (1 + gap)
+    if rectangular:
+        constants |= {"teacher_candidates": constants["teacher"][3:], "self_index": None}
+        leaves = [x[:9], x[3:]]
+        constants["teacher"] = constants["teacher"][:9]
+    compare(evaluate(leaves, constants, metric=metric), reference(leaves, constants, metric=metric))
+
+
 BATCH = (METRICS, (None, 0.3), (False, True), (False, True))
 
 

@@ -157,10 +157,12 @@ class FeatureGradient {
       for (const std::int32_t j : close[i]) {
         T& v = block[i * padded(n_) + j];
         pairs.push_back({begin + i, j, v});
-        sums[i] -= double(v);
         v = 0;
       }
     if (pairs.empty()) return;
+    // Not by subtraction: of a pair that nearly coincides V is so large that nothing else would be left of the sum.
+    for (std::int64_t i = 0; i < rows; ++i)
+      if (!close[i].empty()) sums[i] = kernels().of<T>().sum_row(block + i * padded(n_), n_);
     // Threads share out the features, not the pairs: every sum keeps its order.
     constexpr std::int64_t slice = 16;  // 64 bytes of float32: no two threads write to one cache line
     team.run(runtime_, (width_ + slice - 1) / slice, 1, [&](std::int64_t s, Workspace&) {
