@@ -558,6 +558,17 @@ def test_a_small_split_is_one_batch() -> None:
     assert seen == [40, 40, 40]
 
 
+def test_embeddings_are_those_of_evaluation() -> None:
+    """And training is training again after them."""
+    split, modes = small_setting().labelled, []
+    student = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(28 * 28, 8))
+    student[1].register_forward_hook(lambda module, *_: modes.append(module.training))
+    found = training.embed(student, split.inputs)
+    torch.testing.assert_close(found, student[2](split.inputs.pixels.flatten(1)))
+    training.train(student, criteria.SimilarityPreserving(), split, 1e-3, 64, 2)
+    assert modes == [False, True, True]
+
+
 @pytest.mark.parametrize("learns_from", ["labels", "logits", "embeddings"])
 def test_methods_see_what_they_may(learns_from: str) -> None:
     split = small_setting().transfer

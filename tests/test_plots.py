@@ -27,6 +27,16 @@ def test_agreement_is_the_diagonal_and_chance_is_flat() -> None:
     assert density(points, other).mean() == pytest.approx(1, abs=0.01)
 
 
+def test_the_student_is_upright_and_each_has_its_metric() -> None:
+    """A collapsed student has the middle rank alone; a teacher's metric may turn its order."""
+    points = make_case("gaussian", 121, 6)  # two ranks a cell
+    collapsed = density(torch.ones_like(points), points) > plots.LOWEST
+    assert collapsed.any(1).sum() == 1
+    assert collapsed.all(1).any()
+    turned = density(points, points, teacher_metric=lambda a, b: -torch.cdist(a, b))
+    assert (turned.flip(1).argmax(1) == torch.arange(plots.CELLS)).all()
+
+
 def test_many_points_are_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "MAX_POINTS", 50)
     points = make_case("gaussian", 200, 3)
