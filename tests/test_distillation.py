@@ -487,6 +487,7 @@ def test_measures_by_hand() -> None:
     # Ranked from 0.4: 0, 0, 1, 1, 1. From 10.4: 1, 1, 1, 0, 0. The third query's label is nowhere.
     found = evaluation.retrieval((gallery, labels), (queries, torch.tensor([1, 1])))
     assert found == pytest.approx(((1 / 3 + 2 / 4 + 3 / 5) / 3 + 1) / 2)
+    assert evaluation.retrieval((gallery, labels), (queries[1:], torch.tensor([1]))) == 1
     absent = torch.tensor([[5.0]]), torch.tensor([7])
     both = torch.cat([queries, absent[0]]), torch.tensor([1, 1, 7])
     assert evaluation.retrieval((gallery, labels), both) == found
