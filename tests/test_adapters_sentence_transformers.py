@@ -77,6 +77,18 @@ def test_dtypes_may_differ(model: Model) -> None:
     torch.testing.assert_close(loss, perception_coherence_loss(embeddings, labels))
 
 
+def test_a_teacher_is_not_rounded_to_a_student_of_half_precision(model: Model) -> None:
+    """Rounded to 8 bits, its distances would tie."""
+    labels = 1 + 1e-4 * make_case("gaussian", 6, 5, seed=1).float()
+    half = copy.deepcopy(model).bfloat16()
+    features = {"values": column(0)["values"].bfloat16()}
+    embeddings = half(features)["sentence_embedding"].float()
+    expected = perception_coherence_loss(embeddings, labels)
+    torch.testing.assert_close(CoherenceDistillationLoss(half)([features], labels), expected)
+    ties = perception_coherence_loss(embeddings, labels.bfloat16().float())
+    assert not torch.isclose(expected, ties)
+
+
 def test_options_of_the_module(model: Model) -> None:
     criterion = CoherenceDistillationLoss(model, bank=CandidateBank(8))
     labels = make_case("gaussian", 6, 5, seed=1)

@@ -101,6 +101,23 @@ def test_padding_stays_padding() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_points_are_remembered_with_their_weights() -> None:
+    criterion = PerceptionCoherenceLoss(bank=CandidateBank(10))
+    weights, next_weights = torch.rand(2, 5, generator=torch.Generator().manual_seed(0)).double()
+    (student, teacher), (next_student, next_teacher) = batch(0), batch(1)
+    criterion(student, teacher, candidate_weights=weights)
+    found = criterion(next_student, next_teacher, candidate_weights=next_weights)
+    expected = perception_coherence_loss(
+        next_student,
+        next_teacher,
+        student_candidates=torch.cat([next_student, student]),
+        teacher_candidates=torch.cat([next_teacher, teacher]),
+        candidate_weights=torch.cat([next_weights, weights]),
+        self_index=torch.arange(5),
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_evaluation_does_not_push() -> None:
     criterion = PerceptionCoherenceLoss(bank=CandidateBank(8)).eval()
     criterion(*batch(0))

@@ -334,3 +334,17 @@ def test_padding_of_nan_is_not_in_the_mean_over_a_batch(metric: str, evaluate: E
     losses, _ = evaluate([student, leaves[1]], constants, **options)
     assert losses.isnan().tolist() == [i == 3 for i in range(8)]
     assert relative_error(losses[others], clean[0][others]) <= 1e-12
+
+
+@on_all_paths(
+    "scale, rectangular, weighted",
+    list(itertools.product(("anchor", "batch", "none"), (False, True), (False, True))),
+    [("anchor", True, True)],
+)
+def test_distances_that_are_given(
+    scale: str, rectangular: bool, weighted: bool, evaluate: Evaluate
+) -> None:
+    """By a metric whose gradient needs its distances again, as they were."""
+    leaves, constants = problem(17, rectangular, weighted)
+    options = {"metric": lambda a, b: torch.cdist(a, b), "scale": scale}
+    compare(evaluate(leaves, constants, **options), reference(leaves, constants, **options))

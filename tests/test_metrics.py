@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import kendalltau, spearmanr
 
-from pcoherence import coherence, metrics, ops
+from pcoherence import coherence, distances, metrics, ops
 from pcoherence.spec import METRICS
 from pcoherence.testing import CASES, make_case
 
@@ -53,6 +53,16 @@ def test_features_by_every_metric(metric: str, case: str, monkeypatch: pytest.Mo
     plain = coherence(student, teacher, metric=metric)
     for one, other in zip(whole, plain, strict=True):
         torch.testing.assert_close(one.mean(), other, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_named_metrics_are_those_of_the_loss(metric: str) -> None:
+    x, y = make_case("gaussian", 33, 4, seed=1), make_case("gaussian", 33, 6, seed=2)
+    found = coherence(x, y, metric=metric)
+    expected = coherence(x, y, metric=distances.FUNCTIONS[metric])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert found != coherence(x, y, metric="euclidean" if metric == "cityblock" else "cityblock")
 
 
 def test_a_copy_agrees_and_a_mirror_image_disagrees() -> None:

@@ -391,3 +391,19 @@ def test_a_metric_may_measure_in_another_dtype(backend: str, dtype: torch.dtype)
     for ours, theirs in zip(found, of("euclidean"), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_an_anchor_that_is_included_is_a_candidate_like_others(backend: str) -> None:
+    points, teacher = make_case("gaussian", 9, 3), make_case("gaussian", 9, 2, seed=1)
+    for index in ("auto", torch.arange(9).roll(1)):
+        found, nobody, without = (
+            perception_coherence_loss(points, teacher, backend=backend, **options)
+            for options in (
+                {"self_index": index, "include_self": True},
+                {"self_index": None},
+                {"self_index": index},
+            )
+        )
+        assert found == nobody
+        assert found != without
