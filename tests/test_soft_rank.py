@@ -86,3 +86,18 @@ def test_no_gradient_where_nothing_is_near(method: str, cpu_backend: str) -> Non
         ranks = soft_rank(values, 1e-5, weights=weights, method=method, backend=cpu_backend)
         gradient = torch.autograd.grad(ranks, values, upstream)[0]
         assert gradient.abs().max() <= n * most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("method", ["auto", "scan", "pairs"])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-300])
+def test_the_tiniest_temperatures_rank_hard(
+    temperature: float, method: str, dtype: torch.dtype, cpu_backend: str
+) -> None:
+    """Also where their inverse is more than a value's dtype holds; ties stay ties."""
+    for n in (5, 130):
+        generator = torch.Generator().manual_seed(n)
+        row = torch.randint(-3, 4, (n,), generator=generator).to(dtype).requires_grad_()
+        ranks = soft_rank(row, temperature, method=method, backend=cpu_backend)
+        expected = torch.from_numpy(rankdata(row.detach().numpy()))
+        torch.testing.assert_close(ranks.detach().double(), expected)
