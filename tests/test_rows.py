@@ -203,6 +203,21 @@ def test_soft_ranks(case: str, temperature: float, method: str, dtype: str, isa:
             assert abs(pulled.sum(dtype=np.float64)) <= truth.pullback_error.sum()
 
 
+# Coefficients of 32 bins are held in registers, and up to 128 bins are summed in several copies.
+@on_every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bins", [1, 2, 31, 32, 33, 34, 128, 129])
+def test_soft_ranks_of_so_many_bins(bins: int, dtype: str, isa: str) -> None:
+    kernel = getattr(C, f"soft_rank_{dtype}")
+    spread = float(np.ptp(values_of("gaussian", 130, dtype)))
+    temperature = spread / (1.5 * (bins - 0.5))  # bins are 1.5 temperatures wide
+    values, weights, upstream, truth = soft_row(130, "gaussian", "ones", temperature, dtype)
+    ranks = kernel(values, weights, None, temperature, "grid", isa)
+    pulled = kernel(values, weights, upstream, temperature, "grid", isa)
+    assert (np.abs(ranks - truth.ranks) <= truth.ranks_error).all()
+    assert (np.abs(pulled - truth.pullback) <= truth.pullback_error).all()
+
+
 @on_every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", ["scan", "pairs", "auto"])
