@@ -407,3 +407,37 @@ def test_an_anchor_that_is_included_is_a_candidate_like_others(backend: str) -> 
         )
         assert found == nobody
         assert found != without
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_scale_does_not_round_a_hard_teacher_to_ties(backend: str, scale: str) -> None:
+    """Neighbours among floats, over their mean, are the same number."""
+    student, others = make_case("gaussian", 1, 3), make_case("gaussian", 40, 3, seed=1)
+    places = torch.randperm(40, generator=torch.Generator().manual_seed(0)).double()[None]
+    found, expected = (
+        perception_coherence_loss(
+            student,
+            student,
+            student_candidates=others,
+            teacher_candidates=others,
+            metric="euclidean",
+            teacher_metric=lambda a, b, table=table: table,
+            scale=scale,
+            backend=backend,
+        )
+        for table in (1.5 + places * torch.finfo(torch.float64).eps, places)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_keep_their_digits_beside_half_precision(dtype: torch.dtype, backend: str) -> None:
+    student, teacher = (make_case("gaussian", 9, 3, seed=seed).to(dtype) for seed in (0, 1))
+    weights = torch.rand(9, generator=torch.Generator().manual_seed(0))
+    both = {"anchor_weights": weights, "candidate_weights": weights, "backend": backend}
+    found = perception_coherence_loss(student, teacher, **both)
+    assert found == perception_coherence_loss(student.float(), teacher.float(), **both)
+    ranks = soft_rank(student, weights=weights[:3], backend=backend)
+    assert torch.equal(ranks, soft_rank(student.float(), weights=weights[:3], backend=backend))
