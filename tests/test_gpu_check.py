@@ -653,3 +653,9 @@ def test_a_changed_definition_forgets(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PCOHERENCE_REMEMBERED", "/proc/nowhere")
     with pytest.warns(UserWarning, match="cannot be written"):
         assert counted(1) == (1,)
+
+
+def test_the_last_word_on_a_fact_counts() -> None:
+    """A process that goes on behind another says what it finds again."""
+    events = [{"fact": "a", "value": 1}, {"fact": "b", "value": 3}, {"fact": "a", "value": 2}]
+    assert [check.fact(events, name) for name in ("a", "b", "c")] == ["2", "3", None]
