@@ -394,6 +394,51 @@ def test_smallest_shapes(objective: str, metric: str) -> None:
             )
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_distance_to_oneself_is_0(dtype: torch.dtype, metric: str) -> None:
+    """Exactly: at a low temperature the root of a rounding would be far from there."""
+    student, teacher = (make_case("gaussian", 33, 7, dtype=dtype, seed=i) for i in range(2))
+    student[:9] = 1e-6 * student[:9]
+    for include_self in (True, False):
+        options = {"metric": metric, "include_self": include_self, "temperature": 1e-5}
+        check_against_brute_force(student, teacher, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("method", ["auto", "scan", "pairs"])
+@pytest.mark.parametrize("objective", ["mse", "huber", "spearman"])
+def test_the_tiniest_temperatures_order(objective: str, method: str, dtype: torch.dtype) -> None:
+    """Where even its inverse overflows, the student's ranks are hard ones.
+
+    A range of more than 1e30 temperatures counts as that many, and exp(-87) is the least exp.
+    """
+    student, teacher = (make_case("gaussian", 33, 7, dtype=dtype, seed=i) for i in range(2))
+    options: dict[str, Any] = {"objective": objective, "method": method}
+    expected, _ = evaluate(student, teacher, temperature=1e-12, **options)
+    for temperature, scale in itertools.product((1e-45, 1e-310), SCALES):
+        options |= {"temperature": temperature, "scale": scale}
+        loss, gradient = evaluate(student, teacher, **options)
+        assert relative_error(loss, expected) <= 1e-6
+        assert gradient.abs().max() <= 33 * math.exp(-87) * 1e30
+
+
+@pytest.mark.parametrize("width", [5, 8, 19])
+def test_equal_coordinates_pull_nobody(width: int) -> None:
+    """Under cityblock, in whole registers and beside them."""
+    student, teacher = (make_case("lattice", 33, width, seed=i) for i in range(2))
+    check_against_brute_force(student, teacher, metric="cityblock")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_weights_of_0_and_1(objective: str) -> None:
+    """Also of those who have none, as anchors: they are not among their own candidates."""
+    student, teacher = (make_case("gaussian", 33, 7, seed=i) for i in range(2))
+    weights = (torch.arange(33) % 3 > 0).double()
+    options = {"candidate_weights": weights, "objective": objective, "reduction": "none"}
+    check_against_brute_force(student, teacher, METHODS, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("width", [1, 2])
 def test_parallel_vectors_tie_in_cosine(width: int, dtype: torch.dtype) -> None:

@@ -295,8 +295,8 @@ def test_points_that_nearly_coincide_pull_alike(
     x = make_case("gaussian", 21, 11)
     constants = {"teacher": make_case("gaussian", 21, 4, seed=1)}
     leaves = [x]
-    for i, gap in enumerate((1e-5, 1e-7, 1e-9, 1e-12)):
-        x[9 + i] = x[i] * (1 + gap)
+    for i, gap in enumerate((0.1, 1e-4, 1e-7, 1e-12)):
+        x[9 + i] = x[i] + gap * x[i].flip(0)
     if rectangular:
         constants |= {"teacher_candidates": constants["teacher"][3:], "self_index": None}
         leaves = [x[:9], x[3:]]

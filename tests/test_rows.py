@@ -62,7 +62,7 @@ VALUES = (
     "outlier", "far outlier", "denormal", "denormal and normal", "widest", "neighbours",
     "exponential", "sorted", "reversed",
 )  # fmt: skip
-WEIGHTS = ("ones", "0 and 1", "0 and 0.3", "general", "extreme")
+WEIGHTS = ("ones", "0 and 1", "0 and 0.3", "general", "ends alike", "extreme")
 
 
 def weights_of(kind: str, n: int, dtype: str) -> Row:
@@ -74,6 +74,7 @@ def weights_of(kind: str, n: int, dtype: str) -> Row:
         "0 and 1": kept * 1.0,
         "0 and 0.3": kept * 0.3,
         "general": kept * rng.uniform(0.1, 2, n),
+        "ends alike": np.where(np.arange(n) % (n - 1 or 1) == 0, 1.0, rng.uniform(0.1, 2, n)),
         "extreme": 10.0 ** rng.integers(-6, 7, n),
     }[kind].astype(dtype)
 
