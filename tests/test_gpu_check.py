@@ -659,3 +659,9 @@ def test_the_last_word_on_a_fact_counts() -> None:
     """A process that goes on behind another says what it finds again."""
     events = [{"fact": "a", "value": 1}, {"fact": "b", "value": 3}, {"fact": "a", "value": 2}]
     assert [check.fact(events, name) for name in ("a", "b", "c")] == ["2", "3", None]
+
+
+def test_a_group_that_ends_before_all_was_reached_is_no_success() -> None:
+    passed = [{"check": name, "outcome": "passed", "seconds": 0.0} for name in "ab"]
+    assert not summaries.succeeded(events_of({"selected": 2}, *passed[:1]))
+    assert summaries.succeeded(events_of({"selected": 2}, *passed))
