@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import pcoherence
-from pcoherence import backends
+from pcoherence import backends, ops
 from pcoherence.__main__ import report
+from pcoherence.backends import triton
 from pcoherence.spec import BACKENDS, METHODS
 
 X = torch.randn(5, 3)
@@ -159,3 +160,17 @@ def test_a_warning_that_is_an_error_is_given_again(monkeypatch: pytest.MonkeyPat
         for _ in range(2):
             with pytest.raises(RuntimeWarning, match="using the slow reference"):
                 pcoherence.soft_rank(X)
+
+
+@pytest.mark.parametrize("operators", [ops.native, triton.OPERATORS], ids=["native", "triton"])
+def test_distances_that_are_given_have_no_mean_over_a_batch(
+    operators: ops.Operators, cpu_backend: str
+) -> None:
+    """The operators see a block of them."""
+    if operators is triton.OPERATORS and "cpu" not in triton.DEVICES:
+        pytest.skip("triton's interpreter is off")
+    rows = torch.rand(3, 4)
+    with pytest.raises((ValueError, RuntimeError), match="scale"):
+        operators.coherence_rows_from_distances(
+            rows, rows, None, None, 0.1, 0.0, "batch", "mse", "auto"
+        )
