@@ -9,14 +9,20 @@ from pcoherence.backends import points
 from pcoherence.backends.device import RowKernels
 from pcoherence.testing import CASES, make_case
 
-POINTS = (*CASES, "nan", "zeros")
+POINTS = (*CASES, "nan", "zeros", "mostly one")
 
 
 def points_with(case: str, dtype: torch.dtype) -> Tensor:
-    """Points [70, 19]; with "nan" and "zeros" some rows are that, and some copies of others."""
-    if case not in ("nan", "zeros"):
+    """Points [70, 19]; with "nan" and "zeros" some rows are that, and some copies of others.
+
+    "mostly one": the median point is the centre.
+    """
+    if case in CASES:
         return make_case(case, 70, 19, dtype=dtype)
     points = make_case("gaussian", 70, 19, dtype=dtype)
+    if case == "mostly one":
+        points[10:60] = points[0]
+        return points
     points[40:50] = points[:10]
     points[::7] = torch.nan if case == "nan" else -0.0
     return points
@@ -43,6 +49,46 @@ def check_prepared(
             assert torch.equal(ours.rows.nan_to_num(), theirs.rows.nan_to_num())
         norms = ours.prepared.double().square().sum(1)
         torch.testing.assert_close(ours.norms, norms, rtol=1e-14, atol=0, equal_nan=True)
+
+
+def check_sample_of_one(kernels: RowKernels, device: str) -> None:
+    """Where all points of the sample are equal, the others are asked."""
+    for metric, dtype in (("euclidean", torch.float32), ("cosine", torch.float64)):
+        given = make_case("gaussian", 2 * points.SAMPLE, 3, dtype=dtype, seed=2)
+        given[::2] = given[0]
+        check_prepared(kernels, given.to(device), None, metric)
+
+
+def check_near_pairs(kernels: RowKernels, n: int, width: int, device: str) -> None:
+    """Distances of [3, n], and gradients shared out to the products and to near pairs."""
+    candidates = make_case("gaussian", n, width).to(device)
+    candidates[n - 1] = candidates[1]
+    anchors = candidates[[1, n // 2, n - 2]] + 1e-9
+    traits = points.TRAITS["euclidean"]
+    own, others, first, _ = kernels.prepare(anchors, candidates, traits)
+    out = anchors.new_empty(3, n)
+    products = own.prepared @ others.prepared.t()
+    near = kernels.product_distances(out, products, own, others, 0, False, first, traits, False)
+    exact = (own.rows[:, None] - others.rows[None]).norm(dim=2)
+    torch.testing.assert_close(out, exact, rtol=1e-12, atol=0)
+    assert torch.equal(out[:, n - 1], out[:, 1])
+
+    v = make_case("gaussian", 3, n, seed=1).to(device)
+    rest = v.clone()
+    kernels.clear_near(rest, near)
+    assert ((rest == 0) | (rest == v)).all()
+    assert not rest[exact < 1e-6].any()
+    for transposed, ours, theirs in ((False, own, others), (True, others, own)):
+        every, far = (m.t() if transposed else m for m in (v, rest))
+        whole = every.sum(1, keepdim=True) * ours.rows - every @ theirs.rows
+        found = torch.zeros_like(whole)
+        kernels.accumulate_differences(found, ours.rows, theirs.rows, v, near, transposed)
+        found += far.sum(1, keepdim=True) * ours.rows - far @ theirs.rows
+        torch.testing.assert_close(found, whole, rtol=1e-11, atol=1e-11)
+    whole = v.sum(1, keepdim=True) * own.rows - v @ others.rows
+    found = torch.ones_like(whole)
+    kernels.accumulate_differences(found, own.rows, others.rows, v, None, False)
+    torch.testing.assert_close(found - 1, whole, rtol=1e-11, atol=1e-11)
 
 
 def check_symmetrised(kernels: RowKernels, given: Tensor) -> None:

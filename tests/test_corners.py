@@ -208,6 +208,23 @@ def test_spearman_of_constant_ranks(n: int, weighted: bool, evaluate: Evaluate) 
             assert not gradient.any()
 
 
+UNITS = (2.0**-40, 2.0**40)
+
+
+@on_all_paths(
+    "objective, unit",
+    list(itertools.product(OBJECTIVES, UNITS)),
+    [("spearman", unit) for unit in UNITS],
+)
+def test_weights_have_no_unit(objective: str, unit: float, evaluate: Evaluate) -> None:
+    """Also where ranks hardly differ, and spearman has to tell that from rounding."""
+    leaves, constants = problem(17, False, True)
+    options = {"objective": objective, "temperature": 1e9 if objective == "spearman" else 0.1}
+    truth = evaluate(leaves, constants, **options)
+    scaled = {k: unit * v if k == "candidate_weights" else v for k, v in constants.items()}
+    compare(evaluate(leaves, scaled, **options), truth, 1e-12)
+
+
 BAD = (math.nan, math.inf, -math.inf)
 
 

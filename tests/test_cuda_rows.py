@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 import torch
 from emulation import DEVICE, Emulate
-from row_kernels import POINTS, check_prepared, check_symmetrised, points_with
+from row_kernels import (
+    POINTS,
+    check_near_pairs,
+    check_prepared,
+    check_sample_of_one,
+    check_symmetrised,
+    points_with,
+)
 from soft_rank_cases import MASKS, check_masked
 from torch import Tensor
 
@@ -356,6 +363,18 @@ def test_points_are_prepared_as_by_torch(
     given = points_with(case, dtype).to(DEVICE)
     for anchors, candidates in ((given, None), (given[:9], given)):
         check_prepared(cuda.CudaRowKernels(), anchors, candidates, metric)
+
+
+def test_points_that_a_sample_does_not_tell_apart(emulate: Emulate) -> None:
+    emulate(seed=12)
+    check_sample_of_one(cuda.CudaRowKernels(), DEVICE)
+
+
+# More columns than a block takes, and than a warp has words for; more features than threads.
+@pytest.mark.parametrize(("n", "width"), [(40, 3), (2100, 130)])
+def test_near_pairs(n: int, width: int, emulate: Emulate) -> None:
+    emulate(seed=13)
+    check_near_pairs(cuda.CudaRowKernels(), n, width, DEVICE)
 
 
 def test_many_identical_points_share_the_first(emulate: Emulate) -> None:

@@ -19,7 +19,14 @@ import numpy
 import pytest
 import torch
 from covering import covering
-from row_kernels import POINTS, check_prepared, check_symmetrised, points_with
+from row_kernels import (
+    POINTS,
+    check_near_pairs,
+    check_prepared,
+    check_sample_of_one,
+    check_symmetrised,
+    points_with,
+)
 from soft_rank_cases import MASKS, check_masked
 from torch import Tensor
 
@@ -198,6 +205,15 @@ def test_points_are_prepared_as_by_torch(case: str, metric: str, dtype: torch.dt
     given = points_with(case, dtype).to(DEVICE)
     for anchors, candidates in ((given, None), (given[:9], given)):
         check_prepared(row_kernels(), anchors, candidates, metric)
+
+
+def test_points_that_a_sample_does_not_tell_apart() -> None:
+    check_sample_of_one(row_kernels(), DEVICE)
+
+
+@pytest.mark.parametrize(("n", "width"), [(9, 3), (70, 19)])
+def test_near_pairs(n: int, width: int) -> None:
+    check_near_pairs(row_kernels(), n, width, DEVICE)
 
 
 @pytest.mark.parametrize(("n", "dtype"), covering((1, 2, 32, 65, 100), DTYPES))
