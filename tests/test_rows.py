@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -285,6 +287,14 @@ def test_soft_ranks_of_ends_are_the_first_and_the_last(
             np.testing.assert_allclose(np.delete(ranks, position), alone + (end < 0), atol=bound)
             alone = kernel(others, np.ones(n - 1), np.delete(upstream, position), 0.3, method, isa)
             np.testing.assert_allclose(np.delete(pulled, position), alone, atol=bound)
+
+
+def test_the_instruction_set_that_is_asked_for_is_used() -> None:
+    program = "import torch, pcoherence._C as C; print(C.build_info()['instruction set in use'])"
+    environment = os.environ | {"PCOHERENCE_ISA": C.isas()[-1]}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == C.isas()[-1]
 
 
 def test_unknown_names_and_sizes_raise() -> None:
