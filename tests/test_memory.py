@@ -135,6 +135,7 @@ GROUPS: dict[str, Callable[[], list[Step]]] = {
 def small_calls() -> list[Step]:
     """Every operator of the extension."""
     x = torch.rand(6, 6)
+    wider = x * torch.arange(1, 60, 10)[:, None]
     weights, self_index = torch.ones(6), torch.arange(6)
     options = (0.1, 0.0, "euclidean", "cosine", "anchor", "mse", "auto")
     from_distances = (weights, self_index, 0.1, 0.0, "anchor", "mse", "auto")
@@ -149,6 +150,7 @@ def small_calls() -> list[Step]:
         lambda: call.coherence_rows_from_distances(x, x, *from_distances),
         lambda: call.soft_rank(x, None, 0.1, "auto"),
         lambda: call.soft_rank_backward(x, None, x, 0.1, "auto"),
+        lambda: call.soft_rank(wider, None, 0.1, "grid"),  # buffers grow from row to row
         lambda: call.rank_agreement(x, x, self_index, 2),
     ]
 
