@@ -480,7 +480,7 @@ OPTIONS = covering(DTYPES, OBJECTIVES, METHODS, SCALES, (None, 0.2), (0.0, 1.0),
 
 
 def evaluate_rows(
-    points: dict[str, Tensor], weights: Tensor, **options: Any
+    points: dict[str, Any], weights: Tensor, **options: Any
 ) -> tuple[Tensor, list[Tensor]]:
     """Losses, and the gradients of their sum for the student and its given candidates."""
     leaves = {name: x.clone().requires_grad_() for name, x in points.items() if name in SIDES[::2]}

@@ -168,6 +168,19 @@ def test_memory_stays_flat(group: str, threads: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+KEPT_MIB = 160
+"""What the pool of the extension keeps at most (kPoolBytes in csrc/cpu/workspace.cpp)."""
+
+
+@pytest.mark.usefixtures("cpu_backend")
+def test_calls_of_many_sizes_leave_a_bounded_pool() -> None:
+    """Each takes two blocks that serve no other size: 230 MiB, if all of them were kept."""
+    command = [sys.executable, __file__, "pool"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
 
@@ -220,7 +233,19 @@ def main_leaks() -> int:
     return int(max(found) > MOST_BYTES)
 
 
+def main_pool() -> int:
+    """What stays resident; 1 if it is more than the pool and a tenth."""
+    loss_step(64)()
+    before = resident_mib()
+    for n in (4096, 2700, 1800, 1200):
+        loss_step(n)()
+    found = resident_mib() - before
+    print(f"{found:.1f} MiB stay, at most {KEPT_MIB} and a tenth")
+    return int(found > 1.1 * KEPT_MIB)
+
+
 if __name__ == "__main__":
     import pcoherence  # noqa: F401  # the operators
 
-    sys.exit(main_leaks() if sys.argv[1] == "leaks" else main(sys.argv[1]))
+    mains = {"leaks": main_leaks, "pool": main_pool}
+    sys.exit(mains[sys.argv[1]]() if sys.argv[1] in mains else main(sys.argv[1]))
