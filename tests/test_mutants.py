@@ -21,7 +21,7 @@ def test_there_are_slips_of_every_language() -> None:
     kinds = [(slip.file.split("/")[0], Path(slip.file).suffix) for slip in SLIPS]
     assert {kind for kind, _ in kinds} == {"pcoherence", "csrc", "kernels", "benchmarks"}
     assert len(SLIPS) >= 80
-    assert len({slip.name for slip in SLIPS}) == len(SLIPS)
+    assert len({(slip.file, slip.name) for slip in SLIPS}) == len(SLIPS)
 
 
 @pytest.mark.parametrize("file", sorted({slip.file for slip in SLIPS}))

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from slips import Slip, read
-from tree import Result
+from tree import Result, Worker
 
 HERE = Path(__file__).parent
 BAR = 0.95
@@ -43,16 +43,16 @@ def chosen(asked: argparse.Namespace) -> list[Slip]:
     return [slip for slip in found if re.search(asked.only, f"{slip.file} {slip.name}")]
 
 
-def prepared(folder: Path, slips: list[Slip], jobs: int) -> list[Path]:
+def prepared(folder: Path, slips: list[Slip], jobs: int) -> list[Worker]:
     """A built copy for each job."""
     first = tree.copied(folder / "tree-0")
     if any(slip.native for slip in slips):
         tree.with_switches(first, slips)
     tree.build(first, slips)
-    return [first] + [
-        Path(shutil.copytree(first, folder / f"tree-{job}", symlinks=True, dirs_exist_ok=False))
-        for job in range(1, jobs)
-    ]
+    copies = [folder / f"tree-{job}" for job in range(1, jobs)]
+    for copy in copies:
+        shutil.copytree(first, copy, symlinks=True)
+    return [Worker(tree) for tree in (first, *copies)]
 
 
 def table(results: dict[Slip, Result]) -> Table:
@@ -87,24 +87,24 @@ def main() -> int:
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("building", total=len(slips))
-        trees = prepared(folder, slips, asked.jobs)
+        workers = prepared(folder, slips, asked.jobs)
         if not asked.trust:
             progress.update(task, description="without slips")
             tests = sorted({test for slip in slips for test in slip.tests})
-            alone = tree.run(trees[0], tests, logs / "none.txt", 3600, "-n", str(asked.jobs))
+            alone = workers[0].run(tests, logs / "none.txt", 3600, "-n", str(asked.jobs))
             if alone.noticed:
                 console.print(f"without any slip {alone.by} fails: {logs / 'none.txt'}")
                 return 1
-        free: queue.Queue[Path] = queue.Queue()
-        for found in trees:
-            free.put(found)
+        free: queue.Queue[Worker] = queue.Queue()
+        for worker in workers:
+            free.put(worker)
 
         def attempt(number: int) -> Result:
-            where, slip = free.get(), slips[number - 1]
+            worker, slip = free.get(), slips[number - 1]
             try:
-                return tree.tried(where, slip, number, logs / f"{number}.txt", LIMIT)
+                return worker.tried(slip, number, logs / f"{number}.txt", LIMIT)
             finally:
-                free.put(where)
+                free.put(worker)
 
         results: dict[Slip, Result] = {}
         with ThreadPoolExecutor(asked.jobs) as pool:
@@ -114,6 +114,8 @@ def main() -> int:
                 results[slip] = result
                 missed = sum(not other.noticed for other in results.values())
                 progress.update(task, advance=1, description=f"{missed} not noticed")
+    for worker in workers:
+        worker.close()
     console.print(table({slip: results[slip] for slip in slips}))
     noticed = sum(result.noticed for result in results.values())
     console.print(f"{noticed} of {len(slips)} noticed: {noticed / len(slips):.1%} (bar: {BAR:.0%})")

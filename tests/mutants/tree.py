@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,49 +85,56 @@ def build(folder: Path, slips: Sequence[Slip]) -> None:
         )
 
 
-def run(folder: Path, tests: Sequence[str], log: Path, limit: float, *options: str,
-        number: int = 0) -> Result:  # fmt: skip
-    """The tests, up to the first that fails; more than `limit` seconds are noticed, too."""
-    environment = os.environ | {
-        "PYTHONPATH": str(folder),
-        "PYTHONDONTWRITEBYTECODE": "1",  # or a slip of the same size within a second is not seen
-        "OMP_NUM_THREADS": "1",
-        NUMBER: str(number),
-    }
-    command = [sys.executable, "-m", "pytest", "-x", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-    begin = time.monotonic()
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, *options, *tests], cwd=folder, env=environment, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+class Worker:
+    """Runs tests in a copy, one run after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("server.py")), str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
+        )
+
+    def run(
+        self, tests: Sequence[str], log: Path, limit: float, *options: str, number: int = 0
+    ) -> Result:
+        """The tests, up to the first that fails; more than `limit` seconds are noticed, too."""
+        arguments = ["-x", "-rfE", "--tb=short", "-p", "no:cacheprovider", *options, *tests]
+        asked = {"arguments": arguments, "environment": {NUMBER: str(number)}, "log": str(log)}
+        begin = time.monotonic()
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        print(json.dumps({**asked, "limit": limit}), file=self._server.stdin, flush=True)
+        code = json.loads(self._server.stdout.readline())
+        seconds = time.monotonic() - begin
+        if code is None:
+            return Result(True, "it hangs", seconds)
+        if code == 0:
+            return Result(False, "", seconds)
+        if code < 0:
+            return Result(True, f"signal {-code}", seconds)
+        said = log.read_text(errors="replace")
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+        if failed is None:
+            raise SystemExit(f"mutants: pytest ended with {code}\n{said[-4000:]}")
+        return Result(True, failed[1], seconds)
+
+    def tried(self, slip: Slip, number: int, log: Path, limit: float) -> Result:
+        """Run the tests that should notice a slip, with it."""
+        if slip.native:
+            return self.run(slip.tests, log, limit, number=number)
+        path = self.folder / slip.file
+        text = path.read_text()
+        path.write_text(slipped(slip, text))
         try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-            return Result(True, "it hangs", time.monotonic() - begin)
-    seconds = time.monotonic() - begin
-    said = log.read_text(errors="replace")
-    if code == 0:
-        return Result(False, "", seconds)
-    if code < 0:
-        return Result(True, f"signal {-code}", seconds)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
-    if code != 1 and failed is None:
-        raise SystemExit(f"mutants: pytest ended with {code}\n{said[-4000:]}")
-    return Result(True, failed[1] if failed else "a crash", seconds)
+            return self.run(slip.tests, log, limit)
+        finally:
+            path.write_text(text)
 
-
-def tried(folder: Path, slip: Slip, number: int, log: Path, limit: float) -> Result:
-    """Run the tests that should notice a slip, with it."""
-    test: Callable[..., Result] = run
-    if slip.native:
-        return test(folder, slip.tests, log, limit, number=number)
-    path = folder / slip.file
-    text = path.read_text()
-    path.write_text(slipped(slip, text))
-    try:
-        return test(folder, slip.tests, log, limit)
-    finally:
-        path.write_text(text)
+    def close(self) -> None:
+        self._server.terminate()
+        self._server.wait()
