@@ -365,3 +365,89 @@ def test_distances_that_are_given(
     leaves, constants = problem(17, rectangular, weighted)
     options = {"metric": lambda a, b: torch.cdist(a, b), "scale": scale}
     compare(evaluate(leaves, constants, **options), reference(leaves, constants, **options))
+
+
+@on_all_paths("scale, weighted", list(itertools.product(("anchor", "batch"), (False, True))),
+              [("anchor", True)])  # fmt: skip
+def test_a_mean_below_0_divides_nothing(scale: str, weighted: bool, evaluate: Evaluate) -> None:
+    """Nor does it pull: a callable metric may give similarities, or none at all."""
+    leaves, constants = problem(17, True, weighted)
+    for shift in (-9.0, 0.0):
+
+        def metric(a: Tensor, b: Tensor, shift: float = shift) -> Tensor:
+            return (a @ b.t() if shift else 0 * (a @ b.t())) + shift
+
+        options = {"metric": metric, "teacher_metric": "euclidean"}
+        found = evaluate(leaves, constants, scale=scale, **options)
+        compare(found, reference(leaves, constants, scale="none", **options))
+
+
+@on_all_paths("objective", singles(OBJECTIVES), singles(["mse", "cross_entropy"]))
+def test_a_far_candidate_of_weight_0(objective: str, evaluate: Evaluate) -> None:
+    """Its position may overflow, and nobody is compared with it."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.rand(2, 3, 40, generator=generator)
+    weights = torch.ones(40)
+    weights[7] = 0
+    points, others = torch.zeros(3, 1), torch.zeros(40, 1)
+    found = []
+    for value in (0.5, 3e38):
+        student[:, 7] = teacher[:, 7] = value
+        constants = {"teacher": points, "teacher_candidates": others, "self_index": None}
+        constants["candidate_weights"] = weights
+        options = {
+            "metric": lambda a, b: (0 * a + b.T) + student.to(a.device),
+            "teacher_metric": lambda a, b: teacher.to(a.device),
+            "objective": objective,
+            "temperature": 1e-3,
+            "teacher_temperature": 1e-3,
+            "scale": "none",
+        }
+        found.append(evaluate([points, others], constants, **options))
+    near, far = found
+    compare(far, near, 2e-5)
+    assert not far[1][1][7].any()
+
+
+@on_all_paths("rectangular", singles([False, True]), singles([False]))
+def test_l1_of_agreement(rectangular: bool, evaluate: Evaluate) -> None:
+    """Ranks that differ by rounding agree, and have no slope."""
+    for dtype in (torch.float32, torch.float64):
+        leaves = [make_case("gaussian", 33, 5, dtype=dtype)]
+        if rectangular:
+            leaves.append(make_case("gaussian", 40, 5, dtype=dtype, seed=1))
+        # Distances of the same points, whose features are summed in another order.
+        constants: dict[str, Any] = {"teacher": leaves[0].flip(1)}
+        if rectangular:
+            constants["teacher_candidates"] = leaves[1].flip(1)
+        options = {"objective": "l1", "temperature": 0.1, "teacher_temperature": 0.1}
+        loss, gradients = evaluate(leaves, constants, **options)
+        assert loss.abs() <= 1e-6
+        assert not any(gradient.any() for gradient in gradients)
+
+
+@on_all_paths(
+    "objective, shift",
+    list(itertools.product(OBJECTIVES, (1000.0, -1000.0))),
+    [("mse", 1000.0), ("cross_entropy", -1000.0)],
+)
+def test_a_constant_added_to_distances(objective: str, shift: float, evaluate: Evaluate) -> None:
+    """It changes nothing without a scale, and costs no digits that the distances still have."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randint(2048, (2, 3, 40), generator=generator) / 2048
+    points, others = torch.zeros(3, 1), torch.zeros(40, 1)
+    constants = {"teacher": points, "teacher_candidates": others, "self_index": None}
+    near, far = (
+        evaluate(
+            [points, others],
+            constants,
+            objective=objective,
+            metric=lambda a, b, by=by: (0 * a + b.T) + (student + by).to(a.device),
+            teacher_metric=lambda a, b, by=by: (teacher + by).to(a.device),
+            temperature=0.01,
+            teacher_temperature=0.02,
+            scale="none",
+        )
+        for by in (0.0, shift)
+    )
+    compare(far, near, 2e-5)

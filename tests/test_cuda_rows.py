@@ -344,6 +344,10 @@ def test_equal_directions_tie(dtype: torch.dtype, emulate: Emulate) -> None:
     student = make_case("gaussian", 36, 4, dtype=dtype)
     check(from_features, student, teacher, metric="euclidean", teacher_metric="cosine")
     check(from_features, teacher, student, metric="cosine", teacher_metric="euclidean")
+    # Of whole lengths, by which all of them can be divided exactly.
+    whole = torch.tensor([[1, 2, 2], [2, -1, 2], [2, 3, 6], [1, 4, 8], [4, -4, 7], [2, 6, 9]])
+    teacher = torch.cat([whole * factor for factor in (1, 3, 5, 7, 11, 13)]).to(dtype)
+    check(from_features, student, teacher, metric="euclidean", teacher_metric="cosine")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
