@@ -25,6 +25,8 @@ def points_with(case: str, dtype: torch.dtype) -> Tensor:
         return points
     points[40:50] = points[:10]
     points[::7] = torch.nan if case == "nan" else -0.0
+    if case == "zeros":
+        points[::14] = 0.0
     return points
 
 

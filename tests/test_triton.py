@@ -403,9 +403,12 @@ def test_soft_rank_beside_masks(method: str, mask: str) -> None:
 
 def test_soft_rank_of_nothing_finite_or_weighted() -> None:
     values = torch.tensor([[1.0, 2.0, 3.0], [1.0, math.nan, 3.0]], device=DEVICE)
+    leaf = values.clone().requires_grad_()
     for method in METHODS:
-        ranks = soft_rank(values, backend="triton", method=method)
-        assert ranks.isnan().all(1).tolist() == [False, True]
+        ranks = soft_rank(leaf, backend="triton", method=method)
+        (gradient,) = torch.autograd.grad(ranks, leaf, values[:1].expand(2, 3))
+        for found in (ranks, gradient):
+            assert found.isnan().sum(1).tolist() == [0, 3]
         weightless = soft_rank(
             values[:1], weights=torch.zeros(3, device=DEVICE), backend="triton", method=method
         )
