@@ -9,19 +9,24 @@ from pcoherence.backends import points
 from pcoherence.backends.device import RowKernels
 from pcoherence.testing import CASES, make_case
 
-POINTS = (*CASES, "nan", "zeros", "mostly one")
+POINTS = (*CASES, "nan", "zeros", "mostly one", "turned")
 
 
 def points_with(case: str, dtype: torch.dtype) -> Tensor:
     """Points [70, 19]; with "nan" and "zeros" some rows are that, and some copies of others.
 
-    "mostly one": the median point is the centre.
+    "mostly one": the median point is the centre. "turned": of two copies and, between them, the
+    same features the other way round.
     """
     if case in CASES:
         return make_case(case, 70, 19, dtype=dtype)
     points = make_case("gaussian", 70, 19, dtype=dtype)
     if case == "mostly one":
         points[10:60] = points[0]
+        return points
+    if case == "turned":
+        points[2::3] = points[:-1:3]
+        points[1::3] = points[:-1:3].flip(1)
         return points
     points[40:50] = points[:10]
     points[::7] = torch.nan if case == "nan" else -0.0
@@ -62,21 +67,25 @@ def check_sample_of_one(kernels: RowKernels, device: str) -> None:
 
 
 def check_near_pairs(kernels: RowKernels, n: int, width: int, device: str) -> None:
-    """Distances of [3, n], and gradients shared out to the products and to near pairs."""
+    """Distances of [34, n], and gradients shared out to the products and to near pairs.
+
+    Few are near: the last candidate is as far as its copy, which has a near one as neighbour.
+    """
     candidates = make_case("gaussian", n, width).to(device)
-    candidates[n - 1] = candidates[1]
-    anchors = candidates[[1, n // 2, n - 2]] + 1e-9
+    candidates[n - 1] = candidates[5]
+    anchors = make_case("gaussian", 34, width, seed=2).to(device)
+    anchors[[0, 1, 33]] = candidates[[1, n // 2, 3]] + 1e-9
     traits = points.TRAITS["euclidean"]
     own, others, first, _ = kernels.prepare(anchors, candidates, traits)
-    out = anchors.new_empty(3, n)
+    out = anchors.new_empty(34, n)
     products = own.prepared @ others.prepared.t()
     products[:, n - 1] = torch.nan  # that of the first of its kind serves
     near = kernels.product_distances(out, products, own, others, 0, False, first, traits, False)
     exact = (own.rows[:, None] - others.rows[None]).norm(dim=2)
     torch.testing.assert_close(out, exact, rtol=1e-12, atol=0)
-    assert torch.equal(out[:, n - 1], out[:, 1])
+    assert torch.equal(out[:, n - 1], out[:, 5])
 
-    v = make_case("gaussian", 3, n, seed=1).to(device)
+    v = make_case("gaussian", 34, n, seed=1).to(device)
     rest = v.clone()
     kernels.clear_near(rest, near)
     assert ((rest == 0) | (rest == v)).all()

@@ -381,6 +381,15 @@ def test_near_pairs(n: int, width: int, emulate: Emulate) -> None:
     check_near_pairs(cuda.CudaRowKernels(), n, width, DEVICE)
 
 
+def test_points_that_differ_late(emulate: Emulate) -> None:
+    """In features that other lanes, or a lane later, compare: many share a slot."""
+    emulate(seed=14)
+    for width in (20, 40, 70):
+        given = make_case("gaussian", 200, width)
+        given[:, : width - 4] = given[0, : width - 4]
+        check_prepared(cuda.CudaRowKernels(), given.to(DEVICE), None, "euclidean")
+
+
 def test_many_identical_points_share_the_first(emulate: Emulate) -> None:
     """Whoever comes first: all probe the same slots."""
     generator = torch.Generator().manual_seed(0)
