@@ -230,14 +230,11 @@ class TritonRowKernels:
         everyone = anchors if candidates is None else candidates
         n, width = everyone.shape
         t = tiles(anchors.dtype, anchors.is_cuda)
-        centre, scale, memory = (
-            anchors.new_empty(size, dtype=torch.float64) for size in ((width,), (), (SAMPLE,))
-        )
+        centre, scale = (anchors.new_empty(size, dtype=torch.float64) for size in ((width,), ()))
         points.find_centre[1,](
             everyone,
             centre,
             scale,
-            memory,
             n,
             width,
             min(n, SAMPLE),
@@ -245,6 +242,7 @@ class TritonRowKernels:
             B=SAMPLE,
             BF=t.sample_features,
             num_warps=t.sample_warps,
+            maxnreg=t.sample_registers,
         )
 
         def side(x: Tensor) -> tuple[Side, Tensor]:

@@ -1,11 +1,12 @@
 """Compile the kernels for GPUs that need not be there, and report what each takes of them.
 
-    python -m pcoherence.kernels.offline 80 90 100 [--dtype float32] [--all]
+    python -m pcoherence.kernels.offline 80 90 100 [--dtype float32] [--aligned] [--all]
 
 prints one line of JSON for each kernel and compute capability. What is compiled is what calls of
 the operators launch, down to which arguments divide by 16: they are run with a recorder in place
-of each kernel. A few calls that reach every kernel by default, with --all every combination of
-options. What is compiled stays in Triton's cache, where launches with the same Triton find it.
+of each kernel. A few calls that reach every kernel by default, with --aligned of sizes that divide
+by 16 alone, whose wider loads take more registers, with --all every combination of options. What
+is compiled stays in Triton's cache, where launches with the same Triton find it.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Launch(NamedTuple):
     constants: tuple[tuple[int, Any], ...]  # (position of the parameter, value)
     divisible: tuple[tuple[int, bool], ...]  # (position of the parameter, whether 16 divides it)
     warps: int
+    maxnreg: int | None  # registers a thread; None: as the assembler likes
 
 
 class Recorder:
@@ -69,9 +71,11 @@ class Recorder:
     def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
         return self
 
-    def __call__(self, *arguments: Any, num_warps: int, **constants: Any) -> None:
+    def __call__(
+        self, *arguments: Any, num_warps: int, maxnreg: int | None = None, **constants: Any
+    ) -> None:
         """Note it."""
-        given = {**constants, "num_warps": num_warps}
+        given = {**constants, "num_warps": num_warps, "maxnreg": maxnreg}
         bound, specialization, rest = self._bind(*arguments, **given)
         _, signature, found, attributes = self._kernel._pack_args(
             self._backend, given, bound, specialization, rest
@@ -83,6 +87,7 @@ class Recorder:
             tuple((position, value) for (position,), value in found.items()),
             tuple((position, what == DIVISIBLE) for (position,), what in attributes.items()),
             num_warps,
+            maxnreg,
         )
         self._launches[launch] = None
 
@@ -91,7 +96,7 @@ DIVISIBLE = [["tt.divisibility", 16]]
 """What the compiler calls an argument that divides by 16; it knows of nothing else."""
 
 
-def recorded(everything: bool, dtypes: list[str]) -> list[Launch]:
+def recorded(everything: bool, dtypes: list[str], aligned: bool = False) -> list[Launch]:
     """The launches of many calls, each once, in the order of their first appearance.
 
     For a process of its own: kernels, tiles and the pipeline's sizes stay replaced.
@@ -107,7 +112,7 @@ def recorded(everything: bool, dtypes: list[str]) -> list[Launch]:
     vars(device).update(MIRRORED_ROWS=32, MIRRORED_WIDTH=1)
     operators = Operators("pcoherence_offline")
     implement(operators, kernels, ("scan", "pairs"), "CPU")
-    sizes = SIZES + MORE_SIZES if everything else SIZES
+    sizes = SIZES[:1] if aligned else SIZES + MORE_SIZES if everything else SIZES
     for name, method, size in itertools.product(dtypes, ("pairs", "scan"), sizes):
         # A piece of memory for each, as users' tensors have: it begins where 16 divides.
         x, y, values = (torch.zeros(size, dtype=getattr(torch, name)) for _ in range(3))
@@ -147,7 +152,8 @@ def source(found: Launch) -> ASTSource:
 
 def options(found: Launch, target: GPUTarget) -> dict[str, Any]:
     """How: as a launch says it, fused multiply-add among it (results are held to float64)."""
-    given = {"num_warps": found.warps, "debug": False, "instrumentation_mode": ""}
+    given: dict[str, Any] = {"num_warps": found.warps, "maxnreg": found.maxnreg}
+    given |= {"debug": False, "instrumentation_mode": ""}
     parsed: dict[str, Any] = make_backend(target).parse_options(given).__dict__
     return parsed
 
@@ -190,12 +196,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU")
     parser.add_argument("capabilities", nargs="+", type=int, help="such as 90 for sm_90")
     parser.add_argument("--all", action="store_true", help="every combination of options")
+    parser.add_argument("--aligned", action="store_true", help="sizes that divide by 16 alone")
     dtypes = ["float32", "float64"]
     parser.add_argument("--dtype", nargs="+", default=dtypes, choices=dtypes, dest="dtypes")
     arguments = parser.parse_args()
     context = torch.multiprocessing.get_context("spawn")
+    asked = arguments.all, arguments.dtypes, arguments.aligned
     with ProcessPoolExecutor(1, mp_context=context) as alone:  # recorders stay in their process
-        launches = alone.submit(recorded, arguments.all, arguments.dtypes).result()
+        launches = alone.submit(recorded, *asked).result()
     tasks = list(itertools.product(launches, arguments.capabilities))
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         for result in pool.map(usage, tasks, chunksize=4):

@@ -36,22 +36,19 @@ def ordered(far, valid):
 
 
 @triton.jit
-def median(far, memory, count, B: tl.constexpr, STEP: tl.constexpr):
-    """Of the first `count` in order; far [B] without NaN, infinite beyond; memory float64 [B].
+def median(far, count):
+    """Of the first `count` in order; far [B] without NaN and not negative, infinite beyond.
 
-    The one before which count // 2 others come. A sort would take the compiler 3 s.
+    The largest number that at most count // 2 are below, bit by bit: such numbers are in the order
+    of their bits. A sort would take the compiler 3 s.
     """
-    i = tl.arange(0, B)
-    tl.debug_barrier()  # the memory has been read
-    tl.store(memory + i, far)
-    tl.debug_barrier()
-    before = tl.zeros([B], tl.int32)
-    for k0 in range(0, B, STEP):
-        k = k0 + tl.arange(0, STEP)[None, :]
-        other = tl.load(memory + k)
-        first = (other < far[:, None]) | ((other == far[:, None]) & (k < i[:, None]))
-        before += tl.sum(first.to(tl.int32), 1)
-    return tl.sum(tl.where(before == count // 2, far, 0.0), 0)
+    bits = far.to(tl.int64, bitcast=True)
+    found = tl.full([], 0, tl.int64)
+    for i in range(0, 63):
+        larger = found | (tl.full([], 1, tl.int64) << (62 - i))
+        below = tl.sum((bits < larger).to(tl.int32), 0)
+        found = tl.where(below <= count // 2, larger, found)
+    return found.to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -72,7 +69,6 @@ def find_centre(
     points,  # T [n, width]
     centre,  # float64 [width]
     scale,  # float64 [1]
-    memory,  # float64 [B]
     n,
     width,
     count,  # of the sample
@@ -92,7 +88,7 @@ def find_centre(
         difference = x - (tl.sum(x, 0) / count)[None, :]
         far += tl.sum(difference * difference, 1)
     far = ordered(far, valid)
-    used = valid & (far <= median(far, memory, count, B, BF))
+    used = valid & (far <= median(far, count))
     number = tl.sum(used.to(tl.int32), 0)
 
     far = tl.zeros([B], tl.float64)
@@ -106,7 +102,7 @@ def find_centre(
         difference = x - mean[None, :]
         far += tl.sum(difference * difference, 1)
     far = ordered(far, valid)
-    spread = median(far, memory, count, B, BF)
+    spread = median(far, count)
     # What the squared distance of equal points to their mean can be: it may miss them by a unit
     # for each.
     error = (4 + count) * 2.220446049250313e-16

@@ -40,7 +40,8 @@ class Tiles:
         the carry in each direction, which balances the two; a program is one warp, as its steps
         depend on one another and reductions within a warp need no barrier.
     sample_features, point_*: preparing points. The sample is a tile of [SAMPLE, features] float64,
-        4 elements a thread, whose steps go one after another: as many warps as may be.
+        4 elements a thread, whose steps go one after another: as many warps as may be. One program
+        has the multiprocessor to itself: no register is saved for others.
     near: the edge of a distance tile, and the grain at which gradients leave the products.
     distance_features, gradient_features: features a step; the tile is [near, near, features].
     """
@@ -57,6 +58,7 @@ class Tiles:
     scan_warps: int
     sample_features: int
     sample_warps: int
+    sample_registers: int
     point_rows: int
     point_features: int
     point_warps: int
@@ -81,6 +83,7 @@ _GPU = Tiles(
     scan_warps=1,
     sample_features=8,
     sample_warps=16,
+    sample_registers=128,
     point_rows=4,
     point_features=128,
     point_warps=4,
@@ -104,6 +107,7 @@ _GPU_DOUBLE = Tiles(
     scan_warps=2,
     sample_features=8,
     sample_warps=16,
+    sample_registers=128,
     point_rows=4,
     point_features=128,
     point_warps=4,
@@ -127,6 +131,7 @@ _INTERPRETER = Tiles(
     scan_warps=1,
     sample_features=64,
     sample_warps=1,
+    sample_registers=128,
     point_rows=128,
     point_features=64,
     point_warps=1,

@@ -38,16 +38,22 @@ KERNELS = {
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "dtype"), [((80, 90, 100), "float32"), ((90,), "float64")], ids=str
+    ("capabilities", "dtype", "sizes"),
+    [
+        ((80, 100), "float32", ["--aligned"]),
+        ((90,), "float32", []),
+        ((90,), "float64", []),
+    ],
+    ids=str,
 )
 def test_kernels_keep_to_their_budget(
-    capabilities: tuple[int, ...], dtype: str, tmp_path: Path
+    capabilities: tuple[int, ...], dtype: str, sizes: list[str], tmp_path: Path
 ) -> None:
     tuning = importlib.import_module("pcoherence.kernels.tuning")
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "pcoherence.kernels.offline", *map(str, capabilities)]
     done = subprocess.run(
-        [*command, "--dtype", dtype],
+        [*command, "--dtype", dtype, *sizes],
         cwd=ROOT,
         env=environment,
         capture_output=True,
