@@ -16,8 +16,11 @@ import sys
 import time
 from typing import Any
 
-LOADED = ("torch", "torch._dynamo", "numpy", "scipy.stats", "hypothesis", "pytest")
-"""What most tests import and no slip is in; it takes longer than most tests."""
+LOADED = ("torch", "numpy", "scipy.stats", "hypothesis", "pytest")
+"""What most tests import and no slip is in; it takes longer than most tests.
+
+Nothing that loads Triton: tests/conftest.py says before whether it interprets.
+"""
 
 
 def attempt(arguments: list[str], environment: dict[str, str], log: str, limit: float) -> Any:
