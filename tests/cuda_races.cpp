@@ -178,6 +178,7 @@ void everything() {
       Problem(20).rows(method, Objective::cross_entropy, 0.01, true, true);  // many bins
       Problem(17).soft_ranks(method, true);
     }
+    Problem(20).rows(Method::grid, Objective::spearman, 0.01, false, false);
     Problem(20).rows(Method::automatic, Objective::spearman, 0.1, false, true);
     Problem(9).small(false);
     Problem(9).small(true);

@@ -265,6 +265,19 @@ def test_soft_rank(method: str, dtype: torch.dtype, emulate: Emulate) -> None:
             assert relative_error(ours, theirs, 1.0) <= tolerances(dtype, (0.0, 0.0))[1]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_soft_rank_of_nan(method: str, emulate: Emulate) -> None:
+    """Its row has no ranks and no gradient; others do."""
+    emulate(threads=64, seed=6)
+    values = rows(33, torch.float32)[0].to(DEVICE)
+    values[1, 5] = torch.nan
+    leaf = values.requires_grad_()
+    ranks = pcoherence.soft_rank(leaf, 0.05, backend="cuda", method=method)
+    upstream = torch.arange(33.0, device=DEVICE).expand(2, 33)
+    for found in (ranks, torch.autograd.grad(ranks, leaf, upstream)[0]):
+        assert found.isnan().sum(1).tolist() == [0, 33]
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("method", ["auto", "scan", "pairs"])
 def test_soft_rank_beside_masks(method: str, mask: str, emulate: Emulate) -> None:

@@ -171,11 +171,13 @@ def test_sizes(objective: str, n: int, method: str, rectangular: bool, dtype: to
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_many_tiles(method: str) -> None:
-    leaves, constants = problem(130, torch.float32, rectangular=False, weighted=False)
-    weights = torch.zeros(130)
-    weights[[0, 31, 64, 129]] = 1  # the truth costs n^2 an anchor
-    check(leaves, constants | {"anchor_weights": weights}, method, objective="cross_entropy")
+@pytest.mark.parametrize(("n", "objective"), [(130, "cross_entropy"), (70, "mse")])
+def test_many_tiles(n: int, objective: str, method: str) -> None:
+    """Of the scan, too, which pulls back for all objectives but cross_entropy."""
+    leaves, constants = problem(n, torch.float32, rectangular=False, weighted=False)
+    weights = torch.zeros(n)
+    weights[[0, 31, 64, n - 1]] = 1  # the truth costs n^2 an anchor
+    check(leaves, constants | {"anchor_weights": weights}, method, objective=objective)
 
 
 def test_one_anchor() -> None:
@@ -392,6 +394,21 @@ def test_soft_rank(n: int, dtype: torch.dtype, weights: str) -> None:
         tolerance = 1e-6 if dtype == torch.float32 else 1e-12
         for right, ours in zip(*found, strict=True):
             assert relative_error(ours.cpu(), right, 1.0) <= tolerance
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_soft_rank_in_blocks(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, weights, upstream = make_case("gaussian", 9, 7).to(DEVICE).view(3, 3, 7)
+    leaf = values.clone().requires_grad_()
+
+    def computed() -> list[Tensor]:
+        ranks = soft_rank(leaf, 0.3, weights=weights.abs(), backend="triton", method=method)
+        return [ranks, *torch.autograd.grad(ranks, leaf, upstream)]
+
+    whole = computed()
+    monkeypatch.setattr(pipeline, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(pipeline, "MIN_ROWS", 2)
+    assert all(map(torch.equal, computed(), whole))
 
 
 @pytest.mark.parametrize("mask", MASKS)
