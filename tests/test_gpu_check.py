@@ -119,11 +119,28 @@ for name in ("hanging", "good"):
 """
 
 
+BEGINNING = """
+import sys, time
+from pathlib import Path
+from benchmarks.gpu import journal
+
+path = Path(sys.argv[1])
+while not any("figure" in event and event["value"] for event in journal.read(path)[0]):
+    journal.write(path, "other", begin="again", at=time.time())
+    journal.write(path, "other", end="again")
+    time.sleep(0.5)
+"""
+
+
 @needs_process_groups
 def test_measurements_go_on_behind_one_that_hangs(tmp_path: Path) -> None:
+    """Whatever another group begins meanwhile."""
     run = runner(tmp_path)
-    command = [sys.executable, "-c", MEASURING, str(run.journal)]
-    run.run([groups.Group("speed", command, tells=True, hang=10)], 60)
+    speed, other = (
+        groups.Group(name, [sys.executable, "-c", program, str(run.journal)], tells=True, hang=10)
+        for name, program in (("speed", MEASURING), ("other", BEGINNING))
+    )
+    run.run([speed, other], 60)
     events, _ = journal.read(run.journal)
     found = {event["figure"]: event["value"] for event in events if "figure" in event}
     assert found == {"hanging": None, "good": 1.0}
