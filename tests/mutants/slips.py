@@ -5,7 +5,7 @@ A slip is written where it stands, with as much around it as makes the place uni
     [[slip]]
     name = "a candidate's weight is forgotten in ranks"
     file = "csrc/cpu/pairs.h"
-    code = "sum += «weight * ⇒»sigmoid(t);"
+    code = "sum += «weight * sigmoid(t) ⇒ sigmoid(t)»;"
     tests = ["tests/test_soft_rank.py"]  # optional: RELATED says which, otherwise
 
 In C++ both versions are built and the environment chooses, so what stands there is an expression,
