@@ -1,29 +1,38 @@
-"""Puts small slips into the code, one at a time, and runs the tests that should notice them.
+"""Mutation testing: puts small slips (mutants) into copies of the code, one at a time.
 
-The bar is 95 %. Ends with 1 below it, and where a test fails without any slip.
+For each it runs the tests that should notice, and prints a table. Ends with 1 below 95 %, and
+where a test fails without any slip.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import queue
 import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import tree
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from slips import Slip, read
-from tree import Result, Worker
+from tree import HANGS, Result, Worker
 
 HERE = Path(__file__).parent
 BAR = 0.95
+"""What a slip in twenty is left for: those that turn out to change nothing."""
+
 LIMIT = 600.0
-"""Seconds for the tests of one slip: the longest list takes five minutes."""
+"""Seconds for the tests of one slip. The longest list takes half of it where others are busy."""
+
+BASELINE_LIMIT = 3600.0
+"""Seconds for all tests without a slip, of which a worker has its share."""
 
 
 def arguments() -> argparse.Namespace:
@@ -31,9 +40,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="slips whose file or name this pattern finds")
     parser.add_argument("--slips", type=Path, nargs="*", help="TOML files; default: all in slips/")
     parser.add_argument("--folder", type=Path, default=tree.ROOT / ".benchmarks" / "mutants")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at the same time")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=int, default=cores, help="slips at the same time")
     parser.add_argument("--list", action="store_true", help="name the slips and run nothing")
-    parser.add_argument("--trust", action="store_true", help="do not run the tests without slips")
+    parser.add_argument(
+        "--skip-baseline", action="store_true", help="do not first run the tests without a slip"
+    )
     return parser.parse_args()
 
 
@@ -45,6 +57,9 @@ def chosen(asked: argparse.Namespace) -> list[Slip]:
 
 def prepared(folder: Path, slips: list[Slip], jobs: int) -> list[Worker]:
     """A built copy for each job."""
+    for old in (*folder.glob("tree-*"), folder / "logs"):
+        shutil.rmtree(old, ignore_errors=True)
+    (folder / "logs").mkdir(parents=True)
     first = tree.copied(folder / "tree-0")
     if any(slip.native for slip in slips):
         tree.with_switches(first, slips)
@@ -52,74 +67,109 @@ def prepared(folder: Path, slips: list[Slip], jobs: int) -> list[Worker]:
     copies = [folder / f"tree-{job}" for job in range(1, jobs)]
     for copy in copies:
         shutil.copytree(first, copy, symlinks=True)
-    return [Worker(tree) for tree in (first, *copies)]
+    return [Worker(copy) for copy in (first, *copies)]
 
 
-def table(results: dict[Slip, Result]) -> Table:
+def check_baseline(workers: list[Worker], slips: list[Slip], logs: Path) -> None:
+    """Raise SystemExit if a test fails without a slip: what it says of slips means nothing."""
+    asked = {test for slip in slips for test in slip.tests}
+    tests = sorted(test for test in asked if test.partition("::")[0] not in asked - {test})
+    shares = [tests[job :: len(workers)] for job in range(len(workers))]
+    with ThreadPoolExecutor(len(workers)) as pool:
+        started = [
+            pool.submit(worker.run, share, logs / f"baseline-{job}.txt", BASELINE_LIMIT)
+            for job, (worker, share) in enumerate(zip(workers, shares, strict=True))
+            if share
+        ]
+        for job, found in enumerate(run.result() for run in started):
+            if found.noticed or found.by:
+                log = logs / f"baseline-{job}.txt"
+                raise SystemExit(f"mutants: without any slip: {found.by}; see {log}")
+
+
+def attempts(workers: list[Worker], slips: list[Slip], logs: Path) -> Iterator[tuple[int, Result]]:
+    """The place of a slip, and what its tests said, as they end."""
+    free: queue.Queue[Worker] = queue.Queue()
+    for worker in workers:
+        free.put(worker)
+
+    def attempt(place: int) -> tuple[int, Result]:
+        worker = free.get()
+        try:
+            log = logs / f"{place + 1}.txt"
+            return place, worker.tried(slips[place], place + 1, log, LIMIT)
+        finally:
+            free.put(worker)
+
+    with ThreadPoolExecutor(len(workers)) as pool:
+        try:
+            waiting = [pool.submit(attempt, place) for place in range(len(slips))]
+            for done in as_completed(waiting):
+                yield done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.close()
+
+
+def table(slips: list[Slip], results: dict[int, Result]) -> Table:
     shown = Table("slip", "s", "noticed by")
     file = None
-    for slip, result in results.items():
+    for place, slip in enumerate(slips):
+        if place not in results:
+            continue
         if slip.file != file:
             file = slip.file
             shown.add_section()
-            shown.add_row(f"[bold]{file}[/bold]")
-        by = result.by.removeprefix("tests/test_").replace(".py::", " ", 1)
-        shown.add_row(slip.name, f"{result.seconds:.0f}", by if result.noticed else "[red]nothing")
+            shown.add_row(f"[bold]{escape(file)}[/bold]")
+        result = results[place]
+        by = escape(result.by.removeprefix("tests/test_").replace(".py::", " ", 1))
+        said = by if result.noticed else f"[red]nothing {by}[/red]"
+        shown.add_row(escape(slip.name), f"{result.seconds:.0f}", said)
     return shown
+
+
+def verdict(slips: list[Slip], results: dict[int, Result]) -> tuple[str, bool]:
+    """The last line, and whether the bar is met by all."""
+    noticed = sum(result.noticed for result in results.values())
+    share = noticed / max(len(results), 1)
+    line = f"{noticed} of {len(results)} noticed: {share:.1%} (bar: {BAR:.0%})"
+    hanging = sum(result.by == HANGS for result in results.values())
+    if hanging:
+        line += f"; of {hanging} the tests did not end in {LIMIT:.0f} s"
+    left = len(slips) - len(results)
+    if left:
+        line += f"; {left} not tried"
+    return line, share >= BAR and not left
 
 
 def main() -> int:
     asked, console = arguments(), Console()
     slips = chosen(asked)
     if asked.list or not slips:
-        names = [f"{slip.file}: {slip.name}" for slip in slips]
+        names = [escape(f"{slip.file}: {slip.name}") for slip in slips]
         console.print(*names, f"{len(slips)} slips", sep="\n")
-        return 0
-    folder: Path = asked.folder
-    shutil.rmtree(folder, ignore_errors=True)
-    logs = folder / "logs"
-    logs.mkdir(parents=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+        return 0 if asked.list else 1
+    logs = asked.folder / "logs"
+    text = TextColumn("{task.description}")
+    results: dict[int, Result] = {}
+    with (
+        contextlib.suppress(KeyboardInterrupt),  # what is known by then is shown
+        Progress(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress,
+    ):
         task = progress.add_task("building", total=len(slips))
-        workers = prepared(folder, slips, asked.jobs)
-        if not asked.trust:
-            progress.update(task, description="without slips")
-            tests = sorted({test for slip in slips for test in slip.tests})
-            alone = workers[0].run(tests, logs / "none.txt", 3600, "-n", str(asked.jobs))
-            if alone.noticed:
-                console.print(f"without any slip {alone.by} fails: {logs / 'none.txt'}")
-                return 1
-        free: queue.Queue[Worker] = queue.Queue()
-        for worker in workers:
-            free.put(worker)
-
-        def attempt(number: int) -> Result:
-            worker, slip = free.get(), slips[number - 1]
-            try:
-                return worker.tried(slip, number, logs / f"{number}.txt", LIMIT)
-            finally:
-                free.put(worker)
-
-        results: dict[Slip, Result] = {}
-        with ThreadPoolExecutor(asked.jobs) as pool:
-            waiting = {pool.submit(attempt, number + 1): slip for number, slip in enumerate(slips)}
-            for done in as_completed(waiting):
-                slip, result = waiting[done], done.result()
-                results[slip] = result
-                missed = sum(not other.noticed for other in results.values())
-                progress.update(task, advance=1, description=f"{missed} not noticed")
-    for worker in workers:
-        worker.close()
-    console.print(table({slip: results[slip] for slip in slips}))
-    noticed = sum(result.noticed for result in results.values())
-    console.print(f"{noticed} of {len(slips)} noticed: {noticed / len(slips):.1%} (bar: {BAR:.0%})")
-    return 0 if noticed >= BAR * len(slips) else 1
+        workers = prepared(asked.folder, slips, asked.jobs)
+        if not asked.skip_baseline:
+            progress.update(task, description="baseline")
+            check_baseline(workers, slips, logs)
+        for place, result in attempts(workers, slips, logs):
+            results[place] = result
+            missed = sum(not other.noticed for other in results.values())
+            progress.update(task, advance=1, description=f"{missed} not noticed")
+    console.print(table(slips, results))
+    line, met = verdict(slips, results)
+    console.print(line)
+    return 0 if met else 1
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from typing import Any
 
 LOADED = ("torch", "numpy", "scipy.stats", "hypothesis", "pytest")
@@ -23,46 +24,63 @@ Nothing that loads Triton: tests/conftest.py says before whether it interprets.
 """
 
 
-def attempt(arguments: list[str], environment: dict[str, str], log: str, limit: float) -> Any:
+PARENT = os.getppid()
+"""When it is gone, so is what it has asked for."""
+
+
+def attempt(
+    answers: Any, arguments: list[str], environment: dict[str, str], log: str, limit: float
+) -> Any:
     child = os.fork()
     if child == 0:
+        os.close(answers.fileno())  # its end is seen when this process ends
         work(arguments, environment, log)
+    os.setpgid(child, child)
     end = time.monotonic() + limit
-    while time.monotonic() < end:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)  # it and what it has started
-    os.waitpid(child, 0)
-    return None
+    try:
+        while time.monotonic() < end and os.getppid() == PARENT:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                child = 0
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        return None
+    finally:  # also where this process is told to end
+        if child != 0:
+            os.killpg(child, signal.SIGKILL)  # it and its process group
+            os.waitpid(child, 0)
 
 
 def work(arguments: list[str], environment: dict[str, str], log: str) -> None:
     """The child's part; does not return."""
     code = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ.update(environment)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
             os.dup2(target, stream)
         code = int(importlib.import_module("pytest").main(arguments))
-        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
 def main() -> None:
     folder = sys.argv[1]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.chdir(folder)
     sys.path[0] = folder  # as `python -m pytest` has it
-    sys.dont_write_bytecode = True  # or a slip of the same size within a second is not seen
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is imported may print
     for name in LOADED:
         importlib.import_module(name)
-    answers = os.fdopen(os.dup(1), "w")  # what is imported may print
     for line in sys.stdin:
-        print(json.dumps(attempt(**json.loads(line))), file=answers, flush=True)
+        print(json.dumps(attempt(answers, **json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

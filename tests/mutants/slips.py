@@ -99,18 +99,20 @@ class Slip:
 
 
 def related(file: str) -> tuple[str, ...]:
-    """Test files for a file that no slip names tests for."""
+    """Test files for a slip that names none. Raises: ValueError where none knows its file."""
     for prefix, names in RELATED.items():
         if file.startswith(prefix):
             return tuple(f"tests/test_{name}.py" for name in names.split())
-    return ("tests",)
+    raise ValueError(f"{file}: expected a file of {', '.join(RELATED)}")
 
 
 def read(path: Path) -> list[Slip]:
     """The slips of a TOML file. Raises: ValueError where a key is unknown or missing."""
     found = []
     for entry in tomllib.loads(path.read_text())["slip"]:
-        known: dict[str, Any] = {"tests": related(entry.get("file", "")), **entry}
+        known: dict[str, Any] = dict(entry)
+        if "file" in known and "tests" not in known:
+            known["tests"] = related(known["file"])
         if known.keys() != Slip.__dataclass_fields__.keys():
             raise ValueError(f"{path}: expected name, file, code and perhaps tests; got {entry}")
         found.append(Slip(**{**known, "tests": tuple(known["tests"])}))

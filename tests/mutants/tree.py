@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from slips import Slip, replaced, slipped, switch
 ROOT = Path(__file__).parent.parent.parent
 NUMBER = "PCOHERENCE_SLIP"
 """Of the native slip that a process has; none where unset."""
+
+HANGS = "it hangs"
 
 HEADER = """#pragma once
 extern "C" __attribute__((visibility("hidden"))) int pcoherence_slip;
@@ -30,7 +34,7 @@ int pcoherence_slip = told ? std::atoi(told) : 0;
 
 @dataclass(frozen=True)
 class Result:
-    """What the tests said: `by` is the first that failed, or why there is none."""
+    """What the tests said; `by`: the first that failed, HANGS, a signal, or what went wrong."""
 
     noticed: bool
     by: str
@@ -70,10 +74,9 @@ def with_switches(folder: Path, slips: Sequence[Slip]) -> None:
 
 def build(folder: Path, slips: Sequence[Slip]) -> None:
     """The CPU extension, or the checkout's where no slip is in it; tests build CUDA's emulation."""
-    built = list((ROOT / "pcoherence").glob("_C.*.so"))
-    if built and not any(slip.native and "/cuda/" not in slip.file for slip in slips):
-        for path in built:
-            shutil.copy2(path, folder / "pcoherence")
+    built = ROOT / "pcoherence" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if built.exists() and not any(slip.native and "/cuda/" not in slip.file for slip in slips):
+        shutil.copy2(built, folder / "pcoherence")
         return
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -95,8 +98,14 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # an interrupt is for this process alone
             env=os.environ
-            | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
+            | {
+                "PYTHONPATH": str(folder),
+                "PYTHONDONTWRITEBYTECODE": "1",  # or a slip of the same size and second is not seen
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",  # GPU kernels are emulated and interpreted
+            },
         )
 
     def run(
@@ -109,19 +118,22 @@ class Worker:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         print(json.dumps({**asked, "limit": limit}), file=self._server.stdin, flush=True)
-        code = json.loads(self._server.stdout.readline())
+        answer = self._server.stdout.readline()
+        if not answer:
+            raise RuntimeError("mutants: the process that runs the tests has ended")
+        code = json.loads(answer)
         seconds = time.monotonic() - begin
         if code is None:
-            return Result(True, "it hangs", seconds)
+            return Result(True, HANGS, seconds)
         if code == 0:
             return Result(False, "", seconds)
-        if code < 0:
+        if code < 0 and -code != signal.SIGKILL:  # which ends what takes too much memory
             return Result(True, f"signal {-code}", seconds)
         said = log.read_text(errors="replace")
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
-        if failed is None:
-            raise SystemExit(f"mutants: pytest ended with {code}\n{said[-4000:]}")
-        return Result(True, failed[1], seconds)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.MULTILINE)
+        if code == 1 and failed is not None:
+            return Result(True, failed[1], seconds)
+        return Result(False, f"pytest ended with {code}: {log}", seconds)
 
     def tried(self, slip: Slip, number: int, log: Path, limit: float) -> Result:
         """Run the tests that should notice a slip, with it."""
