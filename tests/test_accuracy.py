@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,7 +150,8 @@ def test_moderate_batches(case: str, temperature: float) -> None:
     check(513, case, 2, anchors=1, temperature=temperature)
 
 
-# Past the cache in float64 (from 1,449 points on), with slabs of 128 rows.
+# Past the cache in float64 (from 1,449 points on), with slabs of 128 rows: what differs there from
+# 513 points is where rows are kept, so every case meets one temperature, not all.
 @pytest.mark.parametrize(
     ("case", "temperature"), list(zip(CASES, itertools.cycle([1e-4, 0.1, 10.0]), strict=False))
 )
@@ -288,16 +291,27 @@ def test_weights_of_extreme_range(scale: str, objective: str) -> None:
 # --- more than one block of anchors ------------------------------------------------------------
 
 
+PIPELINE = Path(__file__).parent.parent / "csrc" / "cpu" / "pipeline.cpp"
+
+
+def anchors_of_a_block() -> int:
+    """The most."""
+    found = re.search(r"kMaxBlock = (\d+);", PIPELINE.read_text())
+    assert found is not None
+    return int(found[1])
+
+
 def in_blocks(metric: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """530 anchors, of which a block takes 512, and so few candidates that the reference is quick.
+    """More anchors than a block takes, and so few candidates that the reference is quick.
 
     Some pairs are near, in the first block and in the second.
     """
-    m, n = 530, 11
+    block = anchors_of_a_block()
+    m, n = block + 18, 11
     student, teacher = (make_case("gaussian", m, d, seed=d) for d in (9, 4))
     candidates, others = (make_case("gaussian", n, d, seed=d) for d in (9 + m, 4 + m))
     candidates, others = candidates[:, :9], others[:, :4]
-    for anchor, candidate in ((3, 0), (511, 1), (512, 2), (529, 0)):
+    for anchor, candidate in ((3, 0), (block - 1, 1), (block, 2), (m - 1, 0)):
         student[anchor] = candidates[candidate] * (1 + 1e-12)
     generator = torch.Generator().manual_seed(0)
     draw = {"generator": generator, "dtype": torch.float64}
@@ -337,9 +351,9 @@ def test_a_second_block_is_as_good_as_the_first(scale: str, metric: str) -> None
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_batch_in_blocks_is_the_batch(metric: str) -> None:
     """Its own points, given as candidates: in blocks, and as rows computed one by one."""
-    n = 530
+    n = anchors_of_a_block() + 18
     student, teacher = (make_case("gaussian", n, d, seed=d) for d in (9, 4))
-    student[520:525] = student[:5] * (1 + 1e-9)
+    student[n - 10 : n - 5] = student[:5] * (1 + 1e-9)
     leaf = student.clone().requires_grad_()
     options = {"metric": metric, "reduction": "none", "backend": "cpu"}
     losses = perception_coherence_loss(leaf, teacher, **options)

@@ -12,43 +12,72 @@ from pcoherence import ops
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
-X, Y = torch.randn(5, 3), torch.randn(5, 4)
-C, D = torch.randn(6, 3), torch.randn(6, 4)
+G = torch.Generator().manual_seed(0)
+X, Y = torch.randn(5, 3, generator=G), torch.randn(5, 4, generator=G)
+C, D = torch.randn(6, 3, generator=G), torch.randn(6, 4, generator=G)
 ONES, SIX = torch.ones(5), torch.ones(6)
-ROWS, OTHER_ROWS = torch.rand(5, 6), torch.rand(5, 6)
+ROWS, OTHER_ROWS = torch.rand(5, 6, generator=G), torch.rand(5, 6, generator=G)
+
+Call = Callable[..., None]
 
 
-def features(**changed: Any) -> None:
-    given = {
+def without(given: dict[str, Any], name: str) -> list[Any]:
+    return [value for key, value in given.items() if key != name]
+
+
+def feature_options(changed: dict[str, Any]) -> dict[str, Any]:
+    return {
         "student": X, "student_candidates": C, "teacher": Y, "teacher_candidates": D,
         "coefficients": ONES, "anchor_weights": ONES, "candidate_weights": SIX,
         "self_index": torch.arange(5), "temperature": 0.1, "teacher_temperature": 0.2,
         "metric": "euclidean", "teacher_metric": "cosine", "scale": "anchor", "objective": "mse",
         "method": "auto",
     } | changed  # fmt: skip
-    ops.native.coherence_sum(*given.values(), True, True)
-    del given["coefficients"]
-    ops.native.coherence_rows(*given.values())
 
 
-def distances(**changed: Any) -> None:
-    given = {
+def feature_sum(**changed: Any) -> None:
+    ops.native.coherence_sum(*feature_options(changed).values(), True, True)
+
+
+def feature_rows(**changed: Any) -> None:
+    ops.native.coherence_rows(*without(feature_options(changed), "coefficients"))
+
+
+def distance_options(changed: dict[str, Any]) -> dict[str, Any]:
+    return {
         "student_distances": ROWS, "teacher_distances": OTHER_ROWS, "coefficients": ONES,
         "candidate_weights": SIX, "self_index": torch.arange(5), "temperature": 0.1,
         "teacher_temperature": 0.2, "scale": "anchor", "objective": "mse", "method": "auto",
     } | changed  # fmt: skip
-    ops.native.coherence_sum_from_distances(*given.values(), True)
-    del given["coefficients"]
-    ops.native.coherence_rows_from_distances(*given.values())
+
+
+def distance_sum(**changed: Any) -> None:
+    ops.native.coherence_sum_from_distances(*distance_options(changed).values(), True)
+
+
+def distance_rows(**changed: Any) -> None:
+    given = without(distance_options(changed), "coefficients")
+    ops.native.coherence_rows_from_distances(*given)
+
+
+def rank_options(changed: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "values": ROWS, "weights": SIX, "grad": ROWS, "temperature": 0.1, "method": "auto",
+    } | changed  # fmt: skip
 
 
 def soft_rank(**changed: Any) -> None:
-    given = {"values": ROWS, "weights": SIX, "temperature": 0.1, "method": "auto"} | changed
-    grad = given.pop("grad", ROWS)
-    if "grad" not in changed:
-        ops.native.soft_rank(*given.values())
-    values, weights, *options = given.values()
-    ops.native.soft_rank_backward(values, weights, grad, *options)
+    ops.native.soft_rank(*without(rank_options(changed), "grad"))
+
+
+def soft_rank_backward(**changed: Any) -> None:
+    ops.native.soft_rank_backward(*rank_options(changed).values())
+
+
+FEATURES: tuple[Call, ...] = (feature_sum, feature_rows)
+DISTANCES: tuple[Call, ...] = (distance_sum, distance_rows)
+LOSSES = (*FEATURES, *DISTANCES)
+RANKS: tuple[Call, ...] = (soft_rank, soft_rank_backward)
 
 
 def agreement(**changed: Any) -> None:
@@ -65,40 +94,42 @@ def but(tensor: torch.Tensor, position: int, value: float) -> torch.Tensor:
     return changed
 
 
-WRONG: list[tuple[Callable[..., None], str, Any]] = [
-    *((f, "candidate_weights", w) for f in (features, distances)
+WRONG: list[tuple[Call, str, Any]] = [
+    *((f, "candidate_weights", w) for f in LOSSES
       for w in (SIX[:5], torch.ones(7), but(SIX, 5, -1), but(SIX, 0, torch.nan),
                 but(SIX, 5, torch.inf), SIX.double(), torch.ones(12)[::2], SIX[:, None])),
-    *((features, "anchor_weights", w) for w in (ONES[:4], but(ONES, 4, -1), torch.ones(6))),
-    *((f, "coefficients", torch.ones(n)) for f in (features, distances) for n in (4, 6)),
-    *((f, "self_index", i) for f in (features, distances, agreement)
+    *((f, "anchor_weights", w) for f in FEATURES
+      for w in (ONES[:4], but(ONES, 4, -1), torch.ones(6))),
+    *((f, "coefficients", torch.ones(n)) for f in (feature_sum, distance_sum) for n in (4, 6)),
+    *((f, "self_index", i) for f in (*LOSSES, agreement)
       for i in (torch.arange(5) + 2, torch.arange(5) - 2, torch.arange(4),
                 torch.arange(5, dtype=torch.int32))),
-    *((f, "temperature", t) for f in (features, distances, soft_rank) for t in (0.0, -1.0)),
-    *((f, "teacher_temperature", -1.0) for f in (features, distances)),
-    *((f, name, "?") for f in (features, distances) for name in ("scale", "objective", "method")),
-    *((features, name, "?") for name in ("metric", "teacher_metric")),
-    (soft_rank, "method", "?"),
-    (distances, "scale", "batch"),
-    *((features, name, x) for name, t in (("student", X), ("teacher", Y),
+    *((f, "temperature", t) for f in (*LOSSES, *RANKS) for t in (0.0, -1.0)),
+    *((f, "teacher_temperature", -1.0) for f in LOSSES),
+    *((f, name, "?") for f in LOSSES for name in ("scale", "objective", "method")),
+    *((f, name, "?") for f in FEATURES for name in ("metric", "teacher_metric")),
+    *((f, "method", "?") for f in RANKS),
+    *((f, "scale", "batch") for f in DISTANCES),
+    *((f, name, x) for f in FEATURES for name, t in (("student", X), ("teacher", Y),
                                            ("student_candidates", C), ("teacher_candidates", D))
       for x in (t[0], t.t().contiguous().t(), t[:4])),
-    *((features, name, x) for name, t in (("student_candidates", C), ("teacher_candidates", D))
+    *((f, name, x) for f in FEATURES
+      for name, t in (("student_candidates", C), ("teacher_candidates", D))
       for x in (t[:, :2].contiguous(), t.double(), t[:1])),
-    *((f, name, x) for f in (distances, agreement) for name in
+    *((f, name, x) for f in (*DISTANCES, agreement) for name in
       ("student_distances", "teacher_distances")
       for x in (ROWS[:4], ROWS.t().contiguous().t(), ROWS[:, :5].contiguous(), ROWS.double())),
     (agreement, "nearest", 0),
-    *((soft_rank, "weights", w) for w in (SIX[:5], torch.ones(4, 6), SIX.double(),
+    *((f, "weights", w) for f in RANKS for w in (SIX[:5], torch.ones(4, 6), SIX.double(),
                                            but(SIX, 5, -1), torch.ones(7))),
-    *((soft_rank, "grad", g) for g in (ROWS[:4], ROWS.double(), ROWS.t())),
-    (soft_rank, "values", ROWS.t()),
+    *((soft_rank_backward, "grad", g) for g in (ROWS[:4], ROWS.double(), ROWS.t())),
+    *((f, "values", ROWS.t()) for f in RANKS),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("call", "argument", "value"), WRONG)
-def test_what_is_wrong_raises(call: Callable[..., None], argument: str, value: Any) -> None:
-    """Instead of being read beyond its end, and before anything else happens."""
+def test_what_is_wrong_raises(call: Call, argument: str, value: Any) -> None:
+    """Instead of being read beyond its end."""
     call()
     with pytest.raises(RuntimeError, match=r"^\w+: (expected|unknown name)"):
         call(**{argument: value})
