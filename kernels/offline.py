@@ -4,9 +4,9 @@
 
 prints one line of JSON for each kernel and compute capability. What is compiled is what calls of
 the operators launch, down to which arguments divide by 16: they are run with a recorder in place
-of each kernel. A few calls that reach every kernel by default, with --aligned of sizes that divide
-by 16 alone, whose wider loads take more registers, with --all every combination of options. What
-is compiled stays in Triton's cache, where launches with the same Triton find it.
+of each kernel. By default a few calls that reach every kernel, with --aligned only those of sizes
+that 16 divides (wider loads take more registers), with --all every combination of options. What is
+compiled stays in Triton's cache, where launches with the same Triton find it.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def recorded(everything: bool, dtypes: list[str], aligned: bool = False) -> list
     vars(device).update(MIRRORED_ROWS=32, MIRRORED_WIDTH=1)
     operators = Operators("pcoherence_offline")
     implement(operators, kernels, ("scan", "pairs"), "CPU")
-    sizes = SIZES[:1] if aligned else SIZES + MORE_SIZES if everything else SIZES
+    sizes = SIZES + MORE_SIZES * everything
+    if aligned:
+        sizes = SIZES[:1]
     for name, method, size in itertools.product(dtypes, ("pairs", "scan"), sizes):
         # A piece of memory for each, as users' tensors have: it begins where 16 divides.
         x, y, values = (torch.zeros(size, dtype=getattr(torch, name)) for _ in range(3))
@@ -195,8 +197,9 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU")
     parser.add_argument("capabilities", nargs="+", type=int, help="such as 90 for sm_90")
-    parser.add_argument("--all", action="store_true", help="every combination of options")
-    parser.add_argument("--aligned", action="store_true", help="sizes that divide by 16 alone")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="every combination of options")
+    which.add_argument("--aligned", action="store_true", help="only sizes that 16 divides")
     dtypes = ["float32", "float64"]
     parser.add_argument("--dtype", nargs="+", default=dtypes, choices=dtypes, dest="dtypes")
     arguments = parser.parse_args()

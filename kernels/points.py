@@ -40,7 +40,7 @@ def median(far, count):
     """Of the first `count` in order; far [B] without NaN and not negative, infinite beyond.
 
     The largest number that at most count // 2 are below, bit by bit: such numbers are in the order
-    of their bits. A sort would take the compiler 3 s.
+    of their bits. A sort takes the compiler several times as long.
     """
     bits = far.to(tl.int64, bitcast=True)
     found = tl.full([], 0, tl.int64)

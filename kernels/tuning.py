@@ -41,7 +41,7 @@ class Tiles:
         depend on one another and reductions within a warp need no barrier.
     sample_features, point_*: preparing points. The sample is a tile of [SAMPLE, features] float64,
         4 elements a thread, whose steps go one after another: as many warps as may be. One program
-        has the multiprocessor to itself: no register is saved for others.
+        has a multiprocessor's 65,536 registers to itself: 128 a thread of 16 warps.
     near: the edge of a distance tile, and the grain at which gradients leave the products.
     distance_features, gradient_features: features a step; the tile is [near, near, features].
     """

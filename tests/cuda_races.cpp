@@ -22,6 +22,7 @@ std::vector<T> random(std::size_t count, unsigned seed) {
   return values;
 }
 
+// Of floats more than kScratchBytes, and no multiple of a warp.
 constexpr int kMany = 1030;
 
 template <class T>

@@ -37,9 +37,9 @@ Evaluate = Callable[..., Found]
 
 def on_all_paths(names: str, rows: Rows, few: Rows) -> pytest.MarkDecorator:
     """The rows of options on the fast paths, and a few of them on the slow ones."""
-    pairs = [(path, *row) for paths, some in ((FAST, rows), (SLOW, few)) for path in paths
-             for row in some]  # fmt: skip
-    return pytest.mark.parametrize(f"evaluate, {names}", pairs, indirect=["evaluate"])
+    cases = [(path, *row) for paths, options in ((FAST, rows), (SLOW, few)) for path in paths
+             for row in options]  # fmt: skip
+    return pytest.mark.parametrize(f"evaluate, {names}", cases, indirect=["evaluate"])
 
 
 def singles(values: Sequence[Any]) -> Rows:
@@ -81,7 +81,7 @@ def evaluate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if way == "pipeline":
         monkeypatch.setattr(cuda, "SMALL_CANDIDATES", 0)
         monkeypatch.setattr(pipeline, "BLOCK_BYTES", 1)
-        monkeypatch.setattr(pipeline, "MIN_ROWS", 7)
+        monkeypatch.setattr(pipeline, "MIN_ROWS", 7)  # of 17, so that the last block is smaller
         monkeypatch.setattr(pipeline, "SYMMETRIC_BYTES", 0)
     return lambda *given, **options: evaluated(
         backend, device, *given, **{"method": method, **options}

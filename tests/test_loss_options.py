@@ -134,10 +134,10 @@ def test_temperatures(
     """Errors pooled over draws: at 1e-4 a few near ties make all of the error of a draw."""
     options = {"objective": objective, "temperature": temperature}
     draws: dict[str, list[tuple[float, float]]] = {}
-    plainly = []
-    # At 1e-4 the grid has 40,000 bins for 65 points. These two use all of its sums.
-    costly = ["grid"] * (temperature == 1e-4)
-    methods = [m for m in METHODS if m not in costly or objective in ("mse", "cross_entropy")]
+    brute_force = []
+    # At 1e-4 the grid has 40,000 bins for 65 points: two objectives, which use all of its sums.
+    slow = {"grid"} if temperature == 1e-4 else set()
+    methods = [m for m in METHODS if m not in slow or objective in ("mse", "cross_entropy")]
     for seed in range(8):
         leaves, constants = problem(65, dtype, rectangular=False, weighted=True, seed=100 * seed)
         truth = evaluate(
@@ -147,14 +147,14 @@ def test_temperatures(
             backend="reference",
         )
         plain = evaluate(leaves, constants, **options, backend="reference")
-        plainly.append(errors(plain, truth))
+        brute_force.append(errors(plain, truth))
         for method in methods:
-            if method in costly and dtype == torch.float64 and seed >= 2:
-                continue  # seconds a draw, and ties are not so near
+            if method in slow and dtype == torch.float64 and seed >= 2:
+                continue  # it takes seconds; in float64 two draws are enough
             found = evaluate(leaves, constants, **options, backend=cpu_backend, method=method)
             draws.setdefault(method, []).append(errors(found, truth))
     for method, found_errors in draws.items():
-        allowed = tolerances(dtype, root_mean_square(plainly[: len(found_errors)]))
+        allowed = tolerances(dtype, root_mean_square(brute_force[: len(found_errors)]))
         for error, limit in zip(root_mean_square(found_errors), allowed, strict=True):
             assert error <= limit, f"{method}: {error:.2e} > {limit:.2e}"
 

@@ -173,7 +173,7 @@ def test_sizes(objective: str, n: int, method: str, rectangular: bool, dtype: to
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("n", "objective"), [(130, "cross_entropy"), (70, "mse")])
 def test_many_tiles(n: int, objective: str, method: str) -> None:
-    """Of the scan, too, which pulls back for all objectives but cross_entropy."""
+    """More candidates than a tile; mse, because cross_entropy does not use the scan's pullback."""
     leaves, constants = problem(n, torch.float32, rectangular=False, weighted=False)
     weights = torch.zeros(n)
     weights[[0, 31, 64, n - 1]] = 1  # the truth costs n^2 an anchor

@@ -22,9 +22,9 @@
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
 // What takes turns, and is no part of what is emulated.
-#define PCOH_UNSEEN __attribute__((no_sanitize("thread")))
+#define PCOH_NOT_SANITIZED __attribute__((no_sanitize("thread")))
 #else
-#define PCOH_UNSEEN
+#define PCOH_NOT_SANITIZED
 #endif
 
 namespace pcoherence::cuda {
@@ -41,15 +41,17 @@ class Team {
   struct Barrier {
     int size = 0, arrived = 0;
     unsigned turn = 0;
-    char order[2] = {};  // what a sanitizer knows of odd and even turns
+    // Addresses that ThreadSanitizer orders by, one for odd turns and one for even: a fast thread may release the next
+    // turn before a slow one has acquired this.
+    char order[2] = {};
   };
 
   Team(int threads, const Emulation& how) : how_(how), random_(how.seed), fibers_(threads) {}
 
-  PCOH_UNSEEN void run(const std::function<void(int)>& body) {
+  PCOH_NOT_SANITIZED void run(const std::function<void(int)>& body) {
     body_ = &body;
-    scheduler_.is_current();
-    ordered_before(&body_);
+    scheduler_.adopt_current();
+    release(&body_);
     const int threads = static_cast<int>(fibers_.size());
     for (int t = 0; t < threads; ++t) start(t);
     std::vector<int> order(threads);
@@ -63,20 +65,20 @@ class Team {
         left -= fibers_[t].done;
       }
     }
-    ordered_after(&body_);
+    acquire(&body_);
   }
 
   // `orders`: memory written before is seen after.
-  PCOH_UNSEEN void wait(Barrier& b, bool orders) {
+  PCOH_NOT_SANITIZED void wait(Barrier& b, bool orders) {
     const unsigned turn = b.turn;
-    if (orders) ordered_before(b.order + turn % 2);
+    if (orders) release(b.order + turn % 2);
     if (++b.arrived == b.size) {
       b.arrived = 0;
       ++b.turn;
     }
     while (b.turn == turn)
       if (_setjmp(fibers_[current_].state) == 0) resume_scheduler();
-    if (orders) ordered_after(b.order + turn % 2);
+    if (orders) acquire(b.order + turn % 2);
   }
 
  private:
@@ -84,20 +86,20 @@ class Team {
   // What a sanitizer takes for a thread.
   struct Sanitized {
     void* fiber = nullptr;
-    PCOH_UNSEEN void is_current() { fiber = __tsan_get_current_fiber(); }
-    PCOH_UNSEEN void create() { fiber = __tsan_create_fiber(0); }
-    PCOH_UNSEEN void switch_to() { __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync); }
+    PCOH_NOT_SANITIZED void adopt_current() { fiber = __tsan_get_current_fiber(); }
+    PCOH_NOT_SANITIZED void create() { fiber = __tsan_create_fiber(0); }
+    PCOH_NOT_SANITIZED void switch_to() { __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync); }
   };
-  static void ordered_before(void* p) { __tsan_release(p); }
-  static void ordered_after(void* p) { __tsan_acquire(p); }
+  static void release(void* p) { __tsan_release(p); }
+  static void acquire(void* p) { __tsan_acquire(p); }
 #else
   struct Sanitized {
-    void is_current() {}
+    void adopt_current() {}
     void create() {}
     void switch_to() {}
   };
-  static void ordered_before(void*) {}
-  static void ordered_after(void*) {}
+  static void release(void*) {}
+  static void acquire(void*) {}
 #endif
   static constexpr std::size_t kStack = 256 << 10;
   // Kept: a launch has many blocks.
@@ -110,7 +112,7 @@ class Team {
     bool started = false, done = false;
   };
 
-  PCOH_UNSEEN void start(int t) {
+  PCOH_NOT_SANITIZED void start(int t) {
     Fiber& f = fibers_[t];
     static std::vector<Stack> stacks;
     while (static_cast<int>(stacks.size()) <= t) stacks.emplace_back().create();
@@ -123,22 +125,22 @@ class Team {
     makecontext(&f.first, reinterpret_cast<void (*)()>(&Team::enter), 2, static_cast<unsigned>(self >> 32),
                 static_cast<unsigned>(self));
   }
-  PCOH_UNSEEN static void enter(unsigned high, unsigned low) {
+  PCOH_NOT_SANITIZED static void enter(unsigned high, unsigned low) {
     auto* team = reinterpret_cast<Team*>((std::uintptr_t(high) << 32) | low);
-    ordered_after(&team->body_);
+    acquire(&team->body_);
     (*team->body_)(team->current_);
     team->fibers_[team->current_].done = true;
-    ordered_before(&team->body_);
+    release(&team->body_);
     team->resume_scheduler();
   }
-  PCOH_UNSEEN void resume(int t) {
+  PCOH_NOT_SANITIZED void resume(int t) {
     Fiber& f = fibers_[t];
     f.switch_to();
     if (f.started) _longjmp(f.state, 1);
     f.started = true;
     setcontext(&f.first);
   }
-  PCOH_UNSEEN void resume_scheduler() {
+  PCOH_NOT_SANITIZED void resume_scheduler() {
     scheduler_.switch_to();
     _longjmp(scheduler_.state, 1);
   }

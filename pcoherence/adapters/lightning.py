@@ -133,12 +133,13 @@ class DistillationModule(LightningModule):
         return {"student": student, "teacher": teacher}
 
     def _weight(self, points: int) -> int:
-        """Of a batch's loss in the mean that is logged.
+        """The weight of a batch's loss in the logged mean.
 
         Gathered, a process's loss has its share of the anchors in it: the mean over processes
-        counts for the points of all. A multiple of the number of processes, because Lightning
-        averages weights over them, too, and rounds down.
+        counts for the points of all. Times the number of processes, because Lightning averages
+        weights over them and rounds down.
         """
+        # .trainer raises where there is none
         size = 1 if self._trainer is None else self.trainer.world_size
         if size > 1 and self.criterion.gather:
             own = torch.tensor(float(points), device=self.device)
