@@ -41,7 +41,7 @@ test: $(VENV)/installed  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 mutants: $(VENV)/installed  ## do the tests notice small slips in the code? a table (about 30 minutes)
-	$(BIN)/python tests/mutants $(MUTANTS)
+	PYTHONPATH=tests $(BIN)/python -m mutants $(MUTANTS)
 
 lint: $(VENV)/installed  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .

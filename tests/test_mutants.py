@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from checkout import ROOT
+from mutants import slips
 
 MUTANTS = Path(__file__).parent / "mutants"
-ROOT = MUTANTS.parent.parent
 
 
-def module(name: str) -> Any:
-    """One of its modules, whose folder need not be on the path."""
-    spec = importlib.util.spec_from_file_location(f"mutants_{name}", MUTANTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = found  # dataclasses look there
-    spec.loader.exec_module(found)
-    return found
-
-
-slips = module("slips")
 SLIPS = [slip for path in sorted((MUTANTS / "slips").glob("*.toml")) for slip in slips.read(path)]
 
 

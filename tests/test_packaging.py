@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from checkout import copied
 
 import pcoherence
 
@@ -52,20 +53,11 @@ def on_path(*programs: str) -> dict[str, str]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy of what git would check out, with the files not yet added."""
     environment = on_path("git", "ninja", os.environ.get("CXX", "c++"))
-    listed = subprocess.run(
-        ["git", "ls-files", "-coz", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if listed.returncode != 0:
-        pytest.skip(f"not a git checkout: {listed.stderr}")
     folder = tmp_path_factory.mktemp("wheel")
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():  # not deleted since
-            (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / "tree" / name)
+    try:
+        tree = copied(folder / "tree")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"not a git checkout: {error.stderr}")
     # What is built is asked for, not how fast it is: half the time.
     compiler = folder / "compiler"
     compiler.write_text(f'#!/bin/sh\nexec {environment.get("CXX", "c++")} "$@" -O0\n')
@@ -73,7 +65,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment["CXX"] = str(compiler)
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"]
     built = subprocess.run(
-        [*command, "--wheel-dir", str(folder / "dist"), str(folder / "tree")],
+        [*command, "--wheel-dir", str(folder / "dist"), str(tree)],
         capture_output=True,
         text=True,
         env=environment,

@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import tree
+from checkout import ROOT, copied
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from slips import Slip, read
-from tree import HANGS, Result, Worker
+
+from mutants import tree
+from mutants.slips import Slip, read
+from mutants.tree import HANGS, Result, Worker
 
 HERE = Path(__file__).parent
 BAR = 0.95
@@ -36,10 +38,10 @@ BASELINE_LIMIT = 3600.0
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python tests/mutants", description=__doc__)
+    parser = argparse.ArgumentParser(prog="PYTHONPATH=tests python -m mutants", description=__doc__)
     parser.add_argument("--only", default="", help="slips whose file or name this pattern finds")
     parser.add_argument("--slips", type=Path, nargs="*", help="TOML files; default: all in slips/")
-    parser.add_argument("--folder", type=Path, default=tree.ROOT / ".benchmarks" / "mutants")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".benchmarks" / "mutants")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--jobs", type=int, default=cores, help="slips at the same time")
     parser.add_argument("--list", action="store_true", help="name the slips and run nothing")
@@ -60,7 +62,7 @@ def prepared(folder: Path, slips: list[Slip], jobs: int) -> list[Worker]:
     for old in (*folder.glob("tree-*"), folder / "logs"):
         shutil.rmtree(old, ignore_errors=True)
     (folder / "logs").mkdir(parents=True)
-    first = tree.copied(folder / "tree-0")
+    first = copied(folder / "tree-0")
     if any(slip.native for slip in slips):
         tree.with_switches(first, slips)
     tree.build(first, slips)

@@ -1,4 +1,4 @@
-"""Copies of the checkout, with slips in them, and test runs there."""
+"""Slips in copies of the checkout, and test runs there."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slips import Slip, replaced, slipped, switch
+from checkout import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
+from mutants.slips import Slip, replaced, slipped, switch
+
 NUMBER = "PCOHERENCE_SLIP"
 """Of the native slip that a process has; none where unset."""
 
@@ -39,18 +40,6 @@ class Result:
     noticed: bool
     by: str
     seconds: float
-
-
-def copied(folder: Path) -> Path:
-    """What git has or would have, under `folder`, and nothing that an earlier run left."""
-    shutil.rmtree(folder, ignore_errors=True)
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, names.split("\0")):
-        if (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
-    return folder
 
 
 def with_switches(folder: Path, slips: Sequence[Slip]) -> None:
