@@ -40,8 +40,7 @@ class Tiles:
         the carry in each direction, which balances the two; a program is one warp, as its steps
         depend on one another and reductions within a warp need no barrier.
     sample_features, point_*: preparing points. The sample is a tile of [SAMPLE, features] float64,
-        4 elements a thread, whose steps go one after another: as many warps as may be. One program
-        has a multiprocessor's 65,536 registers to itself: 128 a thread of 16 warps.
+        4 elements a thread, whose steps go one after another: as many warps as may be.
     near: the edge of a distance tile, and the grain at which gradients leave the products.
     distance_features, gradient_features: features a step; the tile is [near, near, features].
     """
@@ -58,7 +57,6 @@ class Tiles:
     scan_warps: int
     sample_features: int
     sample_warps: int
-    sample_registers: int
     point_rows: int
     point_features: int
     point_warps: int
@@ -66,6 +64,11 @@ class Tiles:
     distance_features: int
     gradient_features: int
     distance_warps: int
+
+    @property
+    def sample_registers(self) -> int:
+        """A thread's share of a multiprocessor's 65,536, which the one program has to itself."""
+        return 65536 // (32 * self.sample_warps)
 
 
 # One anchor a program: n programs for a batch of n. 4 warps hold a tile of 64 x 32 comparisons in
@@ -83,7 +86,6 @@ _GPU = Tiles(
     scan_warps=1,
     sample_features=8,
     sample_warps=16,
-    sample_registers=128,
     point_rows=4,
     point_features=128,
     point_warps=4,
@@ -107,7 +109,6 @@ _GPU_DOUBLE = Tiles(
     scan_warps=2,
     sample_features=8,
     sample_warps=16,
-    sample_registers=128,
     point_rows=4,
     point_features=128,
     point_warps=4,
@@ -131,7 +132,6 @@ _INTERPRETER = Tiles(
     scan_warps=1,
     sample_features=64,
     sample_warps=1,
-    sample_registers=128,
     point_rows=128,
     point_features=64,
     point_warps=1,
