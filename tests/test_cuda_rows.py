@@ -420,32 +420,27 @@ def test_more_anchors_than_fast_memory_holds(metric: str, emulate: Emulate) -> N
     """A small gradient sums over anchors in parts of 512 (float64): nobody may run ahead."""
     m = 700
     x, c = make_case("gaussian", m, 3), make_case("gaussian", 5, 3, seed=1)
+
+    def computed(backend: str, device: str) -> list[Tensor]:
+        leaves = [given.to(device).requires_grad_() for given in (x.clone(), c.clone())]
+        loss = perception_coherence_loss(
+            leaves[0],
+            x.flip(1).to(device),
+            student_candidates=leaves[1],
+            teacher_candidates=c.flip(1).to(device),
+            metric=metric,
+            backend=backend,
+        )
+        return [loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(loss, leaves))]
+
     found = []
     for seed in (0, 1, 2):
         emulate(threads=64, seed=seed)
-        leaves = [given.to(DEVICE).requires_grad_() for given in (x.clone(), c.clone())]
-        loss = perception_coherence_loss(
-            leaves[0],
-            x.flip(1).to(DEVICE),
-            student_candidates=leaves[1],
-            teacher_candidates=c.flip(1).to(DEVICE),
-            metric=metric,
-            backend="cuda",
-        )
-        found.append([loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(loss, leaves))])
+        found.append(computed("cuda", DEVICE))
     assert all(
         torch.equal(*pair) for again in found[1:] for pair in zip(found[0], again, strict=True)
     )
-    leaves = [given.requires_grad_() for given in (x.clone(), c.clone())]
-    loss = perception_coherence_loss(
-        leaves[0],
-        x.flip(1),
-        student_candidates=leaves[1],
-        teacher_candidates=c.flip(1),
-        metric=metric,
-        backend="reference",
-    )
-    for ours, theirs in zip(found[0], [loss, *torch.autograd.grad(loss, leaves)], strict=True):
+    for ours, theirs in zip(found[0], computed("reference", "cpu"), strict=True):
         assert relative_error(ours, theirs) <= 1e-9
 
 
