@@ -4,7 +4,7 @@
 
 #include <cstdlib>
 
-#include "spec.h"
+#include "options.h"
 
 namespace pcoherence {
 

@@ -1,4 +1,4 @@
-"""Launches of the kernels: the row kernels of pcoherence/backends/device.py, and soft ranks.
+"""Launches of the kernels: the row kernels of pcoherence/backends/row_kernels.py, and soft ranks.
 
 Grids and buffers only: tensors were checked before, and are what the kernels' docstrings say.
 """
@@ -12,17 +12,11 @@ import triton
 from torch import Tensor
 from triton import cdiv
 
-from ..backends.device import (
-    RowKernels,
-    RowOptions,
-    RowResults,
-    RowWeights,
-    Units,
-    block_rows,
-    inverse_temperature,
-)
+from ..backends.pipeline import block_rows
 from ..backends.points import NEARNESS, SAMPLE, Prepared, Side, Traits, first_identical
+from ..backends.row_kernels import RowKernels, Rows, Units
 from ..objectives import HUBER_DELTA, RESOLUTION, SPEARMAN_FLOOR
+from ..spec import LossSpec
 from . import distances, objectives, points, soft_ranks
 from .tables import SERIES_DEGREE, hard_series, series
 from .tuning import PAIRS_MOST, tiles
@@ -44,33 +38,35 @@ class NearTiles(NamedTuple):
     flags: Tensor  # int32 [b / edge, n / edge]
 
 
-class _Rows(NamedTuple):
-    """A block of rows and their weights, as soft_ranks.py takes them."""
+class _Values(NamedTuple):
+    """Rows of one network, as soft_ranks.py takes them."""
 
     values: Tensor  # T [rows, n]
     weights: Tensor  # T [n], or [rows, n]
-    own: Tensor  # int64 [rows]
+    self_index: Tensor  # int64 [rows]
 
     @classmethod
-    def of(cls, values: Tensor, weights: RowWeights) -> _Rows:
-        """Without weights, ones."""
-        candidates = weights.candidates
-        if candidates is None:
-            candidates = values.new_ones(values.shape[1])
-        return cls(values, candidates, weights.own)
+    def of(cls, values: Tensor, weights: Tensor | None, self_index: Tensor | None) -> _Values:
+        """Without weights, ones; without an index, nobody is left out."""
+        count, n = values.shape
+        if weights is None:
+            weights = values.new_ones(n)
+        if self_index is None:
+            self_index = torch.full((count,), -1, dtype=torch.int64, device=values.device)
+        return cls(values, weights, self_index)
 
     @property
     def weighting(self) -> tuple[Tensor, int, Tensor]:
         """Weights, their stride, and who is left out."""
         stride = self.weights.shape[-1] if self.weights.ndim == 2 else 0
-        return self.weights, stride, self.own
+        return self.weights, stride, self.self_index
 
 
 class _Sums:
     """Ranks and pullbacks of a block of rows by one method."""
 
     def __init__(
-        self, rows: _Rows, stats: Tensor, method: str, hard: bool, spare: Tensor | None
+        self, rows: _Values, stats: Tensor, method: str, hard: bool, spare: Tensor | None
     ) -> None:
         values = rows.values
         self._rows, self._stats, self._hard = rows, stats, hard
@@ -178,17 +174,19 @@ class _Sums:
             )
 
 
-def _row_stats(rows: _Rows, scale: str, units: Units, ends: bool = False) -> Tensor:
-    """Statistics float64 [6, rows]; `ends`: values may be infinite."""
+def _row_stats(
+    rows: _Values, scale: str, temperature: float, unit: Tensor | None, ends: bool = False
+) -> Tensor:
+    """Statistics float64 [6, rows]; unit: see Units; `ends`: values may be infinite."""
     values = rows.values
     count, n = values.shape
     t = tiles(values.dtype, values.is_cuda)
     stats = values.new_empty(STATISTICS, count, dtype=torch.float64)
+    inverse = stats.new_full((), 1 / temperature) if unit is None else unit / temperature
     soft_ranks.row_stats[cdiv(count, t.row_rows),](
         values,
         *rows.weighting,
-        units.inverse_temperature,
-        units.inverse_temperature if units.mean is None else units.mean,
+        inverse,
         stats,
         count,
         n,
@@ -202,7 +200,7 @@ def _row_stats(rows: _Rows, scale: str, units: Units, ends: bool = False) -> Ten
 
 
 class TritonRowKernels:
-    """pcoherence.backends.device.RowKernels."""
+    """pcoherence.backends.row_kernels.RowKernels."""
 
     def difference_distances(
         self, out: Tensor, anchors: Tensor, candidates: Tensor, traits: Traits, order_only: bool
@@ -369,40 +367,30 @@ class TritonRowKernels:
         """See RowKernels."""
         self._symmetrise(matrix, True)
 
-    def row_sums(self, matrix: Tensor, weights: RowWeights | None) -> tuple[Tensor, Tensor]:
+    def row_sums(self, matrix: Tensor) -> Tensor:
         """See RowKernels; the mean is in float64, so that nothing is lost by multiplying again."""
-        one = torch.ones((), dtype=torch.float64, device=matrix.device)
-        if weights is None:
-            nobody = torch.full((matrix.shape[0],), -1, dtype=torch.int64, device=matrix.device)
-            rows = _Rows(matrix, matrix.new_ones(matrix.shape[1]), nobody)
-        else:
-            rows = _Rows.of(matrix, weights)
-        stats = _row_stats(rows, "none", Units(one, None))
-        return stats[1] * stats[0], stats[0]
+        stats = _row_stats(_Values.of(matrix, None, None), "none", 1.0, None)
+        return stats[1] * stats[0]
 
     def anchors(
-        self,
-        options: RowOptions,
-        student: Tensor,
-        teacher: Tensor,
-        weights: RowWeights,
-        student_units: Units,
-        teacher_units: Units,
-        spare: Tensor | None,
-    ) -> RowResults:
+        self, spec: LossSpec, rows: Rows, units: Units, v: Traits | None, spare: Tensor | None
+    ) -> Tensor:
         """See RowKernels. Statistics, ranks of both, objective, pullback, gradient: 7 launches.
 
         With the scan 4 more and two sorts.
         """
+        student, teacher, weights, self_index, coefficients = rows
         count, n = student.shape
-        method = resolve_method(options.method, n)
+        method = resolve_method(spec.method, n)
         t = tiles(student.dtype, student.is_cuda)
-        cross_entropy = options.objective == "cross_entropy"
-        ours = _Rows.of(student, weights)
+        cross_entropy = spec.objective == "cross_entropy"
+        ours = _Values.of(student, weights, self_index)
         theirs = ours._replace(values=teacher)
-        hard = not options.soft_teacher
-        teacher_stats = _row_stats(theirs, "none" if hard else options.scale, teacher_units)
-        student_stats = _row_stats(ours, options.scale, student_units)
+        hard = spec.teacher_temperature is None
+        # Of hard ranks nothing depends on the positions.
+        theirs_scale, tau = ("none", 1.0) if hard else (spec.scale, spec.temperatures[1])
+        teacher_stats = _row_stats(theirs, theirs_scale, tau, None if hard else units.teacher)
+        student_stats = _row_stats(ours, spec.scale, spec.temperature, units.student)
 
         teacher_ranks = torch.empty_like(teacher)
         sums = _Sums(theirs, teacher_stats, method, hard, spare)
@@ -423,7 +411,7 @@ class TritonRowKernels:
             ranks,
             teacher_ranks,
             ours.weights,
-            weights.own,
+            ours.self_index,
             student_stats,
             teacher_stats,
             crosses,
@@ -432,8 +420,8 @@ class TritonRowKernels:
             count,
             n,
             sums.total_columns,
-            OBJECTIVE=options.objective,
-            GRADIENT=options.gradient,
+            OBJECTIVE=spec.objective,
+            GRADIENT=v is not None,
             DELTA=HUBER_DELTA,
             RESOLUTION=RESOLUTION[student.dtype],
             FLOOR=(SPEARMAN_FLOOR * torch.finfo(student.dtype).eps) ** 2,
@@ -441,33 +429,31 @@ class TritonRowKernels:
             BN=t.row_columns,
             num_warps=t.row_warps,
         )
-        mean_pull = torch.zeros_like(losses)
-        if options.gradient:
+        if v is not None:
             g = ranks
             if not cross_entropy:
                 g = teacher_ranks  # not needed any more
                 sums.pullback(ranks, g, True)
-            mean = student_units.mean
+            if coefficients is None:
+                coefficients = student.new_ones(count)
             objectives.store_gradient[grid](
                 student,
                 g,
                 ours.weights,
-                weights.own,
-                weights.coefficients,
+                ours.self_index,
+                coefficients,
                 student_stats,
                 teacher_stats,
-                student_stats if mean is None else mean,
-                mean_pull,
                 count,
                 n,
-                SCALE=options.scale,
-                CHAIN=options.chain,
-                ROOT=options.root,
+                SCALE=spec.scale,
+                CHAIN=v.chain,
+                ROOT=v.root,
                 BR=t.row_rows,
                 BN=t.row_columns,
                 num_warps=t.row_warps,
             )
-        return RowResults(losses, mean_pull)
+        return losses
 
     def takes_differences(self, method: str, n: int) -> bool:
         """The pairs do."""
@@ -489,17 +475,12 @@ class TritonRowKernels:
         count, n = values.shape
         weights = values.new_ones(n, dtype=torch.float64) if weights is None else weights.double()
         step = block_rows(count, n, torch.float64.itemsize)
-        units = Units(inverse_temperature(temperature, None, values.device), None)
-        nobody = torch.full((step,), -1, dtype=torch.int64, device=values.device)
         for begin in range(0, count, step):
             part = slice(begin, min(begin + step, count))
-            size = part.stop - part.start
-            rows = _Rows(
-                values[part].double(),
-                weights if weights.ndim == 1 else weights[part],
-                nobody[:size],
+            rows = _Values.of(
+                values[part].double(), weights if weights.ndim == 1 else weights[part], None
             )
-            stats = _row_stats(rows, "none", units, ends=True)
+            stats = _row_stats(rows, "none", temperature, None, ends=True)
             sums = _Sums(rows, stats, resolve_method(method, n), False, None)
             result = torch.empty_like(rows.values)
             if upstream is None:

@@ -41,6 +41,7 @@ def residual_value(x, OBJECTIVE: tl.constexpr, DELTA: tl.constexpr):
     elif OBJECTIVE == "l1":
         return size
     else:
+        tl.static_assert(OBJECTIVE == "huber", "unknown objective")
         return tl.where(size <= DELTA, 0.5 * x * x, DELTA * (size - 0.5 * DELTA))
 
 
@@ -52,6 +53,7 @@ def residual_slope(x, OBJECTIVE: tl.constexpr, DELTA: tl.constexpr, RESOLUTION: 
     elif OBJECTIVE == "l1":
         return tl.where(x > RESOLUTION, 1.0, tl.where(x < -RESOLUTION, -1.0, 0.0)).to(x.dtype)
     else:
+        tl.static_assert(OBJECTIVE == "huber", "unknown objective")
         return tl.minimum(tl.maximum(x, -DELTA), DELTA)
 
 
@@ -60,7 +62,7 @@ def objective(
     ranks,  # T [rows, n] in: F^S (cross_entropy: R^S); out, with GRADIENT: d loss / d F (g / W)
     teacher,  # T [rows, n] F^T (cross_entropy: R^T)
     weights,  # T [n]
-    own,
+    self_index,
     student_stats,
     teacher_stats,
     crosses,  # float64 [rows, tiles] see pair_ranks; read for cross_entropy
@@ -90,7 +92,7 @@ def objective(
         for k0 in range(0, n, BN):
             k = (k0 + tl.arange(0, BN))[None, :]
             at = r[:, None] * n + k
-            w = load_weights(weights, 0, own, r, k, rows, n).to(tl.float64)
+            w = load_weights(weights, 0, self_index, r, k, rows, n).to(tl.float64)
             ours += tl.sum(w * tl.load(ranks + at, mask=live & (k < n), other=0.0), 1)
             theirs += tl.sum(w * tl.load(teacher + at, mask=live & (k < n), other=0.0), 1)
         our_mean = (ours / weight).to(T)[:, None]
@@ -101,7 +103,7 @@ def objective(
         for k0 in range(0, n, BN):
             k = (k0 + tl.arange(0, BN))[None, :]
             at = r[:, None] * n + k
-            w = load_weights(weights, 0, own, r, k, rows, n)
+            w = load_weights(weights, 0, self_index, r, k, rows, n)
             x = tl.load(ranks + at, mask=live & (k < n), other=0.0) - our_mean
             y = tl.load(teacher + at, mask=live & (k < n), other=0.0) - their_mean
             our_square += tl.sum((w * x * x).to(tl.float64), 1)
@@ -121,7 +123,7 @@ def objective(
             for k0 in range(0, n, BN):
                 k = (k0 + tl.arange(0, BN))[None, :]
                 at = r[:, None] * n + k
-                w = load_weights(weights, 0, own, r, k, rows, n)
+                w = load_weights(weights, 0, self_index, r, k, rows, n)
                 x = tl.load(ranks + at, mask=live & (k < n), other=0.0) - our_mean
                 y = tl.load(teacher + at, mask=live & (k < n), other=0.0) - their_mean
                 tl.store(ranks + at, w * (x * by_ours - y * by_theirs), mask=live & (k < n))
@@ -129,7 +131,7 @@ def objective(
         for k0 in range(0, n, BN):
             k = (k0 + tl.arange(0, BN))[None, :]
             at = r[:, None] * n + k
-            w = load_weights(weights, 0, own, r, k, rows, n)
+            w = load_weights(weights, 0, self_index, r, k, rows, n)
             x = tl.load(ranks + at, mask=live & (k < n), other=0.0)
             x -= tl.load(teacher + at, mask=live & (k < n), other=0.0)
             if OBJECTIVE == "cross_entropy":
@@ -153,12 +155,10 @@ def store_gradient(
     distances,  # T [rows, n] in: the student's; out: V, see RowKernels.anchors
     g,  # T [rows, n] gradient w.r.t. positions
     weights,  # T [n]
-    own,
+    self_index,
     coefficients,  # T [rows]
     student_stats,
     teacher_stats,
-    batch_mean,  # float64 [], read with SCALE "batch"
-    mean_pull,  # float64 [rows]
     rows,
     n,
     SCALE: tl.constexpr,
@@ -174,7 +174,7 @@ def store_gradient(
     state = row_state(student_stats, teacher_stats, r, rows)
     coefficient = tl.load(coefficients + r, mask=r < rows, other=0.0).to(tl.float64)
     through_mean = tl.zeros([BR], tl.float64)  # -c sum_k g_k s_k: the pull on log(mean)
-    if SCALE != "none":
+    if SCALE == "anchor":
         for k0 in range(0, n, BN):
             k = (k0 + tl.arange(0, BN))[None, :]
             at = r[:, None] * n + k
@@ -183,11 +183,6 @@ def store_gradient(
             s = positions(d, student_stats, r, rows)
             through_mean -= tl.sum((pulled * s).to(tl.float64), 1)
         through_mean *= coefficient
-    pull = tl.zeros([BR], tl.float64)
-    if SCALE == "batch":
-        shared = tl.load(batch_mean)
-        pull = tl.where(shared > 0, through_mean / tl.where(shared > 0, shared, 1.0), 0.0)
-    tl.store(mean_pull + r, tl.where(state == 1.0, pull, state), mask=r < rows)
     per_g = coefficient * load_stat(student_stats, FACTOR, r, rows) * CHAIN
     per_g = per_g.to(T)[:, None]
     per_w = tl.zeros([BR], tl.float64)
@@ -201,7 +196,7 @@ def store_gradient(
         k = (k0 + tl.arange(0, BN))[None, :]
         at = r[:, None] * n + k
         d = tl.load(distances + at, mask=live & (k < n), other=0.0)
-        w = load_weights(weights, 0, own, r, k, rows, n)
+        w = load_weights(weights, 0, self_index, r, k, rows, n)
         pulled = tl.load(g + at, mask=live & (k < n), other=0.0)
         v = pulled * per_g + w * per_w
         if ROOT:

@@ -12,6 +12,7 @@ compiled stays in Triton's cache, where launches with the same Triton find it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -29,11 +30,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from ..backends import device
-from ..backends.device_operators import implement
-from ..backends.points import TRAITS
+from ..backends import clouds
+from ..backends.device_operators import Implementation, register
+from ..backends.triton import PORTED
 from ..ops import Operators
-from ..spec import OBJECTIVES, SCALES
+from ..spec import LossSpec
 from . import distances, launch, objectives, points, soft_ranks, tuning
 
 MODULES = {module.__name__: module for module in (distances, objectives, points, soft_ranks)}
@@ -109,36 +110,45 @@ def recorded(everything: bool, dtypes: list[str], aligned: bool = False) -> list
                 setattr(module, attribute, Recorder(name, value, launches))
     vars(launch)["tiles"] = lambda dtype, on_gpu: tuning.tiles(dtype, True)
     # Also of small matrices a part is computed and the rest mirrored.
-    vars(device).update(MIRRORED_ROWS=32, MIRRORED_WIDTH=1)
+    vars(clouds).update(MIRRORED_ROWS=32, MIRRORED_WIDTH=1)
     operators = Operators("pcoherence_offline")
-    implement(operators, kernels, ("scan", "pairs"), "CPU")
+    register(operators, Implementation(kernels, PORTED), "CPU")
     sizes = SIZES + MORE_SIZES * everything
     if aligned:
         sizes = SIZES[:1]
     for name, method, size in itertools.product(dtypes, ("pairs", "scan"), sizes):
         # A piece of memory for each, as users' tensors have: it begins where 16 divides.
         x, y, values = (torch.zeros(size, dtype=getattr(torch, name)) for _ in range(3))
-        ones = torch.ones_like(values[:, 0])
-        for temperature, metric, scale, objective in _options(everything):
-            given = (0.1, temperature, metric, metric, scale, objective, method)
+        for spec in _specs(everything):
+            options = dataclasses.replace(spec, method=method)
+            given = None, None, None, *options.temperatures, options.packed(), False
             for candidates in (None, y) if everything else (None,):
-                points = x, candidates, y, candidates
-                if everything:
-                    operators.coherence_rows(*points, None, None, None, *given)
-                operators.coherence_sum(*points, ones, None, None, None, *given, True, True)
+                for flag in (True, False) if everything else (True,):
+                    operators.coherence(x, candidates, y, candidates, *given, flag, flag)
         if everything:
-            operators.soft_rank(values, None, 0.1, method)
-            operators.soft_rank_backward(values, None, values, 0.1, method)
+            for upstream in (None, values):
+                operators.soft_rank(values, None, upstream, 0.1, method)
     return list(launches)
 
 
-def _options(everything: bool) -> Iterator[tuple[float, str, str, str]]:
-    """Teacher temperatures, metrics, scales and objectives."""
-    if everything:
-        yield from itertools.product((0.0, 0.1), TRAITS, SCALES, OBJECTIVES)
-    else:
-        yield 0.0, "euclidean", "anchor", "spearman"
-        yield 0.1, "cosine", "batch", "cross_entropy"
+def _specs(everything: bool) -> Iterator[LossSpec]:
+    """A few that reach every kernel, or all that make a difference to one."""
+    if not everything:
+        yield LossSpec(objective="spearman")
+        yield LossSpec(
+            teacher_temperature=0.1, metric="cosine", scale="none", objective="cross_entropy"
+        )
+        return
+    for teacher_temperature in (None, 0.1):
+        for metric, scale, objective in itertools.product(
+            PORTED["metric"], PORTED["scale"], PORTED["objective"]
+        ):
+            yield LossSpec(
+                teacher_temperature=teacher_temperature,
+                metric=metric,
+                scale=scale,
+                objective=objective,
+            )
 
 
 def source(found: Launch) -> ASTSource:

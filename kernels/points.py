@@ -76,7 +76,7 @@ def find_centre(
     B: tl.constexpr,  # at least count
     BF: tl.constexpr,
 ):
-    """See centre_and_scale of points.py; grid [1]."""
+    """See pcoherence/backends/points.py; grid [1]."""
     i = tl.arange(0, B)
     valid = i < count
     row = (i.to(tl.int64) * n // count) * width

@@ -13,7 +13,7 @@ launch walks up, one down. Hard ranks are the limit tau -> 0 of the same sums: z
 0 otherwise.
 
 A program takes BR rows. Matrices [rows, n] of T (float32 or float64) are contiguous; weights are
-[n] with weight_stride 0 or [rows, n] with weight_stride n; own int64 [rows].
+[n] with weight_stride 0 or [rows, n] with weight_stride n; self_index int64 [rows].
 """
 
 import triton
@@ -44,11 +44,11 @@ def load_stat(stats, COLUMN: tl.constexpr, r, rows):
 
 
 @triton.jit
-def load_weights(weights, weight_stride, own, r, k, rows, n):
+def load_weights(weights, weight_stride, self_index, r, k, rows, n):
     """w_rk, 0 for the anchor itself and beyond the matrix; r [BR], k [BR or 1, BK] -> [BR, BK]."""
     valid = (r < rows)[:, None] & (k < n)
     w = tl.load(weights + r[:, None] * weight_stride + k, mask=valid, other=0.0)
-    itself = tl.load(own + r, mask=r < rows, other=-1)
+    itself = tl.load(self_index + r, mask=r < rows, other=-1)
     return tl.where(k == itself[:, None], 0.0, w)
 
 
@@ -57,9 +57,8 @@ def row_stats(
     values,  # T [rows, n]
     weights,
     weight_stride,
-    own,
+    self_index,
     inverse_temperature,  # float64 []
-    batch_mean,  # float64 [], read with SCALE "batch"
     stats,  # float64 [6, rows]
     rows,
     n,
@@ -83,7 +82,7 @@ def row_stats(
         k = (k0 + tl.arange(0, BN))[None, :]
         v = tl.load(values + r[:, None] * n + k, mask=live[:, None] & (k < n), other=0.0)
         v = v.to(tl.float64)
-        w = load_weights(weights, weight_stride, own, r, k, rows, n).to(tl.float64)
+        w = load_weights(weights, weight_stride, self_index, r, k, rows, n).to(tl.float64)
         weight += tl.sum(w, 1)
         total += tl.sum(w * v, 1)
         counts = (tl.abs(v) < float("inf")) & (k < n) if ENDS else w > 0
@@ -95,9 +94,8 @@ def row_stats(
     factor = tl.load(inverse_temperature) + tl.zeros([BR], tl.float64)
     if SCALE == "anchor":
         factor = factor / tl.where(mean > 0, mean, 1.0)
-    if SCALE == "batch":
-        shared = tl.load(batch_mean)
-        factor = factor / tl.where(shared > 0, shared, 1.0)
+    else:
+        tl.static_assert(SCALE == "none", "unknown scale")
     spread = high - low
     # The value nearest to 0: taken from the lowest, positions would lose the digits that tell apart
     # what lies close together far away, or overflow.
@@ -197,7 +195,7 @@ def pair_ranks(
     values,  # T [rows, n] distances
     weights,
     weight_stride,
-    own,
+    self_index,
     stats,
     teacher,  # T [rows, n] R^T, read with TOTAL "cross"
     series,  # T [2, M], see tables.py
@@ -235,7 +233,7 @@ def pair_ranks(
         k = (k0 + tl.arange(0, BK))[None, :]
         v_k = tl.load(values + r[:, None] * n + k, mask=live & (k < n), other=0.0)
         s_k = v_k if HARD else positions(v_k, stats, r, rows)
-        w = load_weights(weights, weight_stride, own, r, k, rows, n)[:, None, :]
+        w = load_weights(weights, weight_stride, self_index, r, k, rows, n)[:, None, :]
         a = s_j[:, :, None]
         b = s_k[:, None, :]
         p, z = compare(a, b, HARD)
@@ -250,7 +248,7 @@ def pair_ranks(
     ranks = finished_ranks(rank.to(tl.float64), stats, r, rows, FINISH)
     tl.store(out + r[:, None] * n + j, ranks.to(v.dtype), mask=live & (j < n))
     if TOTAL != "none":
-        w_j = load_weights(weights, weight_stride, own, r, j, rows, n).to(tl.float64)
+        w_j = load_weights(weights, weight_stride, self_index, r, j, rows, n).to(tl.float64)
         if HARD:
             each = LOG_2 * logs.to(tl.float64)
         else:
@@ -269,7 +267,7 @@ def pair_pullback(
     values,  # T [rows, n] distances
     weights,
     weight_stride,
-    own,
+    self_index,
     stats,
     upstream,  # T [rows, n] u
     out,  # T [rows, n] g
@@ -287,14 +285,14 @@ def pair_pullback(
     v = tl.load(values + r[:, None] * n + j, mask=live & (j < n), other=0.0)
     s_j = positions(v, stats, r, rows)[:, :, None]
     u_j = tl.load(upstream + r[:, None] * n + j, mask=live & (j < n), other=0.0)[:, :, None]
-    w_j = load_weights(weights, weight_stride, own, r, j, rows, n)[:, :, None]
+    w_j = load_weights(weights, weight_stride, self_index, r, j, rows, n)[:, :, None]
     g = tl.zeros([BR, BJ], v.dtype)
     for k0 in range(0, n, BK):
         k = (k0 + tl.arange(0, BK))[None, :]
         v_k = tl.load(values + r[:, None] * n + k, mask=live & (k < n), other=0.0)
         s_k = positions(v_k, stats, r, rows)[:, None, :]
         u_k = tl.load(upstream + r[:, None] * n + k, mask=live & (k < n), other=0.0)[:, None, :]
-        w_k = load_weights(weights, weight_stride, own, r, k, rows, n)[:, None, :]
+        w_k = load_weights(weights, weight_stride, self_index, r, k, rows, n)[:, None, :]
         # Without j itself, whose rounding would stay where it is fused.
         pull = tl.where(j[:, :, None] == k[:, None, :], 0.0, u_j * w_k - w_j * u_k)
         g += tl.sum(pull * slope(s_j, s_k), 2)
@@ -311,7 +309,7 @@ def scan_ranks(
     index,  # int64 [rows, n]: where they were
     weights,
     weight_stride,
-    own,
+    self_index,
     stats,
     teacher,  # T [rows, n] R^T, not sorted; read with TOTAL "cross"
     series,  # T [2, M], see tables.py
@@ -354,7 +352,7 @@ def scan_ranks(
         q = tl.minimum(c0 + lane, n - 1)[None, :]
         v = tl.load(values + r[:, None] * n + q, mask=live, other=0.0)
         k = tl.load(index + r[:, None] * n + q, mask=live, other=0)
-        w = load_weights(weights, weight_stride, own, r, k, rows, n)
+        w = load_weights(weights, weight_stride, self_index, r, k, rows, n)
         w = tl.where(inside, w, 0.0)
         s = v if HARD else positions(v, stats, r, rows)
         z = decay(s[:, :, None], ref[:, None, None], exponent[:, None, :], HARD)
@@ -404,7 +402,7 @@ def scan_pullback(
     index,  # int64 [rows, n]: where they were
     weights,
     weight_stride,
-    own,
+    self_index,
     stats,
     upstream,  # T [rows, n] u, not sorted
     series,  # T [2, M]
@@ -439,7 +437,7 @@ def scan_pullback(
         q = tl.minimum(c0 + lane, n - 1)[None, :]
         v = tl.load(values + r[:, None] * n + q, mask=live, other=0.0)
         k = tl.load(index + r[:, None] * n + q, mask=live, other=0)
-        w = tl.where(inside, load_weights(weights, weight_stride, own, r, k, rows, n), 0.0)
+        w = tl.where(inside, load_weights(weights, weight_stride, self_index, r, k, rows, n), 0.0)
         u = tl.load(upstream + r[:, None] * n + k, mask=live & inside, other=0.0)
         s = positions(v, stats, r, rows)
         z = decay(s[:, :, None], ref[:, None, None], exponent[:, None, :], False)

@@ -9,11 +9,11 @@ from numpy.typing import ArrayLike, NDArray
 def build_info() -> dict[str, str]:
     """Compiler, torch version and instruction sets of this build."""
 
-def names() -> dict[str, list[str]]:
-    """The option names that the C++ side knows, by option."""
+def options() -> dict[str, list[str]]:
+    """The options that the C++ side knows, and for each its names; of a number none."""
 
 def constants() -> dict[str, float]:
-    """The constants that `pcoherence.objectives` states too."""
+    """Constants that Python states too, or that tests go by."""
 
 def isas() -> list[str]:
     """Instruction sets this processor supports, best first."""

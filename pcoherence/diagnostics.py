@@ -152,8 +152,7 @@ def _draw(spec: LossSpec, inputs: LossInputs) -> tuple[Tensor, _Pairs]:
     )
     index = None if inputs.self_index is None else inputs.self_index[rows]
     weights = distances.pair_weights(student, inputs.candidate_weights, index)
-    anchor_weights = None if inputs.anchor_weights is None else inputs.anchor_weights[rows]
-    student = distances.scaled(student, weights, anchor_weights, spec.scale)
+    student = distances.scaled(student, weights, spec.scale)
     used = weights.sum(1) > 0  # an anchor that has nobody to compare says nothing
     if not bool(used.any()):
         raise ValueError("candidate_weights: expected an anchor with weighted candidates; got none")

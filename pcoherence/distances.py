@@ -101,46 +101,13 @@ def safe_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / torch.where(denominator == 0, 1.0, denominator)
 
 
-def weighted_sums(
-    distances: Tensor, weights: Tensor, anchor_weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """sum_ik a_i w_ik d_ik and sum_ik a_i w_ik, 0-d: over all anchors, or a part of them.
-
-    Args: distances and weights [m, n]; anchor_weights [m] or None for ones.
-    """
-    if anchor_weights is not None:
-        weights = anchor_weights[:, None] * weights
-        # Padding counts for nothing, whatever its distances are: 0 * NaN is NaN.
-        distances = torch.where(anchor_weights[:, None] == 0, 0.0, distances)
-    return (weights * distances).sum(), weights.sum()
-
-
-def mean_distance(
-    distances: Tensor, weights: Tensor, anchor_weights: Tensor | None, scale: str
-) -> Tensor:
-    """The mean distance that `scale` divides by.
-
-    "anchor": mu_i = sum_k w_ik d_ik / W_i, shape [m, 1]. "batch": mu = sum_i a_i sum_k w_ik d_ik
-    / sum_i a_i W_i, shape [], so that padded anchors (a_i = 0) do not count.
-
-    Args: distances and weights [m, n]; anchor_weights [m] or None for ones.
-    """
-    if scale == "anchor":
-        return safe_ratio((weights * distances).sum(1, keepdim=True), weights.sum(1, keepdim=True))
-    return safe_ratio(*weighted_sums(distances, weights, anchor_weights))
-
-
-def over_mean(distances: Tensor, mean: Tensor) -> Tensor:
-    """Distances over their mean where that is above 0, otherwise as they are.
+def scaled(distances: Tensor, weights: Tensor, scale: str) -> Tensor:
+    """Distances [m, n]; for "anchor" over mu_i = sum_k w_ik d_ik / W_i, where that is above 0.
 
     A mean of 0 is no unit, and dividing by a negative one, which a callable metric may have (minus
-    an inner product, say), would turn the order around.
+    an inner product, say), would turn the order around. weights [m, n].
     """
-    return distances / torch.where(mean > 0, mean, 1.0)
-
-
-def scaled(distances: Tensor, weights: Tensor, anchor_weights: Tensor | None, scale: str) -> Tensor:
-    """Distances [m, n] over their mean (see `mean_distance` and `over_mean`)."""
     if scale == "none":
         return distances
-    return over_mean(distances, mean_distance(distances, weights, anchor_weights, scale))
+    mean = safe_ratio((weights * distances).sum(1, keepdim=True), weights.sum(1, keepdim=True))
+    return distances / torch.where(mean > 0, mean, 1.0)

@@ -41,7 +41,6 @@ def prepare_inputs(
     anchor_weights: Tensor | None = None,
     candidate_weights: Tensor | None = None,
     self_index: Tensor | str | None = "auto",
-    include_self: bool = False,
 ) -> LossInputs:
     """Check the tensors of a call and return them as `LossInputs`.
 
@@ -69,7 +68,7 @@ def prepare_inputs(
             None if teacher_candidates is None else at_least_float32(teacher_candidates.detach()),
             _converted(anchor_weights, student),
             _converted(candidate_weights, student),
-            None if include_self else index,
+            index,
         )
     )
 

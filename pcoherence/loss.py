@@ -43,7 +43,6 @@ def perception_coherence_loss(
     teacher_metric: Metric | None = None,
     scale: str = "anchor",
     objective: str = "mse",
-    include_self: bool = False,
     reduction: str = "mean",
     num_anchors: int | None = None,
     generator: torch.Generator | None = None,
@@ -78,23 +77,21 @@ def perception_coherence_loss(
         teacher_candidates: [n, dt]; given with student_candidates or not at all.
         anchor_weights: [m], any real dtype, >= 0, constant; None: ones. 0 marks padding.
         candidate_weights: [n], likewise.
-        self_index: int64 [m], the candidate that is the anchor itself, or -1 for none. "auto":
-            0..m-1 without given candidates, otherwise None (nobody).
+        self_index: int64 [m], the candidate that is the anchor itself and is left out, or -1 for
+            none. "auto": 0..m-1 without given candidates, otherwise None (nobody is left out).
         temperature: student's tau > 0, in units of the scaled distance.
         teacher_temperature: teacher's tau > 0; None: hard ranks.
         metric: "euclidean", "sqeuclidean", "cosine", "cityblock", or a callable
             (a [m, d], b [n, d]) -> [m, n]. Its parameters get gradients too.
         teacher_metric: likewise, without gradients; None: the same as `metric`.
-        scale: distances are divided by their weighted mean over each anchor's candidates
-            ("anchor"), over all anchors by anchor_weights ("batch"), or by nothing ("none"); never
-            by a mean of 0 or less.
+        scale: distances are divided by their weighted mean over the anchor's candidates
+            ("anchor"; never by a mean of 0 or less), or by nothing ("none").
         objective: "mse", "l1", "huber", "cross_entropy" or "spearman", as above.
-        include_self: rank the anchor itself among its candidates.
         reduction: "mean": sum_i a_i L_i / sum_i a_i; "sum"; "none": a_i L_i. An anchor whose
             candidates all weigh 0 has L_i = 0 and still counts in the mean.
         num_anchors: draw this many of the m anchors at random, without replacement, and weigh
             them by m / num_anchors: an unbiased estimate at that share of the cost ("none": 0
-            where not drawn). None: all. Not with scale "batch".
+            where not drawn). None: all.
         generator: for that draw, not under torch.compile; None: torch's default one.
         method: "grid", "scan" or "pairs" fixes how a fast backend sums; "auto" lets it choose.
         backend: "reference", "cpu", ... or "auto": the fastest for the tensors' device.
@@ -117,7 +114,6 @@ def perception_coherence_loss(
         teacher_metric=teacher_metric,
         scale=scale,
         objective=objective,
-        include_self=include_self,
         reduction=reduction,
         num_anchors=num_anchors,
         method=method,
@@ -131,7 +127,6 @@ def perception_coherence_loss(
         anchor_weights=anchor_weights,
         candidate_weights=candidate_weights,
         self_index=self_index,
-        include_self=include_self,
     )
     check_enough_candidates(inputs)
     return anchors.estimate(spec, inputs, generator, _evaluate)
@@ -147,7 +142,7 @@ class PerceptionCoherenceLoss(nn.Module):
             process's own rows as anchors. Shards may differ in size. After
             DistributedDataParallel's averaging of gradients, what comes out is the loss of one
             process on the whole batch (reduction "none": a_i L_i of the own rows, unchanged).
-            Memory per process O(n_global d). Not with scale "batch" or given candidates.
+            Memory per process O(n_global d). Not with given candidates.
         process_group: of torch.distributed, None: the default one; only with gather.
         bank: features of past batches as further candidates, see `CandidateBank`.
 
@@ -166,7 +161,6 @@ class PerceptionCoherenceLoss(nn.Module):
         teacher_metric: Metric | None = None,
         scale: str = "anchor",
         objective: str = "mse",
-        include_self: bool = False,
         reduction: str = "mean",
         num_anchors: int | None = None,
         method: str = "auto",
@@ -183,7 +177,6 @@ class PerceptionCoherenceLoss(nn.Module):
             teacher_metric=teacher_metric,
             scale=scale,
             objective=objective,
-            include_self=include_self,
             reduction=reduction,
             num_anchors=num_anchors,
             method=method,
@@ -204,7 +197,7 @@ class PerceptionCoherenceLoss(nn.Module):
         if name in FIXED and not wrapped:
             raise AttributeError(f"{name}: expected to stay as the loss was made; got {value!r}")
         if name == "gather":
-            self._check_gather(value)
+            check_flag("gather", value)
         super().__setattr__(name, value)
 
     @property
@@ -228,14 +221,6 @@ class PerceptionCoherenceLoss(nn.Module):
         if all(getattr(self._spec, name) is module for name, module in modules.items()):
             return self._spec
         return dataclasses.replace(self._spec, **modules)  # type: ignore[arg-type]
-
-    def _check_gather(self, gather: bool) -> None:
-        check_flag("gather", gather)
-        if gather and self.spec.scale == "batch":
-            raise ValueError(
-                'gather: expected False with scale="batch", whose mean is over all processes\' '
-                "anchors; got True"
-            )
 
     @property
     def temperature(self) -> float:
@@ -276,7 +261,6 @@ class PerceptionCoherenceLoss(nn.Module):
                 anchor_weights=anchor_weights,
                 candidate_weights=candidate_weights,
                 self_index=self_index,
-                include_self=spec.include_self,
             )
 
         spec, inputs = self._gathered(prepare) if self.gather else (spec, prepare())
@@ -316,7 +300,6 @@ class PerceptionCoherenceLoss(nn.Module):
             anchor_weights=anchor_weights,
             candidate_weights=candidate_weights,
             self_index=self_index,
-            include_self=self.spec.include_self,
         )
         if self.bank is not None:
             inputs = self.bank.extend(inputs)

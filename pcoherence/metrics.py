@@ -24,7 +24,7 @@ from torch import Tensor
 from . import distances, ops
 from .backends import available_backends
 from .inputs import LossInputs, candidates, check_enough_candidates, prepare_inputs
-from .spec import Metric, check_count, check_flag, check_metrics
+from .spec import Metric, check_count, check_metrics
 
 BLOCK_ELEMENTS = 2**22
 """Distances of a block of anchors: 16 MiB in float32."""
@@ -48,7 +48,6 @@ def coherence(
     self_index: Tensor | str | None = "auto",
     metric: Metric = "euclidean",
     teacher_metric: Metric | None = None,
-    include_self: bool = False,
     nearest: int = 10,
     reduction: str = "mean",
 ) -> Coherence:
@@ -62,7 +61,6 @@ def coherence(
         self_index: int64 [m], the candidate that is the anchor itself, -1 for none; "auto".
         metric: a name or a callable, as in `perception_coherence_loss`.
         teacher_metric: likewise; None: the same.
-        include_self: rank the anchor itself among its candidates.
         nearest: k of the overlap, at least 1; all candidates where there are fewer.
         reduction: "mean" over anchors, 0-d, or "none", [m].
 
@@ -74,7 +72,6 @@ def coherence(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     check_metrics(metric, teacher_metric)
-    check_flag("include_self", include_self)
     check_count("nearest", nearest)
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction: expected one of mean, none; got {reduction!r}")
@@ -84,7 +81,6 @@ def coherence(
         student_candidates=student_candidates,
         teacher_candidates=teacher_candidates,
         self_index=self_index,
-        include_self=include_self,
     )
     check_enough_candidates(inputs)
     rows = _agreement(inputs, metric, metric if teacher_metric is None else teacher_metric, nearest)

@@ -38,8 +38,8 @@ def evaluate(spec: LossSpec, inputs: LossInputs) -> Tensor:
     # Hard ranks do not depend on the scale: leaving it out keeps near-ties from rounding to ties.
     teacher_scale = "none" if spec.teacher_temperature is None else spec.scale
     losses = objectives.FUNCTIONS[spec.objective](
-        distances.scaled(student, weights, inputs.anchor_weights, spec.scale),
-        distances.scaled(teacher, weights, inputs.anchor_weights, teacher_scale),
+        distances.scaled(student, weights, spec.scale),
+        distances.scaled(teacher, weights, teacher_scale),
         weights,
         spec.temperature,
         spec.teacher_temperature,
@@ -62,7 +62,6 @@ def perception_coherence_loss(
     teacher_metric: Metric | None = None,
     scale: str = "anchor",
     objective: str = "mse",
-    include_self: bool = False,
     reduction: str = "mean",
     num_anchors: int | None = None,
     generator: torch.Generator | None = None,
@@ -77,7 +76,6 @@ def perception_coherence_loss(
         teacher_metric=teacher_metric,
         scale=scale,
         objective=objective,
-        include_self=include_self,
         reduction=reduction,
         num_anchors=num_anchors,
         method=method,
@@ -91,7 +89,6 @@ def perception_coherence_loss(
         anchor_weights=anchor_weights,
         candidate_weights=candidate_weights,
         self_index=self_index,
-        include_self=include_self,
     )
     check_enough_candidates(inputs)
     return anchors.estimate(spec, inputs, generator, evaluate)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 METRICS = ("euclidean", "sqeuclidean", "cosine", "cityblock")
-SCALES = ("anchor", "batch", "none")
+SCALES = ("anchor", "none")
 OBJECTIVES = ("mse", "l1", "huber", "cross_entropy", "spearman")
 REDUCTIONS = ("mean", "sum", "none")
 METHODS = ("auto", "grid", "scan", "pairs")
@@ -83,9 +85,8 @@ class LossSpec:
         teacher_temperature: teacher's tau; None ranks the teacher hard (ties count 1/2).
         metric: student's distance, a name from METRICS or a callable.
         teacher_metric: teacher's distance; None means the same as `metric`.
-        scale: what distances are divided by: the mean per anchor, over the batch, or nothing.
+        scale: what distances are divided by: the mean of an anchor's, or nothing.
         objective: a name from OBJECTIVES.
-        include_self: whether an anchor ranks itself among its candidates.
         reduction: over anchors, a name from REDUCTIONS.
         num_anchors: how many anchors to draw at random for an unbiased estimate; None takes all.
         method: how a fast backend sums kernels, a name from METHODS.
@@ -101,7 +102,6 @@ class LossSpec:
     teacher_metric: Metric | None = None
     scale: str = "anchor"
     objective: str = "mse"
-    include_self: bool = False
     reduction: str = "mean"
     num_anchors: int | None = None
     method: str = "auto"
@@ -114,15 +114,9 @@ class LossSpec:
         check_metrics(self.metric, self.teacher_metric)
         check_name("scale", self.scale, SCALES)
         check_name("objective", self.objective, OBJECTIVES)
-        check_flag("include_self", self.include_self)
         check_name("reduction", self.reduction, REDUCTIONS)
         if self.num_anchors is not None:
             check_count("num_anchors", self.num_anchors)
-            if self.scale == "batch":
-                raise ValueError(
-                    'num_anchors: expected None with scale="batch", whose mean is over all '
-                    f"anchors; got {self.num_anchors}"
-                )
         check_name("method", self.method, METHODS)
         check_name("backend", self.backend, BACKENDS)
 
@@ -130,3 +124,53 @@ class LossSpec:
     def resolved_teacher_metric(self) -> Metric:
         """The teacher's metric with its default filled in."""
         return self.metric if self.teacher_metric is None else self.teacher_metric
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """Student's and teacher's as the operators take them: 0 ranks the teacher hard."""
+        return self.temperature, self.teacher_temperature or 0.0
+
+    def packed(self, distances: bool = False) -> str:
+        """The options of a row in one word: "metric=cosine,...,method=auto".
+
+        With `distances`, of rows that are given as distances, without the metrics, which may be
+        callables.
+        """
+        parts = [f"{name}={getattr(self, name)}" for name in ROW_OPTIONS]
+        if not distances:
+            parts += [f"metric={self.metric}", f"teacher_metric={self.resolved_teacher_metric}"]
+        return ",".join(parts)
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def unpacked(cls, packed: str, temperature: float, teacher_temperature: float) -> LossSpec:
+        """What was packed, checked; `teacher_temperature` as in `temperatures`.
+
+        Raises:
+            TypeError, ValueError: as on construction; or a name is unknown.
+        """
+        options: dict[str, Any] = {}
+        for part in packed.split(","):
+            name, _, text = part.partition("=")
+            if name in ROW_OPTIONS:
+                options[name] = type(ROW_OPTIONS[name])(text)
+            elif name in ("metric", "teacher_metric"):
+                options[name] = text
+            else:
+                raise ValueError(f"options: expected what LossSpec.packed gives; got {part!r}")
+        soft = None if teacher_temperature == 0 else teacher_temperature
+        return cls(temperature=temperature, teacher_temperature=soft, **options)
+
+
+OF_THEIR_OWN = {"temperature", "teacher_temperature", "metric", "teacher_metric"}
+"""Options that go beside those of a row: numbers, so that another one compiles nothing anew."""
+
+OF_A_CALL = {"reduction", "num_anchors", "backend"}
+"""Options that are done with before a row is computed."""
+
+ROW_OPTIONS: dict[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(LossSpec)
+    if field.name not in OF_THEIR_OWN | OF_A_CALL
+}
+"""The options that the kernels of a row are asked for, and their defaults: strings and numbers."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import distances, objectives, reference
+from . import objectives, reference
 from .inputs import LossInputs, candidates, prepare_inputs
 from .loss import perception_coherence_loss
 from .remembered import remembered
-from .spec import LossSpec, Metric
+from .spec import LossSpec
 
 CASES = ("gaussian", "duplicates", "outlier", "equal", "mean1000", "clustered", "lattice")
 
@@ -99,7 +100,6 @@ def reference_value_and_grad(
     inputs = prepare_inputs(
         _in(dtype, student.detach()),
         _in(dtype, teacher),
-        include_self=spec.include_self,
         **{name: _in(dtype, tensor) for name, tensor in tensors.items()},
     )
     inputs.student.requires_grad_()
@@ -173,75 +173,21 @@ def _backward_by_anchor(
     spec: LossSpec, inputs: LossInputs, coefficients: Tensor, anchors: list[int]
 ) -> Tensor:
     """Accumulate gradients into the inputs' student tensors; return the loss."""
-    student_candidates = candidates(inputs.student, inputs.student_candidates)
-    teacher_candidates = candidates(inputs.teacher, inputs.teacher_candidates)
-    metric, teacher_metric, scale = spec.metric, spec.resolved_teacher_metric, spec.scale
-    student_mean = None
-    if scale == "batch":
-        # With the mean held as a variable of its own, anchors do not depend on one another.
-        student_mean = _batch_mean(inputs, inputs.student, student_candidates, metric, anchors)
-        metric = _divided(metric, student_mean.requires_grad_())
-        if spec.teacher_temperature is not None:
-            teacher_mean = _batch_mean(
-                inputs, inputs.teacher, teacher_candidates, teacher_metric, anchors
-            )
-            teacher_metric = _divided(teacher_metric, teacher_mean)
-        scale = "none"
+    whole = inputs._replace(
+        student_candidates=candidates(inputs.student, inputs.student_candidates),
+        teacher_candidates=candidates(inputs.teacher, inputs.teacher_candidates),
+    )
+    alone = dataclasses.replace(spec, reduction="sum")
     total = inputs.student.new_zeros(())
     for i in anchors:
-        loss = coefficients[i] * reference.perception_coherence_loss(
-            inputs.student[i : i + 1],
-            inputs.teacher[i : i + 1],
-            student_candidates=student_candidates,
-            teacher_candidates=teacher_candidates,
-            candidate_weights=inputs.candidate_weights,
-            self_index=None if inputs.self_index is None else inputs.self_index[i : i + 1],
-            temperature=spec.temperature,
-            teacher_temperature=spec.teacher_temperature,
-            metric=metric,
-            teacher_metric=teacher_metric,
-            scale=scale,
-            objective=spec.objective,
-            reduction="sum",
+        row = slice(i, i + 1)
+        anchor = whole._replace(
+            student=inputs.student[row],
+            teacher=inputs.teacher[row],
+            anchor_weights=None,
+            self_index=None if inputs.self_index is None else inputs.self_index[row],
         )
+        loss = coefficients[i] * reference.evaluate(alone, anchor)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
-    if student_mean is not None and student_mean.grad is not None:
-        _batch_mean(
-            inputs, inputs.student, student_candidates, spec.metric, anchors, student_mean.grad
-        )
     return total
-
-
-def _divided(metric: Metric, mean: Tensor) -> Metric:
-    """The metric over a mean distance."""
-    return lambda a, b: distances.over_mean(distances.pairwise(a, b, metric), mean)
-
-
-def _batch_mean(
-    inputs: LossInputs,
-    points: Tensor,
-    others: Tensor,
-    metric: Metric,
-    anchors: list[int],
-    upstream: Tensor | None = None,
-) -> Tensor:
-    """The batch's mean distance, 0-d and detached; with `upstream`, also its backward pass."""
-
-    def sums(i: int) -> tuple[Tensor, Tensor]:
-        row = distances.pairwise(points[i : i + 1], others, metric)
-        index = None if inputs.self_index is None else inputs.self_index[i : i + 1]
-        weights = distances.pair_weights(row, inputs.candidate_weights, index)
-        own = None if inputs.anchor_weights is None else inputs.anchor_weights[i : i + 1]
-        return distances.weighted_sums(row, weights, own)
-
-    total, weight = points.new_zeros(()), points.new_zeros(())
-    for i in anchors:
-        with torch.no_grad():
-            distance, added = sums(i)
-        total, weight = total + distance, weight + added
-    if upstream is not None:
-        for i in anchors:
-            part = upstream * distances.safe_ratio(sums(i)[0], weight)
-            part.backward()  # type: ignore[no-untyped-call]
-    return distances.safe_ratio(total, weight)

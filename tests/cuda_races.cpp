@@ -32,7 +32,7 @@ struct Problem {
   std::vector<T> x = random<T>(m * width, 1), c = random<T>(n * width, 2), weights = random<T>(n, 3);
   std::vector<T> student = random<T>(m * n, 4), teacher = random<T>(m * n, 5), gradient = student;
   std::vector<T> ones = std::vector<T>(m, 1), points = x, candidates = c;
-  std::vector<double> losses = std::vector<double>(m), pulls = losses, sums = losses, weight_sums = losses;
+  std::vector<double> losses = std::vector<double>(m), sums = losses;
   std::vector<double> anchor_shrinks = losses, candidate_shrinks = std::vector<double>(n);
   std::vector<std::int64_t> self = {0, 1};
   int status = 0;
@@ -53,15 +53,14 @@ struct Problem {
   void rows(Method method, Objective objective, double temperature, bool soft_teacher, bool weighted) {
     const Plan p = plan<T>(current_device(), m, n, method);
     RowTask<T> task{};
-    task.objective = objective;
-    task.scale = Scale::anchor;
-    task.soft_teacher = soft_teacher;
+    task.options.objective = objective;
+    task.options.temperature = temperature;
+    task.options.teacher_temperature = soft_teacher ? temperature : 0;
     task.sums = summation(method, p);
     task.rows = m;
     task.n = n;
     task.student = student.data();
     task.teacher = teacher.data();
-    task.student_units = task.teacher_units = {nullptr, 1 / temperature, nullptr};
     task.weights = weighted ? weights.data() : nullptr;
     task.self = self.data();
     task.coefficients = ones.data();
@@ -69,8 +68,7 @@ struct Problem {
     task.chain_root = true;
     task.gradient = gradient.data();
     task.losses = losses.data();
-    task.pulls = pulls.data();
-    launch(task, p, memory(), nullptr);
+    launch(SmallTask<T>{.row = task, .features = false}, p, memory(), nullptr);
   }
 
   void soft_ranks(Method method, bool backward) {
@@ -95,19 +93,15 @@ struct Problem {
     task.teacher.anchor_shrinks = task.teacher.candidate_shrinks = nullptr;
     task.student_distances = student.data();
     task.teacher_distances = teacher.data();
-    task.row.objective = Objective::mse;
-    task.row.scale = Scale::anchor;
     task.row.sums = summation(Method::automatic, p);
     task.row.rows = m;
     task.row.n = n;
     task.row.student = student.data();
     task.row.teacher = teacher.data();
-    task.row.student_units = task.row.teacher_units = {nullptr, 10, nullptr};
     task.row.coefficients = ones.data();
     task.row.chain = 1;
     task.row.gradient = gradient.data();
     task.row.losses = losses.data();
-    task.row.pulls = pulls.data();
     launch(task, p, memory(), nullptr);
     launch(SmallGradientTask<T>{task.student, m, n, gradient.data(), points.data(), candidates.data(), losses.data(),
                                 ones.data(), &total},
@@ -130,8 +124,7 @@ struct Problem {
   }
 
   void streams() {
-    launch(RowSumsTask<T>{m, n, student.data(), weights.data(), self.data(), sums.data(), weight_sums.data()}, nullptr);
-    launch(DifferenceTask<T>{m, n, width, x.data(), c.data(), student.data(), true, T(1)}, nullptr);
+    launch(RowSumsTask<T>{m, n, student.data(), sums.data()}, nullptr);
     const std::int64_t words = words_of(n);
     std::vector<unsigned> near(m * words);
     std::vector<double> norms(n, 1);
@@ -143,7 +136,6 @@ struct Problem {
     for (unsigned& word : near) word = 0x10003;
     if (n % 32 != 0)
       for (int i = 0; i < m; ++i) near[(i + 1) * words - 1] &= (1u << n % 32) - 1;
-    launch(PullTask<T>{m, n, width, x.data(), c.data(), gradient.data(), n, 1, nullptr, false, points.data()}, nullptr);
     launch(PullTask<T>{m, n, width, x.data(), c.data(), gradient.data(), n, 1, near.data(), false, points.data()},
            nullptr);
     launch(PullTask<T>{n, m, width, c.data(), x.data(), gradient.data(), 1, n, near.data(), true, candidates.data()},

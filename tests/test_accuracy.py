@@ -8,11 +8,10 @@ may happen to be small, and twice an accident is no bound.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,9 +250,9 @@ def test_scale_of_the_features(metric: str, power: int) -> None:
     if metric == "sqeuclidean" and abs(power) > 60:
         pytest.skip("the squares themselves leave float32")
     student, teacher = (make_case("gaussian", 33, 8, seed=i).float() for i in range(2))
-    for objective, scale in itertools.product(("mse", "cross_entropy"), SCALES[:2]):
+    for objective in ("mse", "cross_entropy"):
         # A soft teacher: one draw, in which no near tie of hard ranks shall decide.
-        options: dict[str, Any] = {"metric": metric, "objective": objective, "scale": scale}
+        options: dict[str, Any] = {"metric": metric, "objective": objective}
         options["teacher_temperature"] = 0.1
         truth = evaluate(student.double(), teacher.double(), "reference", **options)
         plain = errors(evaluate(student, teacher, "reference", **options), truth)
@@ -261,7 +260,7 @@ def test_scale_of_the_features(metric: str, power: int) -> None:
         loss, gradient = evaluate(student * 2.0**power, teacher * 2.0**power, **options)
         ours = errors((loss, gradient.double() * 2.0**power), truth)
         for what, error, limit in zip(("loss", "gradient"), ours, limits, strict=True):
-            assert error <= limit, f"{objective} {scale} {what}: {error:.2e} > {limit:.2e}"
+            assert error <= limit, f"{objective} {what}: {error:.2e} > {limit:.2e}"
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -291,22 +290,12 @@ def test_weights_of_extreme_range(scale: str, objective: str) -> None:
 # --- more than one block of anchors ------------------------------------------------------------
 
 
-PIPELINE = Path(__file__).parent.parent / "csrc" / "cpu" / "pipeline.cpp"
-
-
-def anchors_of_a_block() -> int:
-    """The most."""
-    found = re.search(r"kMaxBlock = (\d+);", PIPELINE.read_text())
-    assert found is not None
-    return int(found[1])
-
-
 def in_blocks(metric: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """More anchors than a block takes, and so few candidates that the reference is quick.
 
     Some pairs are near, in the first block and in the second.
     """
-    block = anchors_of_a_block()
+    block = int(importlib.import_module("pcoherence._C").constants()["anchors of a block"])
     m, n = block + 18, 11
     student, teacher = (make_case("gaussian", m, d, seed=d) for d in (9, 4))
     candidates, others = (make_case("gaussian", n, d, seed=d) for d in (9 + m, 4 + m))
@@ -351,7 +340,7 @@ def test_a_second_block_is_as_good_as_the_first(scale: str, metric: str) -> None
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_batch_in_blocks_is_the_batch(metric: str) -> None:
     """Its own points, given as candidates: in blocks, and as rows computed one by one."""
-    n = anchors_of_a_block() + 18
+    n = int(importlib.import_module("pcoherence._C").constants()["anchors of a block"]) + 18
     student, teacher = (make_case("gaussian", n, d, seed=d) for d in (9, 4))
     student[n - 10 : n - 5] = student[:5] * (1 + 1e-9)
     leaf = student.clone().requires_grad_()
@@ -396,7 +385,7 @@ def test_smallest_shapes(objective: str, metric: str) -> None:
         ]
         calls: list[tuple[Tensor, Tensor, dict[str, Any]]] = [
             (x[:2], y[:2], {}),
-            (x[:2], y[:2], {"include_self": True}),
+            (x[:2], y[:2], {"self_index": None}),
             (x, y, {}),
             *((x[2:], y[2:], bank) for bank in banks),
         ]
@@ -413,8 +402,8 @@ def test_the_distance_to_oneself_is_0(metric: str) -> None:
     """Exactly: at a low temperature the root of a rounding would be far from there."""
     student, teacher = (make_case("gaussian", 33, 45, seed=i) for i in range(2))
     student[:9] = 1e-6 * student[:9]
-    for include_self in (True, False):
-        options = {"metric": metric, "include_self": include_self, "temperature": 1e-5}
+    for self_index in (None, "auto"):
+        options = {"metric": metric, "self_index": self_index, "temperature": 1e-5}
         check_against_brute_force(student, teacher, **options)
 
 
@@ -479,7 +468,7 @@ def test_parallel_vectors_tie_in_cosine(width: int, dtype: torch.dtype) -> None:
 def test_repeated_runs_are_identical(metric: str, case: str, dtype: torch.dtype) -> None:
     student = make_case(case, 515, 20, dtype=dtype)
     teacher = make_case("gaussian", 515, 16, dtype=dtype, seed=1)
-    options = {"metric": metric, "scale": "batch", "objective": "cross_entropy"}
+    options = {"metric": metric, "objective": "cross_entropy"}
     first, other = (evaluate(student, teacher, **options) for _ in range(2))
     assert first[1].isfinite().all()
     assert torch.equal(other[0], first[0])
@@ -517,7 +506,7 @@ def test_nan_and_inf_show_where_they_are_seen(side: str, metric: str, bad: float
     """Whoever is compared with them is NaN, whatever the weights; nobody else changes.
 
     In any row, also one of padding, and in any column; among points that are their own candidates
-    all are compared. A batch's mean, where one asks for it, is everybody's who has weight.
+    all are compared.
     """
     for dtype, objective, method, scale, soft, weight, (row, column) in OPTIONS:
         every = {name: make_case("gaussian", 33, 19, dtype=dtype, seed=i)
@@ -542,10 +531,8 @@ def test_nan_and_inf_show_where_they_are_seen(side: str, metric: str, bad: float
             assert gradients[1].isnan().any(1).all()  # every candidate is pulled by that anchor
             clean, expected = evaluate_rows(points, weights, **options)
             allowed = (1e-9, 1e-9) if dtype == torch.float64 else (1e-5, 1e-4)
-            if scale != "batch" or weight == 0 or (side == "teacher" and soft is None):
-                assert relative_error(losses[~anchor], clean[~anchor]) <= allowed[0]
-            if scale != "batch":
-                assert relative_error(gradients[0][~anchor], expected[0][~anchor]) <= allowed[1]
+            assert relative_error(losses[~anchor], clean[~anchor]) <= allowed[0]
+            assert relative_error(gradients[0][~anchor], expected[0][~anchor]) <= allowed[1]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

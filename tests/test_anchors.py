@@ -67,11 +67,6 @@ def test_bad_numbers(value: Any, error: type[Exception]) -> None:
         PerceptionCoherenceLoss(num_anchors=value)
 
 
-def test_not_with_the_mean_over_all_anchors() -> None:
-    with pytest.raises(ValueError, match=r'^num_anchors: expected None with scale="batch"'):
-        PerceptionCoherenceLoss(num_anchors=2, scale="batch")
-
-
 def test_compiled_at_more_sizes_than_torch_compiles_anew_for() -> None:
     torch._dynamo.reset()
     criterion = PerceptionCoherenceLoss(num_anchors=4)

@@ -16,7 +16,7 @@ from torch.library import opcheck
 
 import pcoherence
 from pcoherence import backends, ops
-from pcoherence.spec import METHODS, METRICS, OBJECTIVES, SCALES
+from pcoherence.spec import METHODS, METRICS, OBJECTIVES, SCALES, LossSpec
 from pcoherence.testing import make_case, relative_error
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
@@ -80,27 +80,24 @@ def operator_calls(requires_grad: bool, weighted: bool) -> dict[str, tuple[Any, 
     d = make_case("gaussian", 5, 6, seed=5).abs().requires_grad_(requires_grad)
     d_teacher = make_case("gaussian", 5, 6, seed=6).abs()
     coefficients = torch.rand(5, dtype=torch.float64)
-    a, w = (torch.rand(5).double(), torch.rand(6).double()) if weighted else (None, None)
+    w = torch.rand(6).double() if weighted else None
     index = torch.tensor([0, 1, -1, 3, 5]) if weighted else None
     points = (x, bank, y, y_bank) if weighted else (x, None, y, None)
-    temperatures = (0.2, 0.3 if weighted else 0.0)
-    names = ("euclidean", "cosine", "anchor", "mse", "auto")
+    others = (coefficients, w, index, 0.2, 0.3 if weighted else 0.0)
+    options = LossSpec(teacher_metric="cosine").packed()
     return {
-        "sum": (
-            ops.native.coherence_sum,
-            (*points, coefficients, a, w, index, *temperatures, *names, True, weighted),
-        ),
-        "rows": (ops.native.coherence_rows, (*points, a, w, index, *temperatures, *names)),
+        "sum": (ops.native.coherence, (*points, *others, options, False, True, weighted)),
+        "rows": (ops.native.coherence, (*points, *others, options, False, False, False)),
         "sum_from_distances": (
-            ops.native.coherence_sum_from_distances,
-            (d, d_teacher, coefficients, w, index, *temperatures, *names[2:], True),
+            ops.native.coherence,
+            (d, None, d_teacher, None, *others, options, True, True, False),
         ),
         "rows_from_distances": (
-            ops.native.coherence_rows_from_distances,
-            (d, d_teacher, w, index, *temperatures, *names[2:]),
+            ops.native.coherence,
+            (d, None, d_teacher, None, *others, options, True, False, False),
         ),
-        "soft_rank": (ops.native.soft_rank, (d, w, 0.3, "auto")),
-        "soft_rank_backward": (ops.native.soft_rank_backward, (d, w, d_teacher, 0.3, "auto")),
+        "soft_rank": (ops.native.soft_rank, (d, w, None, 0.3, "auto")),
+        "soft_rank_backward": (ops.native.soft_rank, (d, w, d_teacher, 0.3, "auto")),
     }
 
 
@@ -116,11 +113,25 @@ def test_opcheck(name: str, requires_grad: bool, weighted: bool) -> None:
     opcheck(operator, arguments, test_utils=checks)
 
 
-def test_sum_without_its_gradient_flag_raises_in_backward() -> None:
-    operator, arguments = operator_calls(True, False)["sum"]
-    total, *_ = operator(*arguments[:-2], False, False)
-    with pytest.raises(RuntimeError, match="gradient flag off"):
+def test_one_gradient_flag_of_two_raises_in_backward() -> None:
+    operator, arguments = operator_calls(True, True)["sum"]
+    total, *_ = operator(*arguments[:-2], True, False)
+    with pytest.raises(RuntimeError, match="turn on the flags of both"):
         total.backward()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_without_flags_both_total_and_losses_have_gradients(weighted: bool) -> None:
+    """By a second pass, and what arrives for one is added to what arrives for the other."""
+    operator, arguments = operator_calls(True, weighted)["rows"]
+    leaves = [tensor for tensor in arguments[:2] if tensor is not None]
+    coefficients, upstream = arguments[4], torch.rand(5, dtype=torch.float64)
+    total, losses, *_ = operator(*arguments)
+    torch.testing.assert_close(total, coefficients @ losses)
+    found = torch.autograd.grad(3 * total + upstream @ losses, leaves)
+    flagged = (*arguments[:4], 3 * coefficients + upstream, *arguments[5:-2], True, weighted)
+    for ours, theirs in zip(found, operator(*flagged)[2:], strict=False):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +157,7 @@ def test_double_backward_of_soft_rank_raises() -> None:
     "options",
     [
         {},
-        {"reduction": "none", "scale": "batch"},
+        {"reduction": "none", "scale": "none"},
         {"metric": quartic},
         {"objective": "spearman", "teacher_temperature": 0.2, "anchor_weights": torch.rand(9)},
     ],

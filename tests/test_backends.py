@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import pcoherence
-from pcoherence import backends, ops
+from pcoherence import backends, ops, spec
 from pcoherence.__main__ import report
 from pcoherence.backends import triton
+from pcoherence.inputs import prepare_inputs
 from pcoherence.spec import BACKENDS, METHODS
 
 X = torch.randn(5, 3)
@@ -124,8 +125,8 @@ def test_a_metric_that_is_not_ported_goes_by_blocks(
     cpu_backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It costs what a callable costs, not what the reference does, and takes any method."""
-    known = dict(backends.cpu.CpuBackend().known())
-    monkeypatch.setattr(backends.cpu, "_NAMES", known | {"metric": ["euclidean"]})
+    known = dict(backends.cpu.CpuBackend().ported())
+    monkeypatch.setattr(backends.cpu, "_PORTED", known | {"metric": ["euclidean"]})
     found = pcoherence.perception_coherence_loss(
         X, X.roll(1, 0), metric="cityblock", method="scan", backend=cpu_backend
     )
@@ -162,15 +163,29 @@ def test_a_warning_that_is_an_error_is_given_again(monkeypatch: pytest.MonkeyPat
                 pcoherence.soft_rank(X)
 
 
-@pytest.mark.parametrize("operators", [ops.native, triton.OPERATORS], ids=["native", "triton"])
-def test_distances_that_are_given_have_no_mean_over_a_batch(
-    operators: ops.Operators, cpu_backend: str
-) -> None:
-    """The operators see a block of them."""
-    if operators is triton.OPERATORS and "cpu" not in triton.DEVICES:
+@pytest.mark.parametrize("backend", [b for b in backends.REGISTRY if b != "reference"])
+def test_what_is_not_ported_is_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options and names that the definition has before the kernels have them."""
+    inputs = prepare_inputs(X, X)
+    adapter = backends.REGISTRY[backend]
+    monkeypatch.setattr(adapter, "refuses", lambda tensor: None)
+    monkeypatch.setattr(spec, "OBJECTIVES", (*spec.OBJECTIVES, "l7"))
+    assert adapter.supports(spec.LossSpec(), inputs) is None
+    assert "objective 'l7'" in str(adapter.supports(spec.LossSpec(objective="l7"), inputs))
+    monkeypatch.setitem(spec.ROW_OPTIONS, "slant", 0.0)
+    for value, expected in ((0.0, None), (0.5, "slant 0.5 is not part of its kernels yet")):
+        monkeypatch.setattr(spec.LossSpec, "slant", value, raising=False)
+        assert adapter.supports(spec.LossSpec(), inputs) == expected
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_kernels_refuse_a_name_that_they_do_not_know(backend: str, cpu_backend: str) -> None:
+    """Called directly, instead of computing something else."""
+    if backend == "triton" and "cpu" not in triton.DEVICES:
         pytest.skip("triton's interpreter is off")
-    rows = torch.rand(3, 4)
-    with pytest.raises((ValueError, RuntimeError), match="scale"):
-        operators.coherence_rows_from_distances(
-            rows, rows, None, None, 0.1, 0.0, "batch", "mse", "auto"
+    operators = ops.native if backend == "cpu" else triton.OPERATORS
+    options = spec.LossSpec().packed().replace("mse", "l7")
+    with pytest.raises((ValueError, RuntimeError), match="objective"):
+        operators.coherence(
+            X, None, X, None, None, None, None, 0.1, 0.0, options, False, False, False
         )

@@ -19,8 +19,7 @@ from emulation import DEVICE, Emulate
 from torch import Tensor
 
 from pcoherence import perception_coherence_loss
-from pcoherence.backends import cuda
-from pcoherence.backends import device as pipeline
+from pcoherence.backends import clouds, cuda, pipeline
 from pcoherence.spec import OBJECTIVES
 from pcoherence.testing import make_case, relative_error
 
@@ -82,7 +81,7 @@ def evaluate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(cuda, "SMALL_CANDIDATES", 0)
         monkeypatch.setattr(pipeline, "BLOCK_BYTES", 1)
         monkeypatch.setattr(pipeline, "MIN_ROWS", 7)  # of 17, so that the last block is smaller
-        monkeypatch.setattr(pipeline, "SYMMETRIC_BYTES", 0)
+        monkeypatch.setattr(clouds, "SYMMETRIC_BYTES", 0)
     return lambda *given, **options: evaluated(
         backend, device, *given, **{"method": method, **options}
     )
@@ -323,41 +322,9 @@ def test_points_that_nearly_coincide_pull_alike(
     compare(evaluate(leaves, constants, metric=metric), reference(leaves, constants, metric=metric))
 
 
-BATCH = (METRICS, (None, 0.3), (False, True), (False, True))
-
-
-@on_all_paths(
-    "metric, soft, rectangular, weighted",
-    covering(*BATCH, strength=3),
-    [("euclidean", 0.3, True, True)],
-)
-def test_the_mean_over_a_batch(
-    metric: str, soft: float | None, rectangular: bool, weighted: bool, evaluate: Evaluate
-) -> None:
-    """It is one of all blocks, and its gradient is a part of theirs; an anchor may be nobody."""
-    leaves, constants = problem(17, rectangular, weighted)
-    constants = {k: 0.2 * v if k.startswith("teacher") else v for k, v in constants.items()}
-    options = {"metric": metric, "scale": "batch", "teacher_temperature": soft}
-    compare(evaluate(leaves, constants, **options), reference(leaves, constants, **options))
-
-
-@on_all_paths("metric", singles(METRICS), singles(["euclidean"]))
-def test_padding_of_nan_is_not_in_the_mean_over_a_batch(metric: str, evaluate: Evaluate) -> None:
-    leaves, constants = problem(17, True, False)
-    others = torch.arange(8) != 3
-    constants["anchor_weights"] = others.double()
-    options = {"metric": metric, "scale": "batch", "reduction": "none"}
-    clean = evaluate(leaves, constants, **options)
-    student = leaves[0].clone()
-    student[3, 2] = math.nan
-    losses, _ = evaluate([student, leaves[1]], constants, **options)
-    assert losses.isnan().tolist() == [i == 3 for i in range(8)]
-    assert relative_error(losses[others], clean[0][others]) <= 1e-12
-
-
 @on_all_paths(
     "scale, rectangular, weighted",
-    list(itertools.product(("anchor", "batch", "none"), (False, True), (False, True))),
+    list(itertools.product(("anchor", "none"), (False, True), (False, True))),
     [("anchor", True, True)],
 )
 def test_distances_that_are_given(
@@ -369,9 +336,8 @@ def test_distances_that_are_given(
     compare(evaluate(leaves, constants, **options), reference(leaves, constants, **options))
 
 
-@on_all_paths("scale, weighted", list(itertools.product(("anchor", "batch"), (False, True))),
-              [("anchor", True)])  # fmt: skip
-def test_a_mean_below_0_divides_nothing(scale: str, weighted: bool, evaluate: Evaluate) -> None:
+@on_all_paths("weighted", singles([False, True]), singles([True]))
+def test_a_mean_below_0_divides_nothing(weighted: bool, evaluate: Evaluate) -> None:
     """Nor does it pull: a callable metric may give similarities, or none at all."""
     leaves, constants = problem(17, True, weighted)
     for shift in (-9.0, 0.0):
@@ -380,7 +346,7 @@ def test_a_mean_below_0_divides_nothing(scale: str, weighted: bool, evaluate: Ev
             return (a @ b.t() if shift else 0 * (a @ b.t())) + shift
 
         options = {"metric": metric, "teacher_metric": "euclidean"}
-        found = evaluate(leaves, constants, scale=scale, **options)
+        found = evaluate(leaves, constants, **options)
         compare(found, reference(leaves, constants, scale="none", **options))
 
 

@@ -28,7 +28,7 @@ def all_pairs(
     """Scaled differences and the teacher's signs over j != k, and differences with j = k too."""
     others = ~torch.eye(N, dtype=torch.bool)
     ours = distances.pairwise(student, student, metric)
-    ours = distances.scaled(ours, others.to(ours.dtype), None, scale)
+    ours = distances.scaled(ours, others.to(ours.dtype), scale)
     ours = ours[others].view(N, N - 1)
     theirs = distances.pairwise(teacher, teacher, metric)[others].view(N, N - 1)
     z = ours[:, :, None] - ours[:, None, :]

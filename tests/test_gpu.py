@@ -19,7 +19,7 @@ from torch.autograd import gradcheck
 
 import pcoherence
 from benchmarks.gpu import device
-from pcoherence.backends import device as pipeline
+from pcoherence.backends import clouds, pipeline
 from pcoherence.spec import METRICS, OBJECTIVES, SCALES
 from pcoherence.testing import (
     CASES,
@@ -114,7 +114,7 @@ def test_metrics_scales_and_weights(
     weights = torch.randint(3, (37,), generator=generator).to(dtype)
     for n, options in (
         (37, {"anchor_weights": weights, "candidate_weights": weights.flip(0)}),
-        (37, {"include_self": True}),
+        (37, {"self_index": None}),
     ):
         check(
             student[:n],
@@ -221,11 +221,11 @@ def test_distances_held_at_once_or_in_blocks(
 ) -> None:
     """More anchors than a block has, and than are mirrored at a time; some pairs are near."""
     monkeypatch.setattr(pipeline, "BLOCK_BYTES", 8 << 20)
-    monkeypatch.setattr(pipeline, "MIRRORED_WIDTH", 16)
+    monkeypatch.setattr(clouds, "MIRRORED_WIDTH", 16)
     if not symmetric:
-        monkeypatch.setattr(pipeline, "SYMMETRIC_BYTES", 0)
-    n = 2 * pipeline.MIRRORED_ROWS + 11
-    student = make_case("clustered", n, pipeline.MIRRORED_WIDTH, dtype=torch.float32)
+        monkeypatch.setattr(clouds, "SYMMETRIC_BYTES", 0)
+    n = 2 * clouds.MIRRORED_ROWS + 11
+    student = make_case("clustered", n, clouds.MIRRORED_WIDTH, dtype=torch.float32)
     teacher = make_case("gaussian", n, 33, dtype=torch.float32, seed=1)
     anchors = torch.zeros(n)
     anchors[:: n // 5] = 1.0

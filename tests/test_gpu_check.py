@@ -597,7 +597,7 @@ def test_stand_ins_have_the_methods_of_those_they_stand_for() -> None:
     for name, methods in device.BACKENDS.items():
         stand_in = device.StandIn(name)
         assert stand_in.name == name
-        assert stand_in.known()["method"] == methods
+        assert stand_in.ported()["method"] == methods
 
 
 @needs_process_groups

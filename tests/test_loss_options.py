@@ -192,10 +192,10 @@ def test_tied_teachers(cpu_backend: str, case: str, dtype: torch.dtype) -> None:
         check(cpu_backend, [student], {"teacher": teacher}, metric=metric)
 
 
-@pytest.mark.parametrize("include_self", [False, True])
-def test_include_self(cpu_backend: str, include_self: bool) -> None:
+@pytest.mark.parametrize("self_index", ["auto", None, torch.arange(17).roll(1)], ids=str)
+def test_who_is_left_out(cpu_backend: str, self_index: Tensor | str | None) -> None:
     leaves, constants = problem(17, torch.float64, rectangular=False, weighted=False)
-    check(cpu_backend, leaves, constants, include_self=include_self)
+    check(cpu_backend, leaves, constants | {"self_index": self_index})
 
 
 def quartic(a: Tensor, b: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def test_callable_metric_by_blocks(
     scale: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pcoherence.backends.operators.BLOCK_ELEMENTS", 300)  # several blocks
+    monkeypatch.setattr("pcoherence.backends.blocks.BLOCK_ELEMENTS", 300)  # several blocks
     leaves, constants = problem(17, torch.float64, rectangular, weighted=True)
     for teacher_temperature in (None, 0.3):
         check(

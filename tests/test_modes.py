@@ -65,7 +65,7 @@ CALLS: dict[str, Call] = {
     "own candidates": loss(
         "self_index", "student_candidates", "teacher_candidates", reduction="none"
     ),
-    "soft teacher, batch": loss(teacher_temperature=0.2, scale="batch"),
+    "soft teacher, no scale": loss(teacher_temperature=0.2, scale="none"),
     "callable": loss("anchor_weights", metric=cubic, reduction="none"),
     "reference": loss(*WEIGHTED, backend="reference", teacher_temperature=0.2, reduction="none"),
     "bank": with_bank,

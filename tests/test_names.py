@@ -20,6 +20,7 @@ from pcoherence import (
     soft_rank,
     spec,
 )
+from pcoherence.backends import points
 from pcoherence.inputs import LossInputs
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
@@ -27,7 +28,10 @@ pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 def test_option_names() -> None:
     """C++ knows the same names in the same order; metrics may still have to be ported."""
-    known = importlib.import_module("pcoherence._C").names()
+    known = importlib.import_module("pcoherence._C").options()
+    assert set(known) == {*spec.ROW_OPTIONS, "metric", "teacher_metric"}
+    assert all(type(spec.ROW_OPTIONS[name]) is float for name, names in known.items() if not names)
+    assert known["teacher_metric"] == known["metric"]
     assert known["metric"] == list(spec.METRICS)[: len(known["metric"])]
     assert known["scale"] == list(spec.SCALES)
     assert known["objective"] == list(spec.OBJECTIVES)
@@ -54,8 +58,9 @@ def test_every_signature_has_the_options_and_defaults_of_the_spec() -> None:
 def rows(student: Tensor, teacher: Tensor, objective: str, backend: str) -> Tensor:
     """Losses [m] of given distances [m, n] that nothing scales; temperature 1."""
     if backend == "cpu":
-        options = (1.0, 0.0, "none", objective, "pairs")
-        return ops.native.coherence_rows_from_distances(student, teacher, None, None, *options)
+        asked = spec.LossSpec(temperature=1.0, scale="none", objective=objective, method="pairs")
+        options = *asked.temperatures, asked.packed(distances=True), True, False, False
+        return ops.native.coherence(student, None, teacher, None, None, None, None, *options)[1]
     return objectives.FUNCTIONS[objective](student, teacher, torch.ones_like(student), 1.0, None)
 
 
@@ -82,7 +87,13 @@ def test_spearman_floor(epsilons: float) -> None:
     assert math.isclose(ours, expected, abs_tol=0.1), f"{ours} here, {expected} in the reference"
 
 
-def test_resolution() -> None:
-    extension = importlib.import_module("pcoherence._C")
-    for dtype, resolution in objectives.RESOLUTION.items():
-        assert extension.constants()[f"resolution {str(dtype)[6:]}"] == resolution
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_constants(dtype: torch.dtype) -> None:
+    """Those that are stated again where C++ cannot be asked: in the reference and for Triton."""
+    known = importlib.import_module("pcoherence._C").constants()
+    name = str(dtype)[6:]
+    assert known[f"resolution {name}"] == objectives.RESOLUTION[dtype]
+    assert known["huber delta"] == objectives.HUBER_DELTA
+    assert known["spearman floor"] == objectives.SPEARMAN_FLOOR
+    near = known[f"nearness {name}"], known[f"gradient nearness {name}"]
+    assert near == points.NEARNESS[dtype]

@@ -33,6 +33,10 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+NO_GRADIENT = 1e-3
+"""Of a few points it may vanish but for rounding, where features and the loss are near 1."""
+
+
 def value_and_grad(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     leaf = student.detach().clone().requires_grad_()
     loss = pcoherence.perception_coherence_loss(leaf, teacher, **options)
@@ -54,20 +58,20 @@ def test_permuting_points_permutes_gradients(
     loss, gradient = value_and_grad(student, teacher, **options)
     permuted, permuted_gradient = value_and_grad(student[order], teacher[order], **options)
     assert relative_error(permuted, loss) < 1e-9
-    assert relative_error(permuted_gradient, gradient[order]) < 1e-8
+    assert relative_error(permuted_gradient, gradient[order], NO_GRADIENT) < 1e-8
 
 
 @quick
-@given(n=sizes, seed=seeds, objective=objectives, scale=st.sampled_from(["anchor", "batch"]))
+@given(n=sizes, seed=seeds, objective=objectives)
 def test_translation_and_scale_change_nothing(
-    backend: str, n: int, seed: int, objective: str, scale: str
+    backend: str, n: int, seed: int, objective: str
 ) -> None:
     student, teacher = points(n, seed)
-    options = {"objective": objective, "scale": scale, "backend": backend}
+    options = {"objective": objective, "backend": backend}
     loss, gradient = value_and_grad(student, teacher, **options)
     moved, moved_gradient = value_and_grad(4 * student + 3, 0.5 * teacher - 1, **options)
     assert relative_error(moved, loss) < 1e-9
-    assert relative_error(4 * moved_gradient, gradient) < 1e-8
+    assert relative_error(4 * moved_gradient, gradient, NO_GRADIENT) < 1e-8
     # Translation invariance makes forces balance; scale invariance makes them do no work.
     assert float(gradient.sum(0).abs().max()) < 1e-10
     assert abs(float((gradient * student).sum())) < 1e-10
@@ -82,19 +86,18 @@ def test_padding_changes_nothing(
     padding = make_case("outlier", 3, 3, seed=seed), make_case("outlier", 3, 4, seed=seed)
     weights = torch.ones(n + 3)
     weights[n:] = 0
-    for scale in ("anchor", "batch"):
-        options = {"objective": objective, "metric": metric, "backend": backend, "scale": scale}
-        loss, gradient = value_and_grad(student, teacher, **options)
-        padded, padded_gradient = value_and_grad(
-            torch.cat([student, padding[0]]),
-            torch.cat([teacher, padding[1]]),
-            anchor_weights=weights,
-            candidate_weights=weights,
-            **options,
-        )
-        assert relative_error(padded, loss) < 1e-9
-        assert relative_error(padded_gradient[:n], gradient) < 1e-8
-        assert (padded_gradient[n:] == 0).all()
+    options = {"objective": objective, "metric": metric, "backend": backend}
+    loss, gradient = value_and_grad(student, teacher, **options)
+    padded, padded_gradient = value_and_grad(
+        torch.cat([student, padding[0]]),
+        torch.cat([teacher, padding[1]]),
+        anchor_weights=weights,
+        candidate_weights=weights,
+        **options,
+    )
+    assert relative_error(padded, loss) < 1e-9
+    assert relative_error(padded_gradient[:n], gradient, NO_GRADIENT) < 1e-8
+    assert (padded_gradient[n:] == 0).all()
 
 
 @quick

@@ -7,17 +7,18 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import plain_points
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcoherence
-from pcoherence.backends import device as pipeline
-from pcoherence.backends import points
-from pcoherence.backends.cuda import CudaRowKernels
+from pcoherence.backends import clouds
+from pcoherence.backends.cuda import PORTED, CudaRowKernels
 from pcoherence.backends.device_operators import Implementation
 from pcoherence.backends.products import full_float32, multiply
+from pcoherence.spec import LossSpec
 
 cudas_own = torch.backends.cuda.matmul
 
@@ -94,36 +95,30 @@ class PlainKernels(CudaRowKernels):
         return super().__getattribute__(name)
 
     def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: Any) -> Any:
-        return points.prepare(anchors, candidates, traits)
+        return plain_points.prepare(anchors, candidates, traits)
 
     def product_distances(self, out: Tensor, products: Tensor, *_: Any) -> None:
         out.copy_(products)
 
-    def row_sums(self, matrix: Tensor, weights: Any) -> tuple[Tensor, Tensor]:
-        return matrix.double().sum(1), torch.ones(matrix.shape[0], dtype=torch.float64)
+    def row_sums(self, matrix: Tensor) -> Tensor:
+        return matrix.double().sum(1)
 
-    def anchors(self, options: Any, student: Tensor, *_: Any) -> pipeline.RowResults:
-        zeros = torch.zeros(student.shape[0], dtype=torch.float64)
-        return pipeline.RowResults(zeros, zeros)
-
-    def takes_differences(self, method: str, n: int) -> bool:
-        return False
+    def anchors(self, spec: Any, rows: Any, *_: Any) -> Tensor:
+        return torch.zeros(rows.student.shape[0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_no_product_sees_it(switch: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not symmetric:
-        monkeypatch.setattr(pipeline, "SYMMETRIC_BYTES", 0)
+        monkeypatch.setattr(clouds, "SYMMETRIC_BYTES", 0)
     SWITCHES[switch]()
     before = state()
     x, y = torch.randn(9, 4), torch.randn(9, 5)
-    operators = Implementation(PlainKernels(), ("auto",))
-    options = (0.1, 0.0, "euclidean", "euclidean", "anchor", "mse", "auto")
+    operators = Implementation(PlainKernels(), PORTED)
+    options = 0.1, 0.0, LossSpec().packed(), False
     with Products() as products:
-        operators.coherence_sum(
-            x, None, y, None, torch.ones(9), None, None, None, *options, True, False
-        )
+        operators.coherence(x, None, y, None, torch.ones(9), None, None, *options, True, False)
     # X X^T, Y Y^T, and of V with X one product where it is symmetric, else two.
     assert products.seen == ["ieee"] * (3 if symmetric else 4)
     assert state() == before

@@ -5,17 +5,17 @@ The interpreter takes a few tenths of a second a call: options are covered in pa
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import math
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy
+import plain_points
 import pytest
 import torch
 from covering import covering
@@ -32,7 +32,7 @@ from torch import Tensor
 
 import pcoherence
 from pcoherence import perception_coherence_loss, soft_rank
-from pcoherence.spec import OBJECTIVES, SCALES
+from pcoherence.spec import OBJECTIVES, SCALES, LossSpec
 from pcoherence.testing import (
     CASES,
     make_case,
@@ -46,9 +46,8 @@ if importlib.util.find_spec("triton") is None:
 if pcoherence.available_backends()["triton"] is not None:
     pytest.skip(str(pcoherence.available_backends()["triton"]), allow_module_level=True)
 
-from pcoherence.backends import REGISTRY
-from pcoherence.backends import device as pipeline
-from pcoherence.backends.points import NEARNESS, first_identical, row_hashes
+from pcoherence.backends import REGISTRY, clouds, pipeline
+from pcoherence.backends.points import first_identical
 from pcoherence.backends.triton import TritonBackend
 from pcoherence.kernels import tables
 from pcoherence.kernels.launch import row_kernels
@@ -192,12 +191,12 @@ def test_one_anchor() -> None:
 def test_blocks_of_anchors(method: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "BLOCK_BYTES", 1)
     monkeypatch.setattr(pipeline, "MIN_ROWS", 7)
-    monkeypatch.setattr(pipeline, "MIRRORED_ROWS", 9)
-    monkeypatch.setattr(pipeline, "MIRRORED_WIDTH", 5)  # the student's, not the teacher's
+    monkeypatch.setattr(clouds, "MIRRORED_ROWS", 9)
+    monkeypatch.setattr(clouds, "MIRRORED_WIDTH", 5)  # the student's, not the teacher's
     if not symmetric:
-        monkeypatch.setattr(pipeline, "SYMMETRIC_BYTES", 0)
+        monkeypatch.setattr(clouds, "SYMMETRIC_BYTES", 0)
     leaves, constants = problem(17, torch.float64, rectangular=False, weighted=True)
-    check(leaves, constants, method, scale="batch", teacher_temperature=0.3)
+    check(leaves, constants, method, scale="none", teacher_temperature=0.3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -351,10 +350,10 @@ def test_memory_layout_and_repetition_do_not_matter(method: str) -> None:
     leaves, constants = problem(33, torch.float32, rectangular=True, weighted=True)
     strided = [leaf.t().contiguous().t() for leaf in leaves]
     others = {name: value.repeat_interleave(2, 0)[::2] for name, value in constants.items()}
-    first = evaluate(leaves, constants, method=method, scale="batch")
+    first = evaluate(leaves, constants, method=method)
     for again in (
-        evaluate(leaves, constants, method=method, scale="batch"),
-        evaluate(strided, others, method=method, scale="batch"),
+        evaluate(leaves, constants, method=method),
+        evaluate(strided, others, method=method),
     ):
         assert torch.equal(first[0], again[0])
         assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
@@ -440,22 +439,22 @@ def test_operators_keep_the_rules_of_torch(method: str) -> None:
     )
     y, z = y[:4], z[:6]
     ones, nobody = torch.ones(4, device=DEVICE), torch.full((4,), -1, device=DEVICE)
-    options = (0.1, 0.0, "euclidean", "cosine", "anchor", "mse", method)
+    hard, soft = LossSpec(teacher_metric="cosine"), LossSpec(scale="none", teacher_temperature=0.2)
     distances = torch.cdist(x, c), torch.cdist(y, z)
     x.requires_grad_()
     student = distances[0].clone().requires_grad_()
+
+    def others(spec: LossSpec, *flags: bool) -> tuple[Any, ...]:
+        packed = dataclasses.replace(spec, method=method).packed(distances=flags[0])
+        return (None, nobody, *spec.temperatures, packed, *flags)
+
+    from_distances = student, None, distances[1], None
     for operator, arguments in (
-        (operators.coherence_sum, (x, c, y, z, ones, None, None, nobody, *options, True, False)),
-        (operators.coherence_rows, (x, c, y, z, ones, None, None, *options)),
-        (
-            operators.coherence_sum_from_distances,
-            (student, distances[1], ones, None, nobody, 0.1, 0.0, "anchor", "l1", method, True),
-        ),
-        (
-            operators.coherence_rows_from_distances,
-            (student, distances[1], None, None, 0.1, 0.2, "none", "mse", method),
-        ),
-        (operators.soft_rank, (student, None, 0.1, method)),
+        (operators.coherence, (x, c, y, z, ones, *others(hard, False, True, False))),
+        (operators.coherence, (x, c, y, z, ones, *others(hard, False, False, False))),
+        (operators.coherence, (*from_distances, ones, *others(hard, True, True, False))),
+        (operators.coherence, (*from_distances, None, *others(soft, True, False, False))),
+        (operators.soft_rank, (student, None, None, 0.1, method)),
     ):
         torch.library.opcheck(
             operator,
@@ -516,9 +515,9 @@ def test_what_it_cannot_do_is_refused() -> None:
     assert REGISTRY["triton"].supports_soft_rank(torch.zeros(3, device="meta"), "auto") is not None
     operators = TritonBackend().operators()
     with pytest.raises(ValueError, match="values: expected a contiguous tensor"):
-        operators.soft_rank(points.t(), None, 1.0, "auto")
-    with pytest.raises(ValueError, match="grad: expected shape"):
-        operators.soft_rank_backward(points, None, points[1:], 1.0, "auto")
+        operators.soft_rank(points.t(), None, None, 1.0, "auto")
+    with pytest.raises(ValueError, match="upstream: expected shape"):
+        operators.soft_rank(points, None, points[1:], 1.0, "auto")
 
 
 def test_without_gpu_and_interpreter_it_says_so() -> None:
@@ -527,15 +526,6 @@ def test_without_gpu_and_interpreter_it_says_so() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.startswith("no CUDA device, and triton's interpreter is off")
-
-
-@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "float"), (torch.float64, "double")])
-def test_nearness_is_that_of_the_native_backends(dtype: torch.dtype, name: str) -> None:
-    header = (Path(__file__).parent.parent / "csrc/distances.h").read_text()
-    found = re.search(rf"Nearness<{name}> {{[^=]*distance = ([^,]*), gradient = ([^;]*);", header)
-    assert found is not None
-    values = [eval(text.replace("f", "")) for text in found.groups()]
-    assert values == list(NEARNESS[dtype])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-12), (torch.float64, 4e-15)])
@@ -550,4 +540,4 @@ def test_series_of_the_scan(dtype: torch.dtype, tolerance: float) -> None:
 
 def test_first_identical_row() -> None:
     rows = torch.tensor([[1.0, 2.0], [0.0, 1.0], [1.0, 2.0], [2.0, 1.0], [0.0, 1.0], [1.0, 2.0]])
-    assert first_identical(rows, row_hashes(rows)).tolist() == [0, 1, 0, 3, 1, 0]
+    assert first_identical(rows, plain_points.row_hashes(rows)).tolist() == [0, 1, 0, 3, 1, 0]

@@ -77,9 +77,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from pcoherence.backends.device_operators import implement
+from pcoherence.backends.device_operators import Implementation, register
+from pcoherence.backends.triton import PORTED
 from pcoherence.kernels import launch, offline, tuning
 from pcoherence.ops import Operators
+from pcoherence.spec import LossSpec
 
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -97,13 +99,13 @@ driver.set_active(Driver())
 JITFunction._do_compile = compile
 launch.tiles = lambda dtype, on_gpu: tuning.tiles(dtype, True)
 operators = Operators("pcoherence_as_launched")
-implement(operators, launch.row_kernels(), ("scan", "pairs"), "CPU")
+register(operators, Implementation(launch.row_kernels(), PORTED), "CPU")
 for size in offline.SIZES:
     for method in ("pairs", "scan"):
         x, y = (torch.zeros(size) for _ in range(2))
-        options = (0.1, 0.0, "euclidean", "euclidean", "anchor", "spearman", method)
-        operators.coherence_sum(x, None, y, None, torch.ones(size[0]), None, None, None,
-                                *options, True, True)
+        spec = LossSpec(objective="spearman", method=method)
+        operators.coherence(x, None, y, None, None, None, None, *spec.temperatures,
+                            spec.packed(), False, True, True)
 launched = dict.fromkeys(name for name, _, _ in compiled)
 """
 

@@ -75,7 +75,6 @@ WRONG: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("scale", ValueError, {"scale": "mean"}),
     ("scale", TypeError, {"scale": None}),
     ("objective", ValueError, {"objective": "l2"}),
-    ("include_self", TypeError, {"include_self": 1}),
     ("reduction", ValueError, {"reduction": "avg"}),
     ("method", ValueError, {"method": "sort"}),
     ("backend", ValueError, {"backend": "mps"}),

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from pcoherence import backends
-from pcoherence.backends import triton
+from pcoherence.backends import cuda, triton
 from pcoherence.backends.cpu import CpuBackend
+from pcoherence.backends.operators import Ported
 from pcoherence.inputs import LossInputs
-from pcoherence.spec import METHODS, LossSpec
+from pcoherence.spec import LossSpec
 
 REHEARSAL = os.environ.get("PCOHERENCE_REHEARSAL") == "1"
 DEVICE = "cpu" if REHEARSAL else "cuda"
-BACKENDS = {"cuda": METHODS, "triton": triton.METHODS}
+BACKENDS = {"cuda": cuda.PORTED["method"], "triton": triton.PORTED["method"]}
 """The GPU backends and their methods."""
 
 PAIRS_MOST = 600
@@ -37,9 +38,9 @@ class StandIn(CpuBackend):
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def known(self) -> dict[str, Any]:
+    def ported(self) -> Ported:
         """As the backend that it stands for."""
-        return {**super().known(), "method": BACKENDS[self.name]}
+        return {**super().ported(), "method": BACKENDS[self.name]}
 
     def loss(self, spec: LossSpec, inputs: LossInputs) -> Tensor:
         """As the CPU backend."""

@@ -9,8 +9,11 @@
 #include <map>
 #include <string>
 
+#include "../distances.h"
 #include "../objectives.h"
-#include "../spec.h"
+#include "../options.h"
+#include "../soft_ranks.h"
+#include "pipeline.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -35,12 +38,17 @@ std::map<std::string, std::string> build_info() {
           {"instruction set in use", kernels().isa}};
 }
 
-template <std::size_t N>
-std::vector<std::string> list(const std::array<std::string_view, N>& names) {
-  return {names.begin(), names.end()};
+std::map<std::string, std::vector<std::string>> known_options() {
+  std::map<std::string, std::vector<std::string>> found;
+  Options options;
+  for_each_option(options, [&](std::string_view option, const auto& names, auto&) {
+    auto& list = found[std::string(option)];
+    if constexpr (!std::is_same_v<std::decay_t<decltype(names)>, Number>) list.assign(names.begin(), names.end());
+  });
+  return found;
 }
 
-const Kernels& named(const std::string& isa) {
+const Kernels& kernels_for(const std::string& isa) {
   for (const Kernels* k : supported_kernels())
     if (isa == k->isa) return *k;
   throw py::value_error("isa: this processor has no '" + isa + "'");
@@ -66,7 +74,7 @@ std::pair<Array<T>, double> hard_ranks(const Array<T>& values, const Array<T>& w
   Workspace ws;
   Buffer buffer;
   T* out = buffer.need<T>(padded(v.size));
-  const double ties = named(isa).of<T>().hard_ranks(v.data, candidate_weights<T>(w.data, w.size), out, ws);
+  const double ties = kernels_for(isa).of<T>().hard_ranks(v.data, candidate_weights<T>(w.data, w.size), out, ws);
   return {Array<T>(v.size, out), ties};
 }
 
@@ -74,16 +82,14 @@ std::pair<Array<T>, double> hard_ranks(const Array<T>& values, const Array<T>& w
 template <class T>
 Array<T> soft_rank(const Array<T>& values, const Array<T>& weights, const std::optional<Array<T>>& upstream,
                    double temperature, const std::string& method, const std::string& isa) {
-  const int parsed = find_name(kMethodNames, method);
-  if (parsed < 0) throw py::value_error("method: unknown name '" + method + "'");
   if (weights.size() != values.size() || (upstream && upstream->size() != values.size()))
     throw py::value_error("weights, upstream: expected as many as values");
   Array<T> out(values.size());
   Workspace ws;
-  const Status status =
-      named(isa).of<T>().soft_rank({values.data(), weights.data(), upstream ? upstream->data() : nullptr,
-                                    out.mutable_data(), values.size(), temperature, static_cast<Method>(parsed)},
-                                   ws);
+  const Status status = kernels_for(isa).of<T>().soft_rank(
+      {values.data(), weights.data(), upstream ? upstream->data() : nullptr, out.mutable_data(), values.size(),
+       temperature, named<Method>(kMethodNames, method, "method")},
+      ws);
   if (status != Status::ok) throw py::value_error("method: too many bins for this range and temperature");
   return out;
 }
@@ -105,24 +111,24 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ backend of pcoherence";
   kernels();  // an unknown PCOHERENCE_ISA is an error of the import, which says why there is no backend
   m.def("build_info", &build_info, "Compiler, torch version and instruction sets of this build.");
-  m.def(
-      "names",
-      [] {
-        return std::map<std::string, std::vector<std::string>>{{"metric", list(kMetricNames)},
-                                                               {"scale", list(kScaleNames)},
-                                                               {"objective", list(kObjectiveNames)},
-                                                               {"method", list(kMethodNames)}};
-      },
-      "The option names that the C++ side knows.");
+  m.def("options", &known_options, "The options that the C++ side knows, and for each its names; of a number none.");
   m.def(
       "constants",
       [] {
         return std::map<std::string, double>{{"huber delta", kHuberDelta},
                                              {"resolution float32", kResolution<float>},
                                              {"resolution float64", kResolution<double>},
-                                             {"spearman floor", kSpearmanFloor}};
+                                             {"spearman floor", kSpearmanFloor},
+                                             {"nearness float32", Nearness<float>::distance},
+                                             {"nearness float64", Nearness<double>::distance},
+                                             {"gradient nearness float32", Nearness<float>::gradient},
+                                             {"gradient nearness float64", Nearness<double>::gradient},
+                                             {"series degree float32", kSeriesDegree<float>},
+                                             {"series degree float64", kSeriesDegree<double>},
+                                             {"anchors of a block", kMaxBlock},
+                                             {"pool bytes", kPoolBytes}};
       },
-      "The constants that pcoherence/objectives.py states too.");
+      "Constants that Python states too, or that tests go by.");
   m.def(
       "isas",
       [] {

@@ -106,11 +106,6 @@ void check_vector(const OptionalTensor& t, const char* name, std::int64_t size, 
 // Rows are indexed by int, padding included.
 constexpr std::int64_t kMaxCandidates = std::int64_t(1) << 30;
 
-void check_candidate_count(std::int64_t m, std::int64_t n, const char* name) {
-  check(m == 0 || n >= 2, name, ": expected at least 2 candidates, got ", n);
-  check(n < kMaxCandidates, name, ": expected fewer than 2^30 candidates, got ", n);
-}
-
 template <class T>
 void check_weights(const OptionalTensor& t, const char* name) {
   if (!t) return;
@@ -126,26 +121,6 @@ void check_self_index(const OptionalTensor& t, std::int64_t n) {
   for (std::int64_t i = 0; i < t->numel(); ++i)
     check(index[i] >= -1 && index[i] < n, "self_index: expected -1 or a candidate below ", n, ", got ", index[i],
           " at position ", i);
-}
-
-template <std::size_t N>
-int parse(const std::array<std::string_view, N>& names, const std::string& name, const char* argument) {
-  const int found = find_name(names, name);
-  check(found >= 0, argument, ": unknown name '", name, "'");
-  return found;
-}
-
-LossSpec parse_spec(double temperature, double teacher_temperature, const std::string& scale,
-                    const std::string& objective, const std::string& method) {
-  check(temperature > 0, "temperature: expected a number > 0, got ", temperature);
-  check(teacher_temperature >= 0, "teacher_temperature: expected a number >= 0, got ", teacher_temperature);
-  LossSpec spec;
-  spec.scale = static_cast<Scale>(parse(kScaleNames, scale, "scale"));
-  spec.objective = static_cast<Objective>(parse(kObjectiveNames, objective, "objective"));
-  spec.method = static_cast<Method>(parse(kMethodNames, method, "method"));
-  spec.temperature = temperature;
-  spec.teacher_temperature = teacher_temperature;
-  return spec;
 }
 
 void check_status(Status status) {
@@ -173,30 +148,36 @@ auto dispatch(ScalarType type, const char* name, F&& f) {
   return type == ScalarType::Float ? f(float{}) : f(double{});
 }
 
-// ---------------------------------------------------------------- from features
+// ---------------------------------------------------------------- coherence
 
-// The tensors of one call, checked.
+// The tensors of one call.
 struct Inputs {
-  Tensor student;
+  Tensor student;  // [m, width], or distances [m, n]
   OptionalTensor student_candidates;
   Tensor teacher;
-  OptionalTensor teacher_candidates, anchor_weights, candidate_weights, self_index;
+  OptionalTensor teacher_candidates, coefficients, candidate_weights, self_index;
+  bool distances;
 
   ScalarType type() const { return student.scalar_type(); }
   std::int64_t m() const { return student.size(0); }
-  std::int64_t n() const { return student_candidates ? student_candidates->size(0) : m(); }
+  std::int64_t n() const {
+    return distances ? student.size(1) : student_candidates ? student_candidates->size(0) : m();
+  }
 
-  void check_shapes() const {
+  void check_all() const {
     check_side(student, student_candidates, "student", "student_candidates");
     check_side(teacher, teacher_candidates, "teacher", "teacher_candidates");
     check(teacher.size(0) == m(), "teacher: expected ", m(), " rows, got ", teacher.size(0));
+    check(!distances || teacher.size(1) == n(), "teacher: expected ", n(), " distances, got ", teacher.size(1));
+    check(!distances || !student_candidates, "student_candidates: expected none with distances");
     check(student_candidates.has_value() == teacher_candidates.has_value(),
           "teacher_candidates: expected together with student_candidates, or neither");
     if (teacher_candidates)
       check(teacher_candidates->size(0) == n(), "teacher_candidates: expected ", n(), " rows, got ",
             teacher_candidates->size(0));
-    check_candidate_count(m(), n(), "student");
-    check_vector(anchor_weights, "anchor_weights", m(), type());
+    check(m() == 0 || n() >= 2, "student: expected at least 2 candidates, got ", n());
+    check(n() < kMaxCandidates, "student: expected fewer than 2^30 candidates, got ", n());
+    check_vector(coefficients, "coefficients", m(), type());
     check_vector(candidate_weights, "candidate_weights", n(), type());
     check_vector(self_index, "self_index", m(), ScalarType::Long);
     check_self_index(self_index, n());
@@ -214,163 +195,65 @@ struct Inputs {
   }
 
   template <class T>
-  FeatureInput<T> features(const Tensor& anchors, const OptionalTensor& candidates, const std::string& metric,
-                           const char* argument) const {
-    return {data<T>(anchors),
-            data<T>(candidates),
-            m(),
-            n(),
-            anchors.size(1),
-            static_cast<Metric>(parse(kMetricNames, metric, argument))};
+  FeatureInput<T> features(const Tensor& anchors, const OptionalTensor& candidates, Metric metric) const {
+    return {data<T>(anchors), data<T>(candidates), m(), n(), anchors.size(1), metric};
   }
 
   template <class T>
-  void run(const LossSpec& spec, const std::string& metric, const std::string& teacher_metric,
-           const OptionalTensor& coefficients, Results<T>& results) const {
-    check_weights<T>(anchor_weights, "anchor_weights");
+  void run(const Options& options, Results<T>& results) const {
     check_weights<T>(candidate_weights, "candidate_weights");
-    const Weights<T> weights{data<T>(coefficients), data<T>(anchor_weights), data<T>(candidate_weights),
-                             data<std::int64_t>(self_index)};
-    const auto student_input = features<T>(student, student_candidates, metric, "metric");
-    const auto teacher_input = features<T>(teacher, teacher_candidates, teacher_metric, "teacher_metric");
+    const Weights<T> weights{data<T>(coefficients), data<T>(candidate_weights), data<std::int64_t>(self_index)};
     if (m() == 0) {
       const std::int64_t size = results.gradient_candidates ? student_candidates->numel() : 0;
-      for (std::int64_t i = 0; i < size; ++i) results.gradient_candidates[i] = 0;
+      std::fill_n(results.gradient_candidates, size, T(0));
       return;
     }
     TorchRuntime<T> runtime;
-    check_status(coherence<T>(spec, student_input, teacher_input, weights, results, runtime));
+    if (distances)
+      check_status(coherence_from_distances<T>(options, data<T>(student), data<T>(teacher), m(), n(), weights, results,
+                                               runtime));
+    else
+      check_status(coherence<T>(options, features<T>(student, student_candidates, options.metric),
+                                features<T>(teacher, teacher_candidates, options.teacher_metric), weights, results,
+                                runtime));
   }
 };
 
-Tensor scalar(double value, ScalarType type) { return torch::stable::full({}, value, type, std::nullopt, kCpu); }
-
-Tensor gradient_like(bool wanted, const Tensor& features) {
-  return wanted ? new_tensor({features.size(0), features.size(1)}, features.scalar_type())
-                : new_tensor({0}, features.scalar_type());
+Tensor gradient_like(bool wanted, const Tensor& points) {
+  return new_tensor(wanted ? std::vector{points.size(0), points.size(1)} : std::vector{std::int64_t(0)},
+                    points.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> coherence_sum(Tensor student, OptionalTensor student_candidates, Tensor teacher,
-                                                 OptionalTensor teacher_candidates, Tensor coefficients,
-                                                 OptionalTensor anchor_weights, OptionalTensor candidate_weights,
-                                                 OptionalTensor self_index, double temperature,
-                                                 double teacher_temperature, std::string metric,
-                                                 std::string teacher_metric, std::string scale, std::string objective,
-                                                 std::string method, bool grad_student, bool grad_candidates) {
-  const Inputs inputs{student,        student_candidates, teacher,   teacher_candidates,
-                      anchor_weights, candidate_weights,  self_index};
-  inputs.check_shapes();
-  const LossSpec spec = parse_spec(temperature, teacher_temperature, scale, objective, method);
-  check_vector(coefficients, "coefficients", inputs.m(), inputs.type());
+std::tuple<Tensor, Tensor, Tensor, Tensor> coherence_operator(
+    Tensor student, OptionalTensor student_candidates, Tensor teacher, OptionalTensor teacher_candidates,
+    OptionalTensor coefficients, OptionalTensor candidate_weights, OptionalTensor self_index, double temperature,
+    double teacher_temperature, std::string packed, bool distances, bool grad_student, bool grad_candidates) {
+  const Inputs inputs{student,      student_candidates, teacher,    teacher_candidates,
+                      coefficients, candidate_weights,  self_index, distances};
+  inputs.check_all();
+  const Options options = unpacked(packed, temperature, teacher_temperature);
+  grad_candidates = grad_candidates && student_candidates;
+  const Tensor losses = new_tensor({grad_student || grad_candidates ? 0 : inputs.m()}, inputs.type());
   const Tensor student_gradient = gradient_like(grad_student, student);
-  const Tensor candidates_gradient =
-      gradient_like(grad_candidates && student_candidates, student_candidates ? *student_candidates : student);
+  const Tensor candidates_gradient = gradient_like(grad_candidates, student_candidates ? *student_candidates : student);
   const double total = dispatch(inputs.type(), "student", [&](auto zero) {
     using T = decltype(zero);
-    Results<T> results;
-    results.gradient_anchors = mutable_data<T>(student_gradient);
-    results.gradient_candidates = mutable_data<T>(candidates_gradient);
-    inputs.run<T>(spec, metric, teacher_metric, coefficients, results);
+    Results<T> results{mutable_data<T>(losses), mutable_data<T>(student_gradient),
+                       mutable_data<T>(candidates_gradient)};
+    inputs.run<T>(options, results);
     return results.total;
   });
-  return {scalar(total, inputs.type()), student_gradient, candidates_gradient};
-}
-
-Tensor coherence_rows(Tensor student, OptionalTensor student_candidates, Tensor teacher,
-                      OptionalTensor teacher_candidates, OptionalTensor anchor_weights,
-                      OptionalTensor candidate_weights, OptionalTensor self_index, double temperature,
-                      double teacher_temperature, std::string metric, std::string teacher_metric, std::string scale,
-                      std::string objective, std::string method) {
-  const Inputs inputs{student,        student_candidates, teacher,   teacher_candidates,
-                      anchor_weights, candidate_weights,  self_index};
-  inputs.check_shapes();
-  const LossSpec spec = parse_spec(temperature, teacher_temperature, scale, objective, method);
-  const Tensor losses = new_tensor({inputs.m()}, inputs.type());
-  dispatch(inputs.type(), "student", [&](auto zero) {
-    using T = decltype(zero);
-    Results<T> results;
-    results.losses = mutable_data<T>(losses);
-    inputs.run<T>(spec, metric, teacher_metric, std::nullopt, results);
-    return 0;
-  });
-  return losses;
-}
-
-// ---------------------------------------------------------------- from distances
-
-struct DistanceInputs {
-  Tensor student, teacher;
-  OptionalTensor candidate_weights, self_index;
-
-  ScalarType type() const { return student.scalar_type(); }
-  std::int64_t m() const { return student.size(0); }
-  std::int64_t n() const { return student.size(1); }
-
-  void check_shapes(const LossSpec& spec, const OptionalTensor& coefficients) const {
-    check_matrix(student, "student_distances");
-    check_matrix(teacher, "teacher_distances");
-    check(teacher.size(0) == m() && teacher.size(1) == n() && teacher.scalar_type() == type(),
-          "teacher_distances: expected the shape and dtype of student_distances");
-    check_candidate_count(m(), n(), "student_distances");
-    check(spec.scale != Scale::batch, "scale: expected 'anchor' or 'none' for distances, got 'batch'");
-    check_vector(coefficients, "coefficients", m(), type());
-    check_vector(candidate_weights, "candidate_weights", n(), type());
-    check_vector(self_index, "self_index", m(), ScalarType::Long);
-    check_self_index(self_index, n());
-  }
-
-  // losses, gradient: null where not wanted. Returns the total.
-  template <class T>
-  double run(const LossSpec& spec, const OptionalTensor& coefficients, T* losses, T* gradient) const {
-    check_weights<T>(candidate_weights, "candidate_weights");
-    const Weights<T> weights{data<T>(coefficients), nullptr, data<T>(candidate_weights),
-                             data<std::int64_t>(self_index)};
-    double total = 0;
-    TorchRuntime<T> runtime;
-    if (m() > 0)
-      check_status(coherence_from_distances<T>(spec, data<T>(student), data<T>(teacher), m(), n(), weights, losses,
-                                               gradient, total, runtime));
-    return total;
-  }
-};
-
-std::tuple<Tensor, Tensor> coherence_sum_from_distances(Tensor student_distances, Tensor teacher_distances,
-                                                        Tensor coefficients, OptionalTensor candidate_weights,
-                                                        OptionalTensor self_index, double temperature,
-                                                        double teacher_temperature, std::string scale,
-                                                        std::string objective, std::string method, bool grad) {
-  const DistanceInputs inputs{student_distances, teacher_distances, candidate_weights, self_index};
-  const LossSpec spec = parse_spec(temperature, teacher_temperature, scale, objective, method);
-  inputs.check_shapes(spec, coefficients);
-  const Tensor gradient = gradient_like(grad, student_distances);
-  const double total = dispatch(inputs.type(), "student_distances", [&](auto zero) {
-    using T = decltype(zero);
-    return inputs.run<T>(spec, coefficients, nullptr, mutable_data<T>(gradient));
-  });
-  return {scalar(total, inputs.type()), gradient};
-}
-
-Tensor coherence_rows_from_distances(Tensor student_distances, Tensor teacher_distances,
-                                     OptionalTensor candidate_weights, OptionalTensor self_index, double temperature,
-                                     double teacher_temperature, std::string scale, std::string objective,
-                                     std::string method) {
-  const DistanceInputs inputs{student_distances, teacher_distances, candidate_weights, self_index};
-  const LossSpec spec = parse_spec(temperature, teacher_temperature, scale, objective, method);
-  inputs.check_shapes(spec, std::nullopt);
-  const Tensor losses = new_tensor({inputs.m()}, inputs.type());
-  dispatch(inputs.type(), "student_distances", [&](auto zero) {
-    using T = decltype(zero);
-    return inputs.run<T>(spec, std::nullopt, mutable_data<T>(losses), nullptr);
-  });
-  return losses;
+  return {torch::stable::full({}, total, inputs.type(), std::nullopt, kCpu), losses, student_gradient,
+          candidates_gradient};
 }
 
 // ---------------------------------------------------------------- agreement of ranks
 
 Tensor rank_agreement_rows(Tensor student_distances, Tensor teacher_distances, OptionalTensor self_index,
                            std::int64_t nearest) {
-  const DistanceInputs inputs{student_distances, teacher_distances, std::nullopt, self_index};
-  inputs.check_shapes(LossSpec{}, std::nullopt);
+  const Inputs inputs{student_distances, std::nullopt, teacher_distances, std::nullopt,
+                      std::nullopt,      std::nullopt, self_index,        true};
+  inputs.check_all();
   check(nearest >= 1, "nearest: expected at least 1, got ", nearest);
   const std::int64_t m = inputs.m(), n = inputs.n();
   const Tensor out = new_tensor({m, 3}, ScalarType::Double);
@@ -397,8 +280,8 @@ Tensor rank_agreement_rows(Tensor student_distances, Tensor teacher_distances, O
 // ---------------------------------------------------------------- soft ranks
 
 // upstream: absent for the ranks themselves.
-Tensor run_soft_rank(const Tensor& values, const OptionalTensor& weights, const OptionalTensor& upstream,
-                     double temperature, const std::string& method) {
+Tensor soft_rank(Tensor values, OptionalTensor weights, OptionalTensor upstream, double temperature,
+                 std::string method) {
   check_matrix(values, "values");
   const std::int64_t rows = values.size(0), n = values.size(1);
   check(n < kMaxCandidates, "values: expected fewer than 2^30 values in a row, got ", n);
@@ -412,8 +295,8 @@ Tensor run_soft_rank(const Tensor& values, const OptionalTensor& weights, const 
   if (upstream)
     check(upstream->is_contiguous() && upstream->is_cpu() && upstream->numel() == rows * n &&
               upstream->scalar_type() == values.scalar_type(),
-          "grad: expected a contiguous CPU tensor like values");
-  const auto parsed = static_cast<Method>(parse(kMethodNames, method, "method"));
+          "upstream: expected a contiguous CPU tensor like values");
+  const auto parsed = named<Method>(kMethodNames, method, "method");
   const Tensor out = new_tensor({rows, n}, values.scalar_type());
   if (rows * n == 0) return out;
   dispatch(values.scalar_type(), "values", [&](auto zero) {
@@ -427,23 +310,11 @@ Tensor run_soft_rank(const Tensor& values, const OptionalTensor& weights, const 
   return out;
 }
 
-Tensor soft_rank(Tensor values, OptionalTensor weights, double temperature, std::string method) {
-  return run_soft_rank(values, weights, std::nullopt, temperature, method);
-}
-
-Tensor soft_rank_backward(Tensor values, OptionalTensor weights, Tensor grad, double temperature, std::string method) {
-  return run_soft_rank(values, weights, grad, temperature, method);
-}
-
 }  // namespace
 }  // namespace pcoherence
 
 STABLE_TORCH_LIBRARY_IMPL(pcoherence, CPU, m) {
-  m.impl("coherence_sum", PCOH_BOX(&pcoherence::coherence_sum));
-  m.impl("coherence_rows", PCOH_BOX(&pcoherence::coherence_rows));
-  m.impl("coherence_sum_from_distances", PCOH_BOX(&pcoherence::coherence_sum_from_distances));
-  m.impl("coherence_rows_from_distances", PCOH_BOX(&pcoherence::coherence_rows_from_distances));
+  m.impl("coherence", PCOH_BOX(&pcoherence::coherence_operator));
   m.impl("rank_agreement", PCOH_BOX(&pcoherence::rank_agreement_rows));
   m.impl("soft_rank", PCOH_BOX(&pcoherence::soft_rank));
-  m.impl("soft_rank_backward", PCOH_BOX(&pcoherence::soft_rank_backward));
 }

@@ -7,33 +7,37 @@
 
 namespace pcoherence {
 
+// Anchors of a block, at most. Every block reads all candidates again: 128 were a third slower than 512 (measured).
+inline constexpr std::int64_t kMaxBlock = 512;
+
 template <class T>
 struct Weights {
-  const T* coefficients = nullptr;     // [m] of L_i in the total, or null: only the losses are wanted
-  const T* anchors = nullptr;          // [m] or null; counts for scale "batch" only
+  const T* coefficients = nullptr;     // [m] of L_i in the total, or null: ones
   const T* candidates = nullptr;       // [n] or null
   const std::int64_t* self = nullptr;  // [m] candidate excluded, -1 for none, or null
+
+  double coefficient(std::int64_t i) const { return coefficients != nullptr ? double(coefficients[i]) : 1.0; }
 };
 
 // Gradients are written, not added to; null where not wanted.
 template <class T>
 struct Results {
   T* losses = nullptr;               // [m]
-  T* gradient_anchors = nullptr;     // [m, width]; of everything, where the candidates are the anchors
+  T* gradient_anchors = nullptr;     // [m, width]; of everything, where the candidates are the anchors; [m, n] of
+                                     // distances that are given
   T* gradient_candidates = nullptr;  // [n, width]
   double total = 0;
 };
 
 // From features.
 template <class T>
-Status coherence(const LossSpec& spec, const FeatureInput<T>& student, const FeatureInput<T>& teacher,
+Status coherence(const Options& options, const FeatureInput<T>& student, const FeatureInput<T>& teacher,
                  const Weights<T>& weights, Results<T>& results, Runtime<T>& runtime);
 
-// From distances [m, n]; scale "anchor" or "none". gradient [m, n] or null.
+// From distances [m, n].
 template <class T>
-Status coherence_from_distances(const LossSpec& spec, const T* student, const T* teacher, std::int64_t m,
-                                std::int64_t n, const Weights<T>& weights, T* losses, T* gradient, double& total,
-                                Runtime<T>& runtime);
+Status coherence_from_distances(const Options& options, const T* student, const T* teacher, std::int64_t m,
+                                std::int64_t n, const Weights<T>& weights, Results<T>& results, Runtime<T>& runtime);
 
 // values, out: [rows, n]; weights: [rows or 1, n] or null; upstream [rows, n] or null (then ranks, not gradients).
 template <class T>

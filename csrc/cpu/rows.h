@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../spec.h"
+#include "../options.h"
 #include "workspace.h"
 
 namespace pcoherence {
@@ -79,11 +79,9 @@ struct DistanceRow {
 
 template <class T>
 struct AnchorRow {
-  T* student;           // [padded(n)] in: distances; out: the gradient of coefficient * loss, if wanted
-  T* teacher;           // [padded(n)] distances, or for hard ranks anything in the same order
-  std::int64_t self;    // candidate excluded, or -1
-  double student_mean;  // scale "batch": the mean distance; otherwise ignored
-  double teacher_mean;
+  T* student;         // [padded(n)] in: distances; out: the gradient of coefficient * loss, if wanted
+  T* teacher;         // [padded(n)] distances, or for hard ranks anything in the same order
+  std::int64_t self;  // candidate excluded, or -1
   double coefficient;
   bool want_gradient;
   // What a gradient w.r.t. a distance is multiplied by before it is stored: chain, or chain / distance (0 where
@@ -93,7 +91,6 @@ struct AnchorRow {
   // results
   double loss = 0;        // L_i, without the coefficient
   double stored_sum = 0;  // sum of what was stored
-  double mean_pull = 0;   // scale "batch": d (coefficient * loss) / d student_mean
   Status status = Status::ok;
 };
 
@@ -106,11 +103,6 @@ struct SoftRankRow {
   std::int64_t n;
   double temperature;
   Method method;
-};
-
-struct RowSum {
-  double weight = 0;    // W_i
-  double distance = 0;  // sum_k w_k d_k
 };
 
 // The stages, by element type.
@@ -135,11 +127,10 @@ struct RowKernels {
   // The same, with A + A^T in place of A.
   void (*add_transpose)(T* matrix, std::int64_t size, std::int64_t ld, std::int64_t strip);
   double (*sum_row)(const T* row, std::int64_t n);
-  void (*anchor)(const LossSpec&, const CandidateWeights<T>&, AnchorRow<T>&, Workspace&);
+  void (*anchor)(const Options&, const CandidateWeights<T>&, AnchorRow<T>&, Workspace&);
   Status (*soft_rank)(const SoftRankRow<T>&, Workspace&);
   // F_j into out [padded(n)]; returns sum_jk w_j w_k [v_j = v_k]. values [padded(n)], finite, some weight > 0.
   double (*hard_ranks)(const T* values, const CandidateWeights<T>&, T* out, Workspace&);
-  RowSum (*sum)(const T* distances, const CandidateWeights<T>&, std::int64_t self);
 };
 
 struct Kernels {

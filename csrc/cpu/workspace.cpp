@@ -30,10 +30,6 @@ constexpr std::size_t kPooled = 64 << 10;
 // Sizes of pooled blocks are multiples of this, so that calls of nearly the same size share them.
 constexpr std::size_t kPageUnit = 64 << 10;
 
-// What the pool holds at most: the two square blocks of the largest symmetric problem, and a quarter more for features
-// and gradients.
-constexpr std::size_t kPoolBytes = 2 * kSymmetricBytes / 4 * 5;
-
 #if defined(PCOH_MMAP)
 
 Block allocate_pages(std::size_t bytes) {

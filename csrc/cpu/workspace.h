@@ -19,6 +19,10 @@ inline constexpr std::size_t kAlignment = 64;
 // anchors do.
 inline constexpr std::size_t kSymmetricBytes = 64 << 20;
 
+// What the pool holds at most: the two square blocks of the largest symmetric problem, and a quarter more for features
+// and gradients.
+inline constexpr std::size_t kPoolBytes = 2 * kSymmetricBytes / 4 * 5;
+
 // Memory [bytes], aligned; null: none.
 struct Block {
   void* data = nullptr;

@@ -26,17 +26,7 @@ struct ProductTask {
   T factor;
 };
 
-template <class T>
-struct DifferenceTask {
-  std::int64_t rows;
-  int n, width;
-  const T *anchors, *candidates;  // [rows, width], [n, width]
-  T* out;                         // [rows, n]
-  bool root;
-  T factor;
-};
-
-// out_i += sum_j v_ij (points_i - others_j) over all pairs, or over those of `near`.
+// out_i += sum_j v_ij (points_i - others_j) over the pairs of `near`.
 template <class T>
 struct PullTask {
   std::int64_t rows;
@@ -44,7 +34,7 @@ struct PullTask {
   const T *points, *others;  // [rows, width], [n, width]
   const T* v;                // element (i, j) at i * row_stride + j * column_stride
   std::int64_t row_stride, column_stride;
-  const unsigned* near;  // null: all pairs. [rows, words_of(n)], or with `transposed` [n, words_of(rows)]
+  const unsigned* near;  // [rows, words_of(n)], or with `transposed` [n, words_of(rows)]
   bool transposed;       // points are columns of what `near` was made for
   T* out;                // [rows, width]
 };
@@ -134,35 +124,6 @@ PCOH_DEVICE void finish_products(G& g, const ProductTask<T>& task, std::int64_t 
       if (i < count) finish_product(g, task, r + i, base, from, norm, products[i]);
     });
   }
-}
-
-// Row r of a DifferenceTask by one group, a warp a candidate: equal candidates get equal distances.
-template <class T, class G>
-PCOH_DEVICE void difference_row(G& g, const DifferenceTask<T>& task, std::int64_t r) {
-  const T* anchor = task.anchors + r * task.width;
-  for (int k = g.warp(); k < task.n; k += g.warps()) {
-    const double square = squared_difference(g, anchor, task.candidates + std::int64_t(k) * task.width, task.width);
-    if (g.lane() == 0)
-      task.out[r * task.n + k] = static_cast<T>(task.root ? std::sqrt(square) : square * double(task.factor));
-  }
-}
-
-// Row r of a PullTask for all pairs; the group takes the features from `first` on, one a thread.
-template <class T, class G>
-PCOH_DEVICE void pull_all(G& g, const PullTask<T>& task, std::int64_t r, int first) {
-  const int f = first + g.thread();
-  if (f >= task.width) return;
-  const T x = task.points[r * task.width + f];
-  const T* v = task.v + r * task.row_stride;
-  T even = 0, odd = 0;  // two sums: an addition need not wait for the one before
-  int j = 0;
-  for (; j + 2 <= task.n; j += 2) {
-    const T* other = task.others + std::int64_t(j) * task.width + f;
-    even += v[j * task.column_stride] * (x - other[0]);
-    odd += v[(j + 1) * task.column_stride] * (x - other[task.width]);
-  }
-  if (j < task.n) even += v[j * task.column_stride] * (x - task.others[std::int64_t(j) * task.width + f]);
-  task.out[r * task.width + f] += even + odd;
 }
 
 // f(i, bit) for every bit that is set in load(0), ..., load(count - 1), in order, by each warp alike. A lane loads a

@@ -8,10 +8,27 @@ namespace pcoherence::cuda {
 
 Emulation emulation;  // set by tests
 
-namespace {
+template <class T>
+Plan plan(const Device& device, std::int64_t rows, std::int64_t n, Method method) {
+  Plan p = plan_for<T, EmulatedGroup>(device, rows, n, method);
+  if (emulation.threads == 0 && emulation.shared == 0) return p;
+  if (emulation.threads != 0) p.threads = emulation.threads;
+  if (emulation.shared != 0) {
+    p.shared = emulation.shared;
+    p.reserve = std::min(p.reserve, (p.shared - kScratchBytes) / 2);
+  }
+  p.workspace = (row_bytes<T, EmulatedGroup>(n, p.threads, p.bins) + 255) / 256 * 256;
+  return p;
+}
+
+// Nobody has compiled it for a device.
+template <class T>
+Resources resources(RowKernel, const Plan&) {
+  return {};
+}
 
 template <class Task>
-void launch_rows(const Task& task, const Plan& plan, char* workspace) {
+void launch(const Task& task, const Plan& plan, char* workspace, Stream) {
   std::vector<double> shared((plan.shared + 7) / 8);
   // One block after another, each with the row numbers that it would have on a GPU.
   for (int b = 0; b < plan.blocks; ++b) {
@@ -33,7 +50,7 @@ void launch_rows(const Task& task, const Plan& plan, char* workspace) {
 }
 
 template <class Task>
-void launch_stream(const Task& task) {
+void launch(const Task& task, Stream) {
   const Shape s = shape(task);
   for (std::int64_t x = 0; x < s.x; ++x)
     for (int y = 0; y < s.y; ++y) {
@@ -45,104 +62,6 @@ void launch_stream(const Task& task) {
     }
 }
 
-}  // namespace
-
-template <class T>
-Plan plan(const Device& device, std::int64_t rows, std::int64_t n, Method method) {
-  Plan p = plan_for<T, EmulatedGroup>(device, rows, n, method);
-  if (emulation.threads == 0 && emulation.shared == 0) return p;
-  if (emulation.threads != 0) p.threads = emulation.threads;
-  if (emulation.shared != 0) {
-    p.shared = emulation.shared;
-    p.reserve = std::min(p.reserve, (p.shared - kScratchBytes) / 2);
-  }
-  p.workspace = (row_bytes<T, EmulatedGroup>(n, p.threads, p.bins) + 255) / 256 * 256;
-  return p;
-}
-
-// Nobody has compiled it for a device.
-template <class T>
-Resources resources(RowKernel, const Plan&) {
-  return {};
-}
-template <class T>
-void launch(const RowTask<T>& task, const Plan& plan, char* workspace, Stream) {
-  launch_rows(SmallTask<T>{.row = task, .features = false}, plan, workspace);
-}
-template <class T>
-void launch(const SmallTask<T>& task, const Plan& plan, char* workspace, Stream) {
-  launch_rows(task, plan, workspace);
-}
-template <class T>
-void launch(const SoftRankTask<T>& task, const Plan& plan, char* workspace, Stream) {
-  launch_rows(task, plan, workspace);
-}
-template <class T>
-void launch(const RowSumsTask<T>& task, Stream) {
-  launch_stream(task);
-}
-template <class T>
-void launch(const ProductTask<T>& task, Stream) {
-  launch_stream(task);
-}
-template <class T>
-void launch(const DifferenceTask<T>& task, Stream) {
-  launch_stream(task);
-}
-template <class T>
-void launch(const PullTask<T>& task, Stream) {
-  launch_stream(task);
-}
-template <class T>
-void launch(const ClearTask<T>& task, Stream) {
-  launch_stream(task);
-}
-template <class T>
-void launch(const CentreTask<T>& task, Stream) {
-  launch_stream(task);
-}
-template <class T>
-void launch(const PrepareTask<T>& task, Stream) {
-  launch_stream(task);
-}
-template <class T>
-void launch(const IdenticalTask<T>& task, Stream) {
-  launch_stream(task);
-}
-template <class T>
-void launch(const FirstTask<T>& task, Stream) {
-  launch_stream(task);
-}
-template <class T>
-void launch(const SymmetriseTask<T>& task, Stream) {
-  launch_stream(task);
-}
-template <class T>
-void launch(const SmallGradientTask<T>& task, Stream) {
-  launch_stream(task);
-}
-
-#define PCOH_INSTANTIATE(T)                                                    \
-  template Plan plan<T>(const Device&, std::int64_t, std::int64_t, Method);    \
-  template Resources resources<T>(RowKernel, const Plan&);                     \
-  template void launch<T>(const RowTask<T>&, const Plan&, char*, Stream);      \
-  template void launch<T>(const SmallTask<T>&, const Plan&, char*, Stream);    \
-  template void launch<T>(const SoftRankTask<T>&, const Plan&, char*, Stream); \
-  template void launch<T>(const RowSumsTask<T>&, Stream);                      \
-  template void launch<T>(const ProductTask<T>&, Stream);                      \
-  template void launch<T>(const DifferenceTask<T>&, Stream);                   \
-  template void launch<T>(const PullTask<T>&, Stream);                         \
-  template void launch<T>(const ClearTask<T>&, Stream);                        \
-  template void launch<T>(const CentreTask<T>&, Stream);                       \
-  template void launch<T>(const PrepareTask<T>&, Stream);                      \
-  template void launch<T>(const IdenticalTask<T>&, Stream);                    \
-  template void launch<T>(const FirstTask<T>&, Stream);                        \
-  template void launch<T>(const SymmetriseTask<T>&, Stream);                   \
-  template void launch<T>(const SmallGradientTask<T>&, Stream);
-PCOH_INSTANTIATE(float)
-PCOH_INSTANTIATE(double)
-#undef PCOH_INSTANTIATE
-
 const char* last_error() { return nullptr; }
 
 // A small one, so that a few rows already share a block.
@@ -152,6 +71,8 @@ const Device& current_device() {
 }
 
 }  // namespace pcoherence::cuda
+
+#include "instances.h"
 
 // threads, shared: see Emulation; 0 leaves them to the plan.
 extern "C" void pcoherence_emulate(int threads, long shared, unsigned seed) {

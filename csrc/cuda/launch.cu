@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>, 1)
   }
 }
 
-template <class T, class Task>
+template <class Task>
 __global__ void __launch_bounds__(kMostThreadsOf<Task>) stream_kernel(const __grid_constant__ Task task) {
   __shared__ __align__(16) char scratch[kScratchBytes];
   CudaGroup g(scratch);
@@ -52,21 +52,6 @@ Resources resources_of(const Plan& plan) {
   return {found.numRegs, static_cast<std::int64_t>(found.localSizeBytes), resident};
 }
 
-template <class T, class Task>
-void launch_rows(const Task& task, const Plan& plan, char* workspace, Stream stream) {
-  if (rows_of(task) == 0) return;
-  const auto kernel = prepared_kernel<T, Task>(plan);
-  kernel<<<plan.blocks, plan.threads, plan.shared, static_cast<cudaStream_t>(stream)>>>(task, plan, workspace);
-}
-
-template <class T, class Task>
-void launch_stream(const Task& task, Stream stream) {
-  const Shape s = shape(task);
-  if (s.x == 0 || s.y == 0) return;
-  const dim3 grid(static_cast<unsigned>(s.x), static_cast<unsigned>(s.y));
-  stream_kernel<T, Task><<<grid, s.threads, 0, static_cast<cudaStream_t>(stream)>>>(task);
-}
-
 }  // namespace
 
 template <class T>
@@ -79,83 +64,24 @@ Resources resources(RowKernel kernel, const Plan& plan) {
   return kernel == RowKernel::rows ? resources_of<T, SmallTask<T>>(plan) : resources_of<T, SoftRankTask<T>>(plan);
 }
 
-template <class T>
-void launch(const RowTask<T>& task, const Plan& plan, char* workspace, Stream stream) {
-  launch_rows<T>(SmallTask<T>{.row = task, .features = false}, plan, workspace, stream);
+template <template <class> class Task, class T>
+void launch_rows(const Task<T>& task, const Plan& plan, char* workspace, cudaStream_t stream) {
+  if (rows_of(task) == 0) return;
+  const auto kernel = prepared_kernel<T, Task<T>>(plan);
+  kernel<<<plan.blocks, plan.threads, plan.shared, stream>>>(task, plan, workspace);
 }
-template <class T>
-void launch(const SmallTask<T>& task, const Plan& plan, char* workspace, Stream stream) {
-  launch_rows<T>(task, plan, workspace, stream);
-}
-template <class T>
-void launch(const SoftRankTask<T>& task, const Plan& plan, char* workspace, Stream stream) {
-  launch_rows<T>(task, plan, workspace, stream);
-}
-template <class T>
-void launch(const RowSumsTask<T>& task, Stream stream) {
-  launch_stream<T>(task, stream);
-}
-template <class T>
-void launch(const ProductTask<T>& task, Stream stream) {
-  launch_stream<T>(task, stream);
-}
-template <class T>
-void launch(const DifferenceTask<T>& task, Stream stream) {
-  launch_stream<T>(task, stream);
-}
-template <class T>
-void launch(const PullTask<T>& task, Stream stream) {
-  launch_stream<T>(task, stream);
-}
-template <class T>
-void launch(const ClearTask<T>& task, Stream stream) {
-  launch_stream<T>(task, stream);
-}
-template <class T>
-void launch(const CentreTask<T>& task, Stream stream) {
-  launch_stream<T>(task, stream);
-}
-template <class T>
-void launch(const PrepareTask<T>& task, Stream stream) {
-  launch_stream<T>(task, stream);
-}
-template <class T>
-void launch(const IdenticalTask<T>& task, Stream stream) {
-  launch_stream<T>(task, stream);
-}
-template <class T>
-void launch(const FirstTask<T>& task, Stream stream) {
-  launch_stream<T>(task, stream);
-}
-template <class T>
-void launch(const SymmetriseTask<T>& task, Stream stream) {
-  launch_stream<T>(task, stream);
-}
-template <class T>
-void launch(const SmallGradientTask<T>& task, Stream stream) {
-  launch_stream<T>(task, stream);
+template <class Task>
+void launch(const Task& task, const Plan& plan, char* workspace, Stream stream) {
+  launch_rows(task, plan, workspace, static_cast<cudaStream_t>(stream));
 }
 
-#define PCOH_INSTANTIATE(T)                                                    \
-  template Plan plan<T>(const Device&, std::int64_t, std::int64_t, Method);    \
-  template Resources resources<T>(RowKernel, const Plan&);                     \
-  template void launch<T>(const RowTask<T>&, const Plan&, char*, Stream);      \
-  template void launch<T>(const SmallTask<T>&, const Plan&, char*, Stream);    \
-  template void launch<T>(const SoftRankTask<T>&, const Plan&, char*, Stream); \
-  template void launch<T>(const RowSumsTask<T>&, Stream);                      \
-  template void launch<T>(const ProductTask<T>&, Stream);                      \
-  template void launch<T>(const DifferenceTask<T>&, Stream);                   \
-  template void launch<T>(const PullTask<T>&, Stream);                         \
-  template void launch<T>(const ClearTask<T>&, Stream);                        \
-  template void launch<T>(const CentreTask<T>&, Stream);                       \
-  template void launch<T>(const PrepareTask<T>&, Stream);                      \
-  template void launch<T>(const IdenticalTask<T>&, Stream);                    \
-  template void launch<T>(const FirstTask<T>&, Stream);                        \
-  template void launch<T>(const SymmetriseTask<T>&, Stream);                   \
-  template void launch<T>(const SmallGradientTask<T>&, Stream);
-PCOH_INSTANTIATE(float)
-PCOH_INSTANTIATE(double)
-#undef PCOH_INSTANTIATE
+template <class Task>
+void launch(const Task& task, Stream stream) {
+  const Shape s = shape(task);
+  if (s.x == 0 || s.y == 0) return;
+  const dim3 grid(static_cast<unsigned>(s.x), static_cast<unsigned>(s.y));
+  stream_kernel<<<grid, s.threads, 0, static_cast<cudaStream_t>(stream)>>>(task);
+}
 
 const char* last_error() {
   const cudaError_t error = cudaGetLastError();
@@ -184,3 +110,5 @@ const Device& current_device() {
 }
 
 }  // namespace pcoherence::cuda
+
+#include "instances.h"

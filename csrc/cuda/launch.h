@@ -43,36 +43,13 @@ enum class RowKernel { rows, soft_rank };
 template <class T>
 Resources resources(RowKernel kernel, const Plan& plan);
 
-// workspace: plan.workspace_bytes() of uninitialised memory, aligned to 16 bytes.
-template <class T>
-void launch(const RowTask<T>& task, const Plan& plan, char* workspace, Stream stream);
-template <class T>
-void launch(const SmallTask<T>& task, const Plan& plan, char* workspace, Stream stream);
-template <class T>
-void launch(const SoftRankTask<T>& task, const Plan& plan, char* workspace, Stream stream);
-
-template <class T>
-void launch(const RowSumsTask<T>& task, Stream stream);
-template <class T>
-void launch(const ProductTask<T>& task, Stream stream);
-template <class T>
-void launch(const DifferenceTask<T>& task, Stream stream);
-template <class T>
-void launch(const PullTask<T>& task, Stream stream);
-template <class T>
-void launch(const ClearTask<T>& task, Stream stream);
-template <class T>
-void launch(const CentreTask<T>& task, Stream stream);
-template <class T>
-void launch(const PrepareTask<T>& task, Stream stream);
-template <class T>
-void launch(const IdenticalTask<T>& task, Stream stream);
-template <class T>
-void launch(const FirstTask<T>& task, Stream stream);
-template <class T>
-void launch(const SymmetriseTask<T>& task, Stream stream);
-template <class T>
-void launch(const SmallGradientTask<T>& task, Stream stream);
+// Tasks of rows: SmallTask, SoftRankTask. workspace: plan.workspace_bytes() of uninitialised memory, aligned to 16
+// bytes.
+template <class Task>
+void launch(const Task& task, const Plan& plan, char* workspace, Stream stream);
+// All other tasks; work.h lists both kinds.
+template <class Task>
+void launch(const Task& task, Stream stream);
 
 // The first error of a launch since the last call, in words; null: none.
 const char* last_error();

@@ -116,23 +116,16 @@ int candidates_of(const Tensor& t, const char* name) {
   return static_cast<int>(n);
 }
 
-template <std::size_t N>
-int parse(const std::array<std::string_view, N>& names, const std::string& name, const char* argument) {
-  const int found = find_name(names, name);
-  STD_TORCH_CHECK(found >= 0, argument, ": unknown name '", name, "'");
-  return found;
-}
-
 // ---------------------------------------------------------------- rows
 
 // tables, series: what tables() and series() return, on the device. status: int32 [1].
 template <class T>
-Summation<T> summation(const Like& like, const std::string& method, const Tensor& tables, const Tensor& series,
+Summation<T> summation(const Like& like, Method method, const Tensor& tables, const Tensor& series,
                        const Tensor& status, const Plan& plan) {
   constexpr std::int64_t table = (2 * GridTable<T>::bins_in_reach + 1) * GridTable<T>::order * GridTable<T>::order;
   const T* t = like.in<T>(tables, "tables", 3 * table);
   const double* s = like.in<double>(series, "series", 2 * kSeriesDegree<T>);
-  return {static_cast<Method>(parse(kMethodNames, method, "method")),
+  return {method,
           plan.bins,
           plan.reserve,
           {t, t + table, t + 2 * table, s, s + kSeriesDegree<T>},
@@ -145,59 +138,54 @@ Tensor workspace_like(const Tensor& t, const Plan& plan) {
 }
 char* bytes(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
 
-struct RowArguments {
-  Tensor student, teacher;  // [b, n]
-  OptionalTensor weights, self, coefficients;
-  OptionalTensor inverse_temperature, teacher_inverse_temperature;  // float64, on the device; or by value:
-  double temperature = 1, teacher_temperature = 1;
-  OptionalTensor mean, teacher_mean;
-  std::string objective, scale, method;
-  bool soft_teacher;
+// How a row's gradient is stored: see RowTask.
+struct Stored {
   double chain;
-  bool chain_root, gradient;
-  Tensor losses, pulls, tables, series, status;
+  bool root, wanted;
+};
+
+// What rows() and small_rows() have in common.
+struct RowArguments {
+  Options options;
+  Stored stored;
+  Tensor student, teacher;  // [b, n] distances
+  OptionalTensor weights, self, coefficients;
+  Tensor losses, tables, series, status;
+
+  std::int64_t rows() const { return dimension(student, 0, "student"); }
+  int n() const { return candidates_of(student, "student"); }
+
+  template <class T>
+  Plan plan() const {
+    return cuda::plan<T>(current_device(), rows(), n(), options.method);
+  }
 
   template <class T>
   RowTask<T> task(const Plan& plan) const {
     const Like like{student};
-    const std::int64_t rows = dimension(student, 0, "student");
-    const int n = candidates_of(student, "student");
+    const std::int64_t b = rows(), count = n();
     RowTask<T> t{};
-    t.objective = static_cast<Objective>(parse(kObjectiveNames, objective, "objective"));
-    t.scale = static_cast<Scale>(parse(kScaleNames, scale, "scale"));
-    STD_TORCH_CHECK(t.scale != Scale::batch || (mean && (teacher_mean || !soft_teacher)),
-                    "mean: expected with scale 'batch'");
-    t.soft_teacher = soft_teacher;
-    t.sums = summation<T>(like, method, tables, series, status, plan);
-    t.rows = rows;
-    t.n = n;
-    t.gradient = gradient ? like.out<T>(student, "student", rows * n) : nullptr;
-    t.student = like.in<T>(student, "student", rows * n);
-    t.teacher = like.in<T>(teacher, "teacher", rows * n);
-    t.student_units = {like.in<double>(inverse_temperature, "inverse_temperature", 1), 1 / temperature,
-                       like.in<double>(mean, "mean", 1)};
-    t.teacher_units = {like.in<double>(teacher_inverse_temperature, "teacher_inverse_temperature", 1),
-                       1 / teacher_temperature, like.in<double>(teacher_mean, "teacher_mean", 1)};
-    t.weights = like.in<T>(weights, "weights", n);
-    t.self = like.in<std::int64_t>(self, "self", rows);
-    t.coefficients = like.in<T>(coefficients, "coefficients", rows);
-    t.chain = chain;
-    t.chain_root = chain_root;
-    t.losses = like.out<double>(losses, "losses", rows);
-    t.pulls = like.out<double>(pulls, "pulls", rows);
+    t.options = options;
+    t.sums = summation<T>(like, options.method, tables, series, status, plan);
+    t.rows = b;
+    t.n = n();
+    t.gradient = stored.wanted ? like.out<T>(student, "student", b * count) : nullptr;
+    t.student = like.in<T>(student, "student", b * count);
+    t.teacher = like.in<T>(teacher, "teacher", b * count);
+    t.weights = like.in<T>(weights, "weights", count);
+    t.self = like.in<std::int64_t>(self, "self_index", b);
+    t.coefficients = like.in<T>(coefficients, "coefficients", b);
+    t.chain = stored.chain;
+    t.chain_root = stored.root;
+    t.losses = like.out<double>(losses, "losses", b);
     return t;
   }
-  Method parsed_method() const { return static_cast<Method>(parse(kMethodNames, method, "method")); }
 };
-
-MetricTraits metric_traits(const std::string& metric) {
-  return traits(static_cast<Metric>(parse(kMetricNames, metric, "metric")));
-}
 
 // One network of a small batch: features [m, d], and [n, d] or none where the candidates are the anchors.
 template <class T>
-Cloud<T> cloud(const Like& like, const Tensor& anchors, const OptionalTensor& candidates, const std::string& metric,
-               std::int64_t m, std::int64_t n) {
+Cloud<T> cloud(const Like& like, const Tensor& anchors, const OptionalTensor& candidates, Metric metric, std::int64_t m,
+               std::int64_t n) {
   const std::int64_t width = dimension(anchors, 1, "anchors");
   Cloud<T> c{};
   c.anchors = like.in<T>(anchors, "anchors", m * width);
@@ -205,8 +193,8 @@ Cloud<T> cloud(const Like& like, const Tensor& anchors, const OptionalTensor& ca
   STD_TORCH_CHECK(candidates || m == n, "candidates: expected, since there are not as many as anchors");
   c.width = static_cast<int>(width);
   c.same = !candidates;
-  c.traits = metric_traits(metric);
-  STD_TORCH_CHECK(c.traits.products, "metric: '", metric, "' is not part of the CUDA kernels");
+  c.traits = traits(metric);
+  STD_TORCH_CHECK(c.traits.products, "metric: not part of the CUDA kernels");
   return c;
 }
 
@@ -216,88 +204,72 @@ Cloud<T> cloud(const Like& like, const Tensor& anchors, const OptionalTensor& ca
 
 namespace operators {
 
-void rows(Tensor student, Tensor teacher, OptionalTensor weights, OptionalTensor self, OptionalTensor coefficients,
-          Tensor inverse_temperature, OptionalTensor mean, Tensor teacher_inverse_temperature,
-          OptionalTensor teacher_mean, std::string objective, std::string scale, std::string method, bool soft_teacher,
-          double chain, bool chain_root, bool gradient, Tensor losses, Tensor pulls, Tensor tables, Tensor series,
-          Tensor status) {
-  const RowArguments a{.student = student,
-                       .teacher = teacher,
-                       .weights = weights,
-                       .self = self,
-                       .coefficients = coefficients,
-                       .inverse_temperature = inverse_temperature,
-                       .teacher_inverse_temperature = teacher_inverse_temperature,
-                       .mean = mean,
-                       .teacher_mean = teacher_mean,
-                       .objective = objective,
-                       .scale = scale,
-                       .method = method,
-                       .soft_teacher = soft_teacher,
-                       .chain = chain,
-                       .chain_root = chain_root,
-                       .gradient = gradient,
-                       .losses = losses,
-                       .pulls = pulls,
-                       .tables = tables,
-                       .series = series,
-                       .status = status};
+// unit, teacher_unit: float64, 0-d, see RowTask.
+void rows(Tensor student, Tensor teacher, OptionalTensor weights, OptionalTensor self_index,
+          OptionalTensor coefficients, double temperature, double teacher_temperature, std::string packed,
+          OptionalTensor unit, OptionalTensor teacher_unit, double chain, bool root, bool gradient, Tensor losses,
+          Tensor tables, Tensor series, Tensor status) {
+  const RowArguments a{unpacked(packed, temperature, teacher_temperature),
+                       {chain, root, gradient},
+                       student,
+                       teacher,
+                       weights,
+                       self_index,
+                       coefficients,
+                       losses,
+                       tables,
+                       series,
+                       status};
   const OnDevice on(student);
   dispatch(student, "student", [&](auto zero) {
     using T = decltype(zero);
-    const Plan p = plan<T>(current_device(), dimension(student, 0, "student"), candidates_of(student, "student"),
-                           a.parsed_method());
-    const RowTask<T> task = a.task<T>(p);
+    const Plan p = a.plan<T>();
+    SmallTask<T> task{.row = a.task<T>(p), .features = false};
+    const Like like{student};
+    task.row.student_unit = like.in<double>(unit, "unit", 1);
+    task.row.teacher_unit = like.in<double>(teacher_unit, "teacher_unit", 1);
     const Tensor workspace = workspace_like(student, p);
     launch(task, p, bytes(workspace), on.stream);
   });
   check_launch();
 }
 
-// student_candidates and teacher_candidates: both or neither. teacher_temperature 0: hard ranks. shrinks,
-// candidate_shrinks: float64 [m], [n], 1 / |x| for a metric of directions, written for small_gradient().
+// student_candidates and teacher_candidates: both or neither. shrinks, candidate_shrinks: float64 [m], [n], 1 / |x| for
+// a metric of directions, written for small_gradient().
 void small_rows(Tensor student, OptionalTensor student_candidates, Tensor teacher, OptionalTensor teacher_candidates,
-                OptionalTensor weights, OptionalTensor self, OptionalTensor coefficients, double temperature,
-                double teacher_temperature, std::string metric, std::string teacher_metric, std::string objective,
-                std::string scale, std::string method, bool gradient, Tensor student_distances,
+                OptionalTensor weights, OptionalTensor self_index, OptionalTensor coefficients, double temperature,
+                double teacher_temperature, std::string packed, bool gradient, Tensor student_distances,
                 Tensor teacher_distances, OptionalTensor shrinks, OptionalTensor candidate_shrinks, Tensor losses,
-                Tensor pulls, Tensor tables, Tensor series, Tensor status) {
-  const MetricTraits m = metric_traits(metric);
-  const RowArguments a{.student = student_distances,
-                       .teacher = teacher_distances,
-                       .weights = weights,
-                       .self = self,
-                       .coefficients = coefficients,
-                       .temperature = temperature,
-                       .teacher_temperature = teacher_temperature,
-                       .objective = objective,
-                       .scale = scale,
-                       .method = method,
-                       .soft_teacher = teacher_temperature > 0,
-                       .chain = m.chain,
-                       .chain_root = m.root,
-                       .gradient = gradient,
-                       .losses = losses,
-                       .pulls = pulls,
-                       .tables = tables,
-                       .series = series,
-                       .status = status};
+                Tensor tables, Tensor series, Tensor status) {
+  const Options options = unpacked(packed, temperature, teacher_temperature);
+  const MetricTraits metric = traits(options.metric);
+  const RowArguments a{options,
+                       {metric.chain, metric.root, gradient},
+                       student_distances,
+                       teacher_distances,
+                       weights,
+                       self_index,
+                       coefficients,
+                       losses,
+                       tables,
+                       series,
+                       status};
   const OnDevice on(student);
   dispatch(student, "student", [&](auto zero) {
     using T = decltype(zero);
     const Like like{student};
-    const std::int64_t rows = dimension(student_distances, 0, "student_distances");
-    const int n = candidates_of(student_distances, "student_distances");
-    const Plan p = plan<T>(current_device(), rows, n, a.parsed_method());
+    const std::int64_t m = a.rows();
+    const int n = a.n();
+    const Plan p = a.plan<T>();
     SmallTask<T> task{};
     task.row = a.task<T>(p);
     task.features = true;
-    task.student = cloud<T>(like, student, student_candidates, metric, rows, n);
-    task.teacher = cloud<T>(like, teacher, teacher_candidates, teacher_metric, rows, n);
-    task.student.anchor_shrinks = like.out<double>(shrinks, "shrinks", rows);
+    task.student = cloud<T>(like, student, student_candidates, options.metric, m, n);
+    task.teacher = cloud<T>(like, teacher, teacher_candidates, options.teacher_metric, m, n);
+    task.student.anchor_shrinks = like.out<double>(shrinks, "shrinks", m);
     task.student.candidate_shrinks = like.out<double>(candidate_shrinks, "candidate_shrinks", n);
-    task.student_distances = like.out<T>(student_distances, "student_distances", rows * n);
-    task.teacher_distances = like.out<T>(teacher_distances, "teacher_distances", rows * n);
+    task.student_distances = like.out<T>(student_distances, "student_distances", m * n);
+    task.teacher_distances = like.out<T>(teacher_distances, "teacher_distances", m * n);
     const Tensor workspace = workspace_like(student, p);
     launch(task, p, bytes(workspace), on.stream);
   });
@@ -305,8 +277,8 @@ void small_rows(Tensor student, OptionalTensor student_candidates, Tensor teache
 }
 
 void small_gradient(Tensor student, OptionalTensor student_candidates, Tensor v, std::string metric,
-                    OptionalTensor shrinks, OptionalTensor candidate_shrinks, Tensor losses, Tensor coefficients,
-                    OptionalTensor out, OptionalTensor candidates_out, Tensor total) {
+                    OptionalTensor shrinks, OptionalTensor candidate_shrinks, Tensor losses,
+                    OptionalTensor coefficients, OptionalTensor out, OptionalTensor candidates_out, Tensor total) {
   const OnDevice on(student);
   dispatch(student, "student", [&](auto zero) {
     using T = decltype(zero);
@@ -314,7 +286,8 @@ void small_gradient(Tensor student, OptionalTensor student_candidates, Tensor v,
     SmallGradientTask<T> task{};
     task.rows = dimension(v, 0, "v");
     task.n = candidates_of(v, "v");
-    task.cloud = cloud<T>(like, student, student_candidates, metric, task.rows, task.n);
+    const auto parsed = named<Metric>(kMetricNames, metric, "metric");
+    task.cloud = cloud<T>(like, student, student_candidates, parsed, task.rows, task.n);
     STD_TORCH_CHECK(!task.cloud.traits.directions || (shrinks && (task.cloud.same || candidate_shrinks)),
                     "shrinks: expected for the metric '", metric, "'");
     task.cloud.anchor_shrinks = like.out<double>(shrinks, "shrinks", task.rows);
@@ -342,9 +315,9 @@ void soft_rank(Tensor values, OptionalTensor weights, OptionalTensor upstream, d
     task.rows = dimension(values, 0, "values");
     task.n = candidates_of(values, "values");
     const std::int64_t count = task.rows * task.n;
-    const Plan p =
-        plan<T>(current_device(), task.rows, task.n, static_cast<Method>(parse(kMethodNames, method, "method")));
-    task.sums = summation<T>(like, method, tables, series, status, p);
+    const auto parsed = named<Method>(kMethodNames, method, "method");
+    const Plan p = plan<T>(current_device(), task.rows, task.n, parsed);
+    task.sums = summation<T>(like, parsed, tables, series, status, p);
     task.weights_per_row = weights && weights->dim() == 2;
     task.values = like.in<T>(values, "values", count);
     task.weights = like.in<T>(weights, "weights", task.weights_per_row ? count : task.n);
@@ -357,19 +330,16 @@ void soft_rank(Tensor values, OptionalTensor weights, OptionalTensor upstream, d
   check_launch();
 }
 
-void row_sums(Tensor distances, OptionalTensor weights, OptionalTensor self, Tensor distance_sums, Tensor weight_sums) {
-  const OnDevice on(distances);
-  dispatch(distances, "distances", [&](auto zero) {
+void row_sums(Tensor matrix, Tensor sums) {
+  const OnDevice on(matrix);
+  dispatch(matrix, "matrix", [&](auto zero) {
     using T = decltype(zero);
-    const Like like{distances};
+    const Like like{matrix};
     RowSumsTask<T> task{};
-    task.rows = dimension(distances, 0, "distances");
-    task.n = candidates_of(distances, "distances");
-    task.distances = like.in<T>(distances, "distances", task.rows * task.n);
-    task.weights = like.in<T>(weights, "weights", task.n);
-    task.self = like.in<std::int64_t>(self, "self", task.rows);
-    task.distance_sums = like.out<double>(distance_sums, "distance_sums", task.rows);
-    task.weight_sums = like.out<double>(weight_sums, "weight_sums", task.rows);
+    task.rows = dimension(matrix, 0, "matrix");
+    task.n = candidates_of(matrix, "matrix");
+    task.matrix = like.in<T>(matrix, "matrix", task.rows * task.n);
+    task.sums = like.out<double>(sums, "sums", task.rows);
     launch(task, on.stream);
   });
   check_launch();
@@ -377,9 +347,9 @@ void row_sums(Tensor distances, OptionalTensor weights, OptionalTensor self, Ten
 
 // ---------------------------------------------------------------- distances and gradients
 
-// One network's points made ready for products, as points.prepare() in Python. numbers: float64 [1 + d], the scale and
-// the centre. anchors T [m, d]; prepared, scaled T [m, d], norms float64 [m]; scaled is null for directions, whose
-// prepared points serve. Candidates likewise, or none where they are the anchors. first: int64 [n].
+// One network's points made ready for products, as pcoherence/backends/points.py says. numbers: float64 [1 + d], the
+// scale and the centre. anchors T [m, d]; prepared, scaled T [m, d], norms float64 [m]; scaled is null for directions,
+// whose prepared points serve. Candidates likewise, or none where they are the anchors. first: int64 [n].
 void prepare(Tensor anchors, OptionalTensor candidates, bool directions, Tensor numbers, Tensor prepared, Tensor norms,
              OptionalTensor scaled, OptionalTensor candidate_prepared, OptionalTensor candidate_norms,
              OptionalTensor candidate_scaled, Tensor first) {
@@ -465,27 +435,8 @@ void product_distances(Tensor out, Tensor products, Tensor anchor_norms, Tensor 
   check_launch();
 }
 
-void difference_distances(Tensor out, Tensor anchors, Tensor candidates, bool root, double factor) {
-  const OnDevice on(out);
-  dispatch(out, "out", [&](auto zero) {
-    using T = decltype(zero);
-    const Like like{out};
-    DifferenceTask<T> task{};
-    task.rows = dimension(out, 0, "out");
-    task.n = candidates_of(out, "out");
-    task.width = static_cast<int>(dimension(anchors, 1, "anchors"));
-    task.anchors = like.in<T>(anchors, "anchors", task.rows * task.width);
-    task.candidates = like.in<T>(candidates, "candidates", std::int64_t(task.n) * task.width);
-    task.out = like.out<T>(out, "out", task.rows * task.n);
-    task.root = root;
-    task.factor = static_cast<T>(factor);
-    launch(task, on.stream);
-  });
-  check_launch();
-}
-
-// v: [rows of points, rows of others], or its transpose where `transposed`; near: as made for v, or none: all pairs.
-void accumulate_differences(Tensor out, Tensor points, Tensor others, Tensor v, OptionalTensor near, bool transposed) {
+// v: [rows of points, rows of others], or its transpose where `transposed`; near: as made for v.
+void accumulate_differences(Tensor out, Tensor points, Tensor others, Tensor v, Tensor near, bool transposed) {
   const OnDevice on(out);
   dispatch(out, "out", [&](auto zero) {
     using T = decltype(zero);
@@ -581,7 +532,7 @@ Tensor resources_of(Tensor like, std::string kernel, std::int64_t rows, std::int
   const Tensor result = torch::stable::empty({7}, ScalarType::Long, std::nullopt, cpu);
   dispatch(like, "like", [&](auto zero) {
     using T = decltype(zero);
-    const Plan p = plan<T>(current_device(), rows, n, static_cast<Method>(parse(kMethodNames, method, "method")));
+    const Plan p = plan<T>(current_device(), rows, n, named<Method>(kMethodNames, method, "method"));
     const Resources r = resources<T>(kernel == "rows" ? RowKernel::rows : RowKernel::soft_rank, p);
     const std::array<std::int64_t, 7> found{p.threads,   p.blocks, p.shared,  p.workspace,
                                             r.registers, r.local,  r.resident};
@@ -605,27 +556,22 @@ Tensor resources_of(Tensor like, std::string kernel, std::int64_t rows, std::int
 
 STABLE_TORCH_LIBRARY(PCOH_LIBRARY, m) {
   m.def(
-      "rows(Tensor(a!) student, Tensor teacher, Tensor? weights, Tensor? self, Tensor? coefficients, "
-      "Tensor inverse_temperature, Tensor? mean, Tensor teacher_inverse_temperature, Tensor? teacher_mean, "
-      "str objective, str scale, str method, bool soft_teacher, float chain, bool chain_root, bool gradient, "
-      "Tensor(b!) losses, Tensor(c!) pulls, Tensor tables, Tensor series, Tensor(d!) status) -> ()");
+      "rows(Tensor(a!) student, Tensor teacher, Tensor? weights, Tensor? self_index, Tensor? coefficients, "
+      "float temperature, float teacher_temperature, str options, Tensor? unit, Tensor? teacher_unit, float chain, "
+      "bool root, bool gradient, Tensor(b!) losses, Tensor tables, Tensor series, Tensor(c!) status) -> ()");
   m.def(
       "small_rows(Tensor student, Tensor? student_candidates, Tensor teacher, Tensor? teacher_candidates, "
-      "Tensor? weights, Tensor? self, Tensor? coefficients, float temperature, float teacher_temperature, "
-      "str metric, str teacher_metric, str objective, str scale, str method, bool gradient, Tensor(a!) "
-      "student_distances, Tensor(b!) teacher_distances, "
-      "Tensor(c!)? shrinks, Tensor(d!)? candidate_shrinks, Tensor(e!) losses, Tensor(f!) pulls, Tensor tables, "
-      "Tensor series, Tensor(g!) status) -> ()");
+      "Tensor? weights, Tensor? self_index, Tensor? coefficients, float temperature, float teacher_temperature, "
+      "str options, bool gradient, Tensor(a!) student_distances, Tensor(b!) teacher_distances, Tensor(c!)? shrinks, "
+      "Tensor(d!)? candidate_shrinks, Tensor(e!) losses, Tensor tables, Tensor series, Tensor(f!) status) -> ()");
   m.def(
       "small_gradient(Tensor student, Tensor? student_candidates, Tensor v, str metric, Tensor? shrinks, "
-      "Tensor? candidate_shrinks, Tensor losses, Tensor coefficients, Tensor(a!)? out, Tensor(b!)? candidates_out, "
+      "Tensor? candidate_shrinks, Tensor losses, Tensor? coefficients, Tensor(a!)? out, Tensor(b!)? candidates_out, "
       "Tensor(c!) total) -> ()");
   m.def(
       "soft_rank(Tensor values, Tensor? weights, Tensor? upstream, float temperature, str method, Tensor(a!) out, "
       "Tensor tables, Tensor series, Tensor(b!) status) -> ()");
-  m.def(
-      "row_sums(Tensor distances, Tensor? weights, Tensor? self, Tensor(a!) distance_sums, Tensor(b!) weight_sums) "
-      "-> ()");
+  m.def("row_sums(Tensor matrix, Tensor(a!) sums) -> ()");
   m.def(
       "prepare(Tensor anchors, Tensor? candidates, bool directions, Tensor(a!) numbers, Tensor(b!) prepared, "
       "Tensor(c!) norms, Tensor(d!)? scaled, Tensor(e!)? candidate_prepared, Tensor(f!)? candidate_norms, "
@@ -634,9 +580,8 @@ STABLE_TORCH_LIBRARY(PCOH_LIBRARY, m) {
       "product_distances(Tensor(a!) out, Tensor products, Tensor anchor_norms, Tensor candidate_norms, "
       "Tensor anchors, Tensor candidates, Tensor first, Tensor(b!) near, int begin, bool same, bool root, "
       "float factor) -> ()");
-  m.def("difference_distances(Tensor(a!) out, Tensor anchors, Tensor candidates, bool root, float factor) -> ()");
   m.def(
-      "accumulate_differences(Tensor(a!) out, Tensor points, Tensor others, Tensor v, Tensor? near, bool transposed) "
+      "accumulate_differences(Tensor(a!) out, Tensor points, Tensor others, Tensor v, Tensor near, bool transposed) "
       "-> ()");
   m.def("clear_near(Tensor(a!) v, Tensor near) -> ()");
   m.def("symmetrise(Tensor(a!) matrix, bool add) -> ()");
@@ -653,7 +598,6 @@ STABLE_TORCH_LIBRARY_IMPL(PCOH_LIBRARY, PCOH_DISPATCH_KEY, m) {
   m.impl("row_sums", PCOH_BOX(&pcoherence::cuda::operators::row_sums));
   m.impl("prepare", PCOH_BOX(&pcoherence::cuda::operators::prepare));
   m.impl("product_distances", PCOH_BOX(&pcoherence::cuda::operators::product_distances));
-  m.impl("difference_distances", PCOH_BOX(&pcoherence::cuda::operators::difference_distances));
   m.impl("accumulate_differences", PCOH_BOX(&pcoherence::cuda::operators::accumulate_differences));
   m.impl("clear_near", PCOH_BOX(&pcoherence::cuda::operators::clear_near));
   m.impl("symmetrise", PCOH_BOX(&pcoherence::cuda::operators::symmetrise));

@@ -193,7 +193,7 @@ class Sample {
   double *far_, *lengths_, *picked_;  // [kSample] squared distances to the last centre; [kSample]; [1]
 };
 
-// By one group; see centre_and_scale() of points.py.
+// By one group; see pcoherence/backends/points.py.
 template <class T, class G>
 PCOH_DEVICE void find_centre(G& g, const CentreTask<T>& task) {
   Sample<T, G> sample(g, task);

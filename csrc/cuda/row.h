@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../objectives.h"
-#include "../spec.h"
+#include "../options.h"
 #include "grid.h"
 #include "hard_ranks.h"
 #include "pairs.h"
@@ -23,32 +23,22 @@ struct Summation {
   int* status;  // [1] set to 1 where an explicit grid would need more bins
 };
 
-// What a network's distances are divided by.
-struct Units {
-  const double* inverse_temperature;  // [1] in units of the (scaled) distance; null: `value` is it
-  double value;
-  const double* mean;  // [1] scale "batch": the mean distance; otherwise null
-};
-
 template <class T>
 struct RowTask {
-  Objective objective;
-  Scale scale;
-  bool soft_teacher;  // otherwise hard mid-ranks
+  Options options;
   Summation<T> sums;
   std::int64_t rows;
   int n;
-  const T* student;  // [rows, n] distances
-  const T* teacher;  // [rows, n] distances, or for hard ranks anything in the same order
-  Units student_units, teacher_units;
-  const T* weights;          // [n] of the candidates, or null: ones
-  const std::int64_t* self;  // [rows] candidate excluded, -1 for none; or null
-  const T* coefficients;     // [rows] c_i, or null: 0
-  double chain;              // what a gradient w.r.t. a distance is multiplied by before it is stored, ...
-  bool chain_root;           // ... and with this divided by the distance (0 where that is 0)
-  T* gradient;               // [rows, n] of c_i L_i, or null: losses alone. May be `student`
-  double* losses;            // [rows] L_i
-  double* pulls;             // [rows] scale "batch": d c_i L_i / d mean distance; otherwise 0
+  const T* student;                           // [rows, n] distances
+  const T* teacher;                           // [rows, n] distances, or for hard ranks anything in the same order
+  const double *student_unit, *teacher_unit;  // [1] a distance in the metric = unit * the distance here; or null: 1
+  const T* weights;                           // [n] of the candidates, or null: ones
+  const std::int64_t* self;                   // [rows] candidate excluded, -1 for none; or null
+  const T* coefficients;                      // [rows] c_i, or null: ones
+  double chain;     // what a gradient w.r.t. a distance is multiplied by before it is stored, ...
+  bool chain_root;  // ... and with this divided by the distance (0 where that is 0)
+  T* gradient;      // [rows, n] of c_i L_i, or null: losses alone. May be `student`
+  double* losses;   // [rows] L_i
 };
 
 template <class T>
@@ -64,16 +54,12 @@ struct SoftRankTask {
   double temperature;
 };
 
-// What scale "batch" sums up first.
 template <class T>
 struct RowSumsTask {
   std::int64_t rows;
   int n;
-  const T* distances;        // [rows, n]
-  const T* weights;          // [n] or null
-  const std::int64_t* self;  // [rows] or null
-  double* distance_sums;     // [rows] sum_k w_k d_ik
-  double* weight_sums;       // [rows] W_i
+  const T* matrix;  // [rows, n]
+  double* sums;     // [rows]
 };
 
 // ---------------------------------------------------------------- positions
@@ -334,26 +320,22 @@ PCOH_DEVICE void fill(G& g, T* row, T value, int n) {
 template <class T, class G>
 PCOH_DEVICE void give_up(G& g, const RowTask<T>& task, std::int64_t r, double value) {
   if (task.gradient != nullptr) fill(g, task.gradient + r * task.n, T(value), task.n);
-  if (g.thread() != 0) return;
-  task.losses[r] = value;
-  task.pulls[r] = value;
+  if (g.thread() == 0) task.losses[r] = value;
 }
 
 template <class T>
-PCOH_DEVICE Scaling scaling(Scale scale, const Stats<T>& s, const Units& units) {
-  double mean = 1;
-  if (scale == Scale::anchor) mean = s.mean();
-  if (scale == Scale::batch) mean = *units.mean;
-  return pcoherence::scaling(s.low, s.high, mean, units.inverse_temperature ? *units.inverse_temperature : units.value);
+PCOH_DEVICE Scaling scaling(Scale scale, const Stats<T>& s, double temperature, const double* unit) {
+  const double mean = scale == Scale::anchor ? s.mean() : 1;
+  return pcoherence::scaling(s.low, s.high, mean, (unit != nullptr ? *unit : 1) / temperature);
 }
 
 // pull [n] times `factor`, the gradient w.r.t. positions (in temperatures) -> what the pipeline stores. row: positions.
 template <class T, class G>
 PCOH_APART void store_gradient(G& g, const RowTask<T>& task, std::int64_t r, const RowView<T>& row, double unit,
                                const Stats<T>& s, const Scaling& scale, const T* pull, T factor) {
-  const double coefficient = task.coefficients ? double(task.coefficients[r]) : 0.0;
+  const double coefficient = task.coefficients ? double(task.coefficients[r]) : 1.0;
   double through_mean = 0;  // -sum_k pull_k s_k: the pull on log(mean)
-  if (task.scale != Scale::none) {
+  if (task.options.scale == Scale::anchor) {
     double sum = 0;
     by_memory(g, pull, [&](const T* from) {
       each(g, row.n, [&, values = row.values](int k) { sum += double(from[k] * factor) * double(values[k]); });
@@ -361,9 +343,9 @@ PCOH_APART void store_gradient(G& g, const RowTask<T>& task, std::int64_t r, con
     through_mean = -coefficient * total(g, sum) * unit;
   }
   const double mean = s.mean();
-  const bool own_mean = task.scale == Scale::anchor && mean > 0;
+  const bool by_mean = task.options.scale == Scale::anchor && mean > 0;
   const T per_pull = static_cast<T>(coefficient * scale.per_distance * task.chain);
-  const T per_weight = own_mean ? static_cast<T>(through_mean / (s.weight * mean) * task.chain) : T(0);
+  const T per_weight = by_mean ? static_cast<T>(through_mean / (s.weight * mean) * task.chain) : T(0);
   const T* distances = task.student + r * task.n;  // may be `out`: every thread reads an element before it writes it
   T* out = task.gradient + r * task.n;
   const bool chain_root = task.chain_root;
@@ -376,10 +358,6 @@ PCOH_APART void store_gradient(G& g, const RowTask<T>& task, std::int64_t r, con
       });
     });
   });
-  if (g.thread() == 0) {
-    const double batch = task.scale == Scale::batch ? *task.student_units.mean : 0.0;
-    task.pulls[r] = batch > 0 ? through_mean / batch : 0.0;
-  }
 }
 
 // Memory of one group for rows of n: the teacher's ranks, then either the teacher's values and their ranking or the
@@ -411,18 +389,18 @@ PCOH_APART void anchor_row(G& g, const RowTask<T>& task, std::int64_t r, Arena a
     const Stats<T> t = stats(g, row, task.teacher + r * n);
     if (t.weight == 0) return give_up(g, task, r, 0);  // nobody to compare: the anchor contributes nothing
     if (!t.finite()) return give_up(g, task, r, nan);
-    if (!task.soft_teacher) {
+    if (!task.options.soft_teacher()) {
       const HardRanks<T> hard{t.count, t.weight, t.uniform(), t.low, t.high};
       const double ties = hard_ranks(g, row, hard, teacher, stage);
-      if (task.objective == Objective::cross_entropy) entropy = 0.69314718055994530942 * ties;  // log 2
+      if (task.options.objective == Objective::cross_entropy) entropy = 0.69314718055994530942 * ties;  // log 2
     } else {
       const T per_weight = static_cast<T>(1 / t.weight);
-      const Scaling scale = scaling(task.scale, t, task.teacher_units);
+      const Scaling scale = scaling(task.options.scale, t, task.options.teacher_temperature, task.teacher_unit);
       const bool done = with_sums(g, task.sums, row, t.range(), scale, stage, [&](auto& sums) {
         sums.ranks(teacher);
         g.sync();
         each(g, n, [=](int k) { teacher[k] *= per_weight; });
-        if (task.objective == Objective::cross_entropy)
+        if (task.options.objective == Objective::cross_entropy)
           entropy = sums.softplus_total() - t.weight * linear_part(g, row, sums.unit, teacher);
       });
       if (!done) return give_up(g, task, r, nan);
@@ -435,41 +413,36 @@ PCOH_APART void anchor_row(G& g, const RowTask<T>& task, std::int64_t r, Arena a
   const Stats<T> s = stats(g, row, task.student + r * n);
   if (!s.finite()) return give_up(g, task, r, nan);
   T* ranks = arena.take<T>(n, task.sums.reserve);
-  const Scaling scale = scaling(task.scale, s, task.student_units);
+  const Scaling scale = scaling(task.options.scale, s, task.options.temperature, task.student_unit);
   const bool done = with_sums(g, task.sums, row, s.range(), scale, arena, [&](auto& sums) {
     sums.ranks(ranks);
     g.sync();
     double loss = 0;
     T factor = static_cast<T>(1 / s.weight);  // of what `ranks` becomes, to be the gradient w.r.t. positions
-    if (task.objective == Objective::cross_entropy) {
+    if (task.options.objective == Objective::cross_entropy) {
       loss = (sums.softplus_total() - s.weight * linear_part(g, row, sums.unit, teacher) - entropy) /
              (s.weight * s.weight);
       each(g, n, [&](int k) { ranks[k] = row.weight(k) * (ranks[k] * factor - teacher[k]); });
       factor *= 2;
     } else {
-      loss = objective(g, task.objective, row, teacher, s.weight, ranks);
+      loss = objective(g, task.options.objective, row, teacher, s.weight, ranks);
       if (task.gradient != nullptr) sums.pullback(ranks, ranks);
     }
-    if (g.thread() == 0) {
-      task.losses[r] = loss;
-      task.pulls[r] = 0;
-    }
+    if (g.thread() == 0) task.losses[r] = loss;
     g.sync();
     if (task.gradient != nullptr) store_gradient(g, task, r, row, sums.unit, s, scale, ranks, factor);
   });
   if (!done) give_up(g, task, r, nan);
 }
 
-// ---------------------------------------------------------------- the mean distance, and soft ranks on their own
+// ---------------------------------------------------------------- sums, and soft ranks on their own
 
 template <class T, class G>
 PCOH_DEVICE void row_sums(G& g, const RowSumsTask<T>& task, std::int64_t r) {
-  const int self = task.self ? static_cast<int>(task.self[r]) : -1;
-  const RowView<T> row{nullptr, task.weights, task.n, self};
-  const Stats<T> s = stats(g, row, task.distances + r * task.n);
-  if (g.thread() != 0) return;
-  task.distance_sums[r] = s.product;
-  task.weight_sums[r] = s.weight;
+  double sum = 0;
+  each(g, task.n, [&](int k) { sum += double(task.matrix[r * task.n + k]); });
+  sum = total(g, sum);
+  if (g.thread() == 0) task.sums[r] = sum;
 }
 
 // What the values of a row span, whatever their weights, since all of them are ranked.

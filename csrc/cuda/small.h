@@ -39,7 +39,7 @@ struct SmallGradientTask {
   T* anchors;             // [rows, width] or null; where `same`, all of the gradient
   T* candidates;          // [n, width] or null
   const double* losses;   // [rows]
-  const T* coefficients;  // [rows]
+  const T* coefficients;  // [rows], or null: ones
   T* total;               // [1] sum_i c_i L_i
 };
 
@@ -128,7 +128,7 @@ template <class T, class G>
 PCOH_DEVICE void small_row(G& g, const SmallTask<T>& task, std::int64_t r, Arena arena) {
   if (task.features) {
     const std::int64_t start = r * task.row.n;
-    small_distances(g, task.teacher, r, task.row.n, !task.row.soft_teacher, task.teacher_distances + start);
+    small_distances(g, task.teacher, r, task.row.n, !task.row.options.soft_teacher(), task.teacher_distances + start);
     small_distances(g, task.student, r, task.row.n, false, task.student_distances + start);
     g.sync();
   }
@@ -174,7 +174,8 @@ PCOH_DEVICE void small_gradient(G& g, const SmallGradientTask<T>& task, std::int
   T* out = (anchor ? task.anchors : task.candidates);
   if (p == 0) {
     double sum = 0;
-    each(g, static_cast<int>(task.rows), [&](int r) { sum += double(task.coefficients[r]) * task.losses[r]; });
+    each(g, static_cast<int>(task.rows),
+         [&](int r) { sum += (task.coefficients ? double(task.coefficients[r]) : 1.0) * task.losses[r]; });
     sum = total(g, sum);
     if (g.thread() == 0) *task.total = static_cast<T>(sum);
   }

@@ -100,27 +100,15 @@ Shape shape(const ProductTask<T>& task) {
 }
 
 template <class T, class G>
-PCOH_DEVICE void work(G& g, const DifferenceTask<T>& task, std::int64_t x, int) {
-  difference_row(g, task, x);
-}
-template <class T>
-Shape shape(const DifferenceTask<T>& task) {
-  return {task.rows, 1, kStreamThreads};
-}
-
-template <class T, class G>
-PCOH_DEVICE void work(G& g, const PullTask<T>& task, std::int64_t x, int y) {
-  if (task.near == nullptr)
-    pull_all(g, task, x, y * g.threads());
-  else if (task.transposed)
+PCOH_DEVICE void work(G& g, const PullTask<T>& task, std::int64_t x, int) {
+  if (task.transposed)
     pull_near_columns(g, task, x);
   else
     pull_near(g, task, x);
 }
 template <class T>
 Shape shape(const PullTask<T>& task) {
-  if (task.near != nullptr) return {task.transposed ? words_of(task.rows) : task.rows, 1, kPullThreads};
-  return {task.rows, (task.width + kPullThreads - 1) / kPullThreads, kPullThreads};
+  return {task.transposed ? words_of(task.rows) : task.rows, 1, kPullThreads};
 }
 
 template <class T, class G>

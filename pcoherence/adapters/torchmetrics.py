@@ -21,7 +21,7 @@ except ImportError as error:
 
 from pcoherence.inputs import FLOAT_DTYPES, check_points, check_same_length
 from pcoherence.metrics import Coherence, coherence
-from pcoherence.spec import Metric, check_count, check_flag, check_metrics
+from pcoherence.spec import Metric, check_count, check_metrics
 
 from ._dtypes import same_dtype
 
@@ -37,7 +37,6 @@ class CoherenceMetric(_Metric):
     Args:
         metric: a name or a callable, as in `perception_coherence_loss`.
         teacher_metric: likewise; None: the same.
-        include_self: rank the anchor itself among its candidates.
         nearest: k of the overlap, at least 1.
         **arguments: of torchmetrics.Metric, `compute_on_cpu` or `process_group` for example.
 
@@ -57,18 +56,15 @@ class CoherenceMetric(_Metric):
         *,
         metric: Metric = "euclidean",
         teacher_metric: Metric | None = None,
-        include_self: bool = False,
         nearest: int = 10,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         check_metrics(metric, teacher_metric)
-        check_flag("include_self", include_self)
         check_count("nearest", nearest)
         self.options: dict[str, Any] = {
             "metric": metric,
             "teacher_metric": teacher_metric,
-            "include_self": include_self,
             "nearest": nearest,
         }
         for name in SIDES:

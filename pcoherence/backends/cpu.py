@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 
 from torch import Tensor
 
 from .. import ops
-from .operators import OperatorBackend
+from .operators import OperatorBackend, Ported
 
 
-def _load() -> tuple[str | None, Mapping[str, list[str]]]:
-    """Load the kernels: why they cannot be, or None; and the option names they know."""
+def _load() -> tuple[str | None, Ported]:
+    """Load the kernels: why they cannot be, or None; and what they know of options."""
     try:
         extension = importlib.import_module("pcoherence._C")
     except (ImportError, OSError) as error:  # OSError: a shared library that does not link
         return f"the C++ extension cannot be imported: {error}", {}
-    return None, extension.names()
+    return None, extension.options()
 
 
-_LOAD_ERROR, _NAMES = _load()
+_LOAD_ERROR, _PORTED = _load()
 
 
 class CpuBackend(OperatorBackend):
@@ -36,9 +35,9 @@ class CpuBackend(OperatorBackend):
         """The native set, which the extension implements for CPU tensors."""
         return ops.native
 
-    def known(self) -> Mapping[str, list[str]]:
-        """The names in csrc/spec.h."""
-        return _NAMES
+    def ported(self) -> Ported:
+        """What csrc/options.h lists."""
+        return _PORTED
 
     def refuses(self, tensor: Tensor) -> str | None:
         """All but CPU tensors."""

@@ -1,6 +1,6 @@
 """The CUDA C++ kernels of csrc/cuda as a backend: CUDA tensors, methods grid, scan and pairs.
 
-Large batches go through `device.Coherence`, matrix products with row kernels in between. What
+Large batches go through `pipeline.from_features`, matrix products with row kernels in between. What
 counts in small ones is launches: two kernels of their own do all of it.
 
 Nothing synchronises, with one exception: an explicit method="grid" reads a flag back after each
@@ -11,26 +11,26 @@ constants to it; do that before capturing a CUDA graph.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..spec import METHODS, OBJECTIVES, SCALES
-from .device import (
-    CallWeights,
-    PointSet,
-    Results,
-    RowOptions,
-    RowResults,
-    RowWeights,
-    Units,
-)
+from ..spec import LossSpec
 from .device_operators import Implementation, register
-from .operators import OperatorBackend
+from .operators import OperatorBackend, Ported
+from .pipeline import Batch, Results
 from .points import TRAITS, Prepared, Side, Traits
+from .row_kernels import Rows, Units
+
+PORTED: Ported = {
+    "metric": ("euclidean", "sqeuclidean", "cosine"),
+    "scale": ("anchor", "none"),
+    "objective": ("mse", "l1", "huber", "cross_entropy", "spearman"),
+    "method": ("auto", "grid", "scan", "pairs"),
+}
+"""What the kernels of csrc/cuda know of options."""
 
 SMALL_CANDIDATES = 512
 """Up to this many candidates a batch is small: a row of all pairs fits a thread block."""
@@ -43,7 +43,7 @@ Beyond, the products and their preparation cost less, in spite of ten times as m
 
 
 class CudaRowKernels:
-    """pcoherence.backends.device.RowKernels, and the two kernels of small batches."""
+    """pcoherence.backends.row_kernels.RowKernels, and the two kernels of small batches."""
 
     def __init__(self) -> None:
         self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -66,15 +66,6 @@ class CudaRowKernels:
                 "method: 'grid' would need too many bins for a row, whose range is many "
                 "temperatures; use method='scan' or 'auto', or a higher temperature"
             )
-
-    def difference_distances(
-        self, out: Tensor, anchors: Tensor, candidates: Tensor, traits: Traits, order_only: bool
-    ) -> None:
-        """See RowKernels."""
-        root = traits.root and not order_only
-        torch.ops.pcoherence_cuda.difference_distances(
-            out, anchors, candidates, root, traits.factor
-        )
 
     def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: Traits) -> Prepared:
         """See RowKernels: four launches, five with candidates of their own."""
@@ -150,54 +141,42 @@ class CudaRowKernels:
         """See RowKernels."""
         torch.ops.pcoherence_cuda.symmetrise(matrix, True)
 
-    def row_sums(self, matrix: Tensor, weights: RowWeights | None) -> tuple[Tensor, Tensor]:
+    def row_sums(self, matrix: Tensor) -> Tensor:
         """See RowKernels."""
-        sums = matrix.new_empty(2, matrix.shape[0], dtype=torch.float64)
-        candidates, own = (None, None) if weights is None else weights[:2]
-        torch.ops.pcoherence_cuda.row_sums(matrix, candidates, own, sums[0], sums[1])
-        return sums[0], sums[1]
+        sums = matrix.new_empty(matrix.shape[0], dtype=torch.float64)
+        torch.ops.pcoherence_cuda.row_sums(matrix, sums)
+        return sums
 
     def anchors(
-        self,
-        options: RowOptions,
-        student: Tensor,
-        teacher: Tensor,
-        weights: RowWeights,
-        student_units: Units,
-        teacher_units: Units,
-        spare: Tensor | None,
-    ) -> RowResults:
+        self, spec: LossSpec, rows: Rows, units: Units, v: Traits | None, spare: Tensor | None
+    ) -> Tensor:
         """See RowKernels: one launch."""
-        results = student.new_empty(2, student.shape[0], dtype=torch.float64)
-        *constants, status = self._summation(student, options.method)
+        losses = rows.student.new_empty(rows.student.shape[0], dtype=torch.float64)
+        *constants, status = self._summation(rows.student, spec.method)
         torch.ops.pcoherence_cuda.rows(
-            student,
-            teacher,
-            weights.candidates,
-            weights.own,
-            weights.coefficients,
-            student_units.inverse_temperature,
-            student_units.mean,
-            teacher_units.inverse_temperature,
-            teacher_units.mean,
-            options.objective,
-            options.scale,
-            options.method,
-            options.soft_teacher,
-            options.chain,
-            options.root,
-            options.gradient,
-            results[0],
-            results[1],
+            *rows,
+            *spec.temperatures,
+            spec.packed(distances=True),
+            *units,
+            1.0 if v is None else v.chain,
+            v is not None and v.root,
+            v is not None,
+            losses,
             *constants,
             status,
         )
-        self._check(options.method, status)
-        return RowResults(results[0], results[1])
+        self._check(spec.method, status)
+        return losses
 
     def takes_differences(self, method: str, n: int) -> bool:
-        """Small batches, where preparing products costs more than they save."""
-        return n <= SMALL_CANDIDATES
+        """Never: small batches are small_rows(), in large ones products cost less."""
+        return False
+
+    def difference_distances(
+        self, out: Tensor, anchors: Tensor, candidates: Tensor, traits: Traits, order_only: bool
+    ) -> None:
+        """Not asked for."""
+        raise NotImplementedError
 
     def soft_rank(
         self,
@@ -220,146 +199,83 @@ class CudaRowKernels:
         self._check(method, status)
         return out.to(values.dtype)
 
-    def small(
-        self,
-        student: PointSet,
-        teacher: PointSet,
-        weights: CallWeights,
-        options: tuple[float, float, str, str, str],
-        want_anchors: bool,
-        want_candidates: bool,
-    ) -> tuple[Results, Tensor]:
-        """A small batch in two launches, for scale "anchor" or "none".
+    def small(self, spec: LossSpec, batch: Batch, *flags: bool) -> tuple[Tensor | None, Results]:
+        """A small batch in two launches, or one without a gradient.
 
-        Args: as of `device.Coherence`, options without `differences`.
+        Args: `flags`: whether the gradients of student and candidates are wanted.
 
-        Returns: the results, and sum_i coefficients_i L_i, 0-d (nothing without coefficients).
+        Returns: sum_i coefficients_i L_i, 0-d, or None without a gradient; and the results.
         """
-        x, candidates = student.anchors, student.candidates
+        x, candidates = batch.student, batch.student_candidates
         m, n = x.shape[0], (x if candidates is None else candidates).shape[0]
-        temperature, teacher_temperature, scale, objective, method = options
         distances = x.new_empty(2, m, n)
-        results = x.new_empty(2, m, dtype=torch.float64)
-        shrinks = candidate_shrinks = None
-        if TRAITS[student.metric].directions:
+        losses = x.new_empty(m, dtype=torch.float64)
+        shrinks: tuple[Tensor | None, ...] = (None, None)
+        if TRAITS[str(spec.metric)].directions:
             both = x.new_empty(m + n, dtype=torch.float64)
-            shrinks, candidate_shrinks = both[:m], both[m:]
-        *constants, status = self._summation(x, method)
+            shrinks = both[:m], both[m:]
+        *constants, status = self._summation(x, spec.method)
         torch.ops.pcoherence_cuda.small_rows(
             x,
             candidates,
-            teacher.anchors,
-            teacher.candidates,
-            weights.candidates,
-            weights.own,
-            weights.coefficients,
-            temperature,
-            teacher_temperature,
-            student.metric,
-            teacher.metric,
-            objective,
-            scale,
-            method,
-            want_anchors or want_candidates,
-            distances[0],
-            distances[1],
-            shrinks,
-            candidate_shrinks,
-            results[0],
-            results[1],
+            batch.teacher,
+            batch.teacher_candidates,
+            batch.candidate_weights,
+            batch.self_index,
+            batch.coefficients,
+            *spec.temperatures,
+            spec.packed(),
+            any(flags),
+            *distances,
+            *shrinks,
+            losses,
             *constants,
             status,
         )
-        self._check(method, status)
+        self._check(spec.method, status)
+        if not any(flags):
+            return None, Results(losses, None, None)
         total = x.new_empty(())
-        anchors_out = torch.empty_like(x) if want_anchors else None
-        candidates_out = None
-        if want_candidates and candidates is not None:
-            candidates_out = torch.empty_like(candidates)
-        if weights.coefficients is not None:
-            torch.ops.pcoherence_cuda.small_gradient(
-                x,
-                candidates,
-                distances[0],
-                student.metric,
-                shrinks,
-                candidate_shrinks,
-                results[0],
-                weights.coefficients,
-                anchors_out,
-                candidates_out,
-                total,
-            )
-        return Results(results[0], anchors_out, candidates_out), total
+        gradients = [
+            torch.empty_like(points) if wanted and points is not None else None
+            for points, wanted in zip((x, candidates), flags, strict=True)
+        ]
+        torch.ops.pcoherence_cuda.small_gradient(
+            x,
+            candidates,
+            distances[0],
+            spec.metric,
+            *shrinks,
+            losses,
+            batch.coefficients,
+            *gradients,
+            total,
+        )
+        return total, Results(losses, *gradients)
 
 
-def _is_small(student: PointSet, teacher: PointSet, scale: str) -> bool:
+def _is_small(batch: Batch) -> bool:
     """Whether `CudaRowKernels.small` takes this call."""
-    x, y = student.anchors, teacher.anchors
-    m, n = x.shape[0], (x if student.candidates is None else student.candidates).shape[0]
-    reads = m * n * (x.shape[1] + y.shape[1])
-    return m > 0 and n <= SMALL_CANDIDATES and reads <= SMALL_READS and scale != "batch"
+    x, candidates = batch.student, batch.student_candidates
+    m, n = x.shape[0], (x if candidates is None else candidates).shape[0]
+    reads = m * n * (x.shape[1] + batch.teacher.shape[1])
+    return n <= SMALL_CANDIDATES and reads <= SMALL_READS
 
 
 class _Implementation(Implementation):
     """The operators, with a shorter way for small batches."""
 
     def __init__(self, kernels: CudaRowKernels) -> None:
-        super().__init__(kernels, METHODS)
+        super().__init__(kernels, PORTED)
         self._small = kernels.small
 
-    def coherence_sum(
-        self,
-        student: Tensor,
-        student_candidates: Tensor | None,
-        teacher: Tensor,
-        teacher_candidates: Tensor | None,
-        coefficients: Tensor,
-        anchor_weights: Tensor | None,
-        candidate_weights: Tensor | None,
-        self_index: Tensor | None,
-        temperature: float,
-        teacher_temperature: float,
-        metric: str,
-        teacher_metric: str,
-        scale: str,
-        objective: str,
-        method: str,
-        grad_student: bool,
-        grad_candidates: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x = PointSet(student, student_candidates, metric)
-        y = PointSet(teacher, teacher_candidates, teacher_metric)
-        if not _is_small(x, y, scale):
-            return super().coherence_sum(
-                student,
-                student_candidates,
-                teacher,
-                teacher_candidates,
-                coefficients,
-                anchor_weights,
-                candidate_weights,
-                self_index,
-                temperature,
-                teacher_temperature,
-                metric,
-                teacher_metric,
-                scale,
-                objective,
-                method,
-                grad_student,
-                grad_candidates,
-            )
-        weights = CallWeights(coefficients, anchor_weights, candidate_weights, self_index)
-        options = temperature, teacher_temperature, scale, objective, method
-        self._check_call(x, y, weights, options)
-        found, total = self._small(x, y, weights, options, grad_student, grad_candidates)
-        nothing = student.new_empty(0)
-        return (
-            total,
-            nothing if found.anchors is None else found.anchors,
-            nothing.clone() if found.candidates is None else found.candidates,
-        )
+    def _evaluate(
+        self, spec: LossSpec, batch: Batch, distances: bool, *flags: bool
+    ) -> tuple[Tensor, Results]:
+        if distances or not _is_small(batch):
+            return super()._evaluate(spec, batch, distances, *flags)
+        total, found = self._small(spec, batch, *flags)
+        return self._total(batch, found) if total is None else total, found
 
 
 def implement(operators: ops.Operators, dispatch_key: str) -> None:
@@ -396,14 +312,9 @@ class CudaBackend(OperatorBackend):
         """The native set, which the extension implements for CUDA tensors."""
         return ops.native
 
-    def known(self) -> Mapping[str, Collection[str]]:
-        """Everything; other metrics come as blocks of distances."""
-        return {
-            "metric": tuple(TRAITS),
-            "scale": SCALES,
-            "objective": OBJECTIVES,
-            "method": METHODS,
-        }
+    def ported(self) -> Ported:
+        """See PORTED."""
+        return PORTED
 
     def refuses(self, tensor: Tensor) -> str | None:
         """All but CUDA tensors."""

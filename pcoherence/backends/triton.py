@@ -10,20 +10,23 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..spec import OBJECTIVES, SCALES
-from .device import RowKernels
-from .device_operators import implement
-from .operators import OperatorBackend
-from .points import TRAITS
+from .device_operators import Implementation, register
+from .operators import OperatorBackend, Ported
+from .row_kernels import RowKernels
 
-METHODS = ("auto", "scan", "pairs")
+PORTED: Ported = {
+    "metric": ("euclidean", "sqeuclidean", "cosine"),
+    "scale": ("anchor", "none"),
+    "objective": ("mse", "l1", "huber", "cross_entropy", "spearman"),
+    "method": ("auto", "scan", "pairs"),
+}
+"""What the kernels of kernels/ know of options."""
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -60,7 +63,8 @@ OPERATORS = ops.Operators("pcoherence_triton")
 """A set of its own: the native one belongs to the extensions."""
 
 for _type in DEVICES:
-    implement(OPERATORS, cast(RowKernels, _OnFirstUse()), METHODS, _type.upper())
+    _implementation = Implementation(cast(RowKernels, _OnFirstUse()), PORTED)
+    register(OPERATORS, _implementation, _type.upper())
 
 
 class TritonBackend(OperatorBackend):
@@ -82,14 +86,9 @@ class TritonBackend(OperatorBackend):
         """The set that is implemented above."""
         return OPERATORS
 
-    def known(self) -> Mapping[str, Collection[str]]:
-        """Everything but the grid; other metrics come as blocks of distances."""
-        return {
-            "metric": tuple(TRAITS),
-            "scale": SCALES,
-            "objective": OBJECTIVES,
-            "method": METHODS,
-        }
+    def ported(self) -> Ported:
+        """See PORTED."""
+        return PORTED
 
     def refuses(self, tensor: Tensor) -> str | None:
         """CPU tensors, unless the interpreter is on; other devices."""

@@ -32,11 +32,11 @@ MARKED = re.compile(r"«(.*?) ?⇒ ?(.*?)»", re.DOTALL)
 
 RELATED = {
     "csrc/cuda/": "corners cuda_rows cuda_races triton gpu loss_options accuracy",
-    "csrc/": "corners rows soft_rank names loss_options autograd metrics precision reference "
-    "threads modes memory validation properties accuracy bank cuda_rows",
+    "csrc/": "operators corners rows soft_rank names loss_options autograd metrics precision "
+    "reference threads modes memory validation properties accuracy bank cuda_rows",
     "kernels/": "corners triton gpu triton_compile",
-    "pcoherence/backends/": "corners tf32 cuda_rows backends modes autograd memory validation "
-    "triton gpu loss_options precision accuracy",
+    "pcoherence/backends/": "operators reference corners tf32 cuda_rows backends modes autograd "
+    "memory validation triton gpu loss_options precision accuracy",
     "pcoherence/adapters/features": "adapters_features",
     "pcoherence/adapters/lightning": "adapters_lightning",
     "pcoherence/adapters/metric": "adapters_metric_learning",

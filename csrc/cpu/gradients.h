@@ -1,0 +1,170 @@
+// The gradient with respect to features, from that with respect to distances, a block of anchors at a time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "features.h"
+#include "team.h"
+
+namespace pcoherence {
+
+// Gradient w.r.t. features from blocks of V, by products: sum_j V_ij (x_i - c_j) for the anchors, and the
+// opposite for the candidates; for cityblock sum_j V_ij sign(x_i - c_j). A whole V, `symmetric`, takes one product
+// instead of two: with S = V + V^T both together are sum_j S_ij (x_i - x_j).
+template <class T>
+class FeatureGradient {
+ public:
+  // anchors [m, width], candidates [n, width]: where the gradients go, null where not wanted.
+  FeatureGradient(const Features<T>& features, T* anchors, T* candidates, bool symmetric, Runtime<T>& runtime)
+      : features_(features),
+        runtime_(runtime),
+        n_(features.input().n),
+        width_(features.input().width),
+        symmetric_(symmetric),
+        anchors_(anchors),
+        candidates_(candidates) {
+    if (anchors != nullptr && features.same() && !symmetric) candidates_ = runtime.allocate(n_ * width_);
+    if (anchors_ != nullptr) std::fill(anchors_, anchors_ + features.input().m * width_, T(0));
+    if (candidates_ != nullptr) {
+      std::fill(candidates_, candidates_ + n_ * width_, T(0));
+      column_sums_.assign(n_, 0.0);
+    }
+  }
+
+  // block [rows, padded(n)]: V; row_sums [rows]; close: pairs kept out of the products, by row.
+  void add(T* block, const double* row_sums, std::int64_t begin, std::int64_t rows,
+           const std::vector<std::vector<std::int32_t>>& close, Team& team) {
+    if (!features_.traits().products) {
+      add_signs(block, begin, rows, team);
+      return;
+    }
+    // Pairs too close for products go first, and leave a zero in the block.
+    std::vector<double> sums(row_sums, row_sums + rows);
+    add_close(block, sums, begin, rows, close, team);
+    const std::int64_t ld = padded(n_);
+    if (symmetric_) {
+      add_transpose(block);
+      team.run(runtime_, rows, 1 + kGrain / n_,
+               [&](std::int64_t i, Workspace&) { sums[i] = kernels().of<T>().sum_row(block + i * ld, n_); });
+    }
+    if (anchors_ != nullptr) add_anchors(block, sums, begin, rows);
+    if (candidates_ != nullptr) {
+      runtime_.accumulate_tn(candidates_, block, ld, features_.anchors() + begin * width_, rows, n_, width_);
+      add_column_sums(block, rows, team);
+    }
+  }
+
+  // After the last block.
+  void finish() {
+    if (candidates_ == nullptr) return;
+    if (features_.traits().products) {
+      const T* c = features_.candidates();
+      for (std::int64_t j = 0; j < n_; ++j) {
+        const T sum = static_cast<T>(column_sums_[j]);
+        for (std::int64_t f = 0; f < width_; ++f)
+          candidates_[j * width_ + f] = sum * c[j * width_ + f] - candidates_[j * width_ + f];
+      }
+    }
+    if (features_.same())
+      for (std::int64_t i = 0; i < n_ * width_; ++i) anchors_[i] += candidates_[i];
+  }
+
+ private:
+  void add_transpose(T* block) {
+    const std::int64_t size = padded(n_), strips = (size + kSymmetricStrip - 1) / kSymmetricStrip;
+    // A strip is as long as what is right of it: the first and the last together make an even share.
+    runtime_.parallel_for((strips + 1) / 2, 1, [&](std::int64_t begin, std::int64_t end, int) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        kernels().of<T>().add_transpose(block, size, size, i);
+        if (strips - 1 - i != i) kernels().of<T>().add_transpose(block, size, size, strips - 1 - i);
+      }
+    });
+  }
+
+  void add_anchors(const T* block, const std::vector<double>& sums, std::int64_t begin, std::int64_t rows) {
+    if (products_ == nullptr) products_ = runtime_.allocate(rows * width_);  // the first block is the largest
+    runtime_.multiply_nn(products_, block, padded(n_), features_.candidates(), rows, n_, width_);
+    const T* x = features_.anchors() + begin * width_;
+    T* out = anchors_ + begin * width_;
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const T sum = static_cast<T>(sums[i]);
+      for (std::int64_t f = 0; f < width_; ++f)
+        out[i * width_ + f] += sum * x[i * width_ + f] - products_[i * width_ + f];
+    }
+  }
+
+  // The sign convention of candidates_ until finish(): sum_i V_ij x_i, to be subtracted.
+  void add_close(T* block, std::vector<double>& sums, std::int64_t begin, std::int64_t rows,
+                 const std::vector<std::vector<std::int32_t>>& close, Team& team) {
+    struct Pair {
+      std::int64_t anchor, candidate;
+      T value;
+    };
+    std::vector<Pair> pairs;
+    for (std::int64_t i = 0; i < rows; ++i)
+      for (const std::int32_t j : close[i]) {
+        T& v = block[i * padded(n_) + j];
+        pairs.push_back({begin + i, j, v});
+        v = 0;
+      }
+    if (pairs.empty()) return;
+    // Not by subtraction: of a pair that nearly coincides V is so large that nothing else would be left of the sum.
+    for (std::int64_t i = 0; i < rows; ++i)
+      if (!close[i].empty()) sums[i] = kernels().of<T>().sum_row(block + i * padded(n_), n_);
+    // Threads share out the features, not the pairs: every sum keeps its order.
+    constexpr std::int64_t slice = 16;  // 64 bytes of float32: no two threads write to one cache line
+    team.run(runtime_, (width_ + slice - 1) / slice, 1, [&](std::int64_t s, Workspace&) {
+      const std::int64_t end = std::min(width_, (s + 1) * slice);
+      for (const Pair& p : pairs) {
+        const Point<T> a = features_.anchor(p.anchor), c = features_.candidate(p.candidate);
+        for (std::int64_t f = s * slice; f < end; ++f) {
+          const double difference = double(a.x[f]) / a.length - double(c.x[f]) / c.length;
+          const T pull = static_cast<T>(double(p.value) * difference * features_.scale());
+          if (anchors_ != nullptr) anchors_[p.anchor * width_ + f] += pull;
+          if (candidates_ != nullptr) candidates_[p.candidate * width_ + f] += pull;
+          if (symmetric_) anchors_[p.candidate * width_ + f] -= pull;
+        }
+      }
+    });
+  }
+
+  void add_column_sums(const T* block, std::int64_t rows, Team& team) {
+    constexpr std::int64_t slice = 256;  // columns summed together, in registers and L1
+    const std::int64_t ld = padded(n_);
+    team.run(runtime_, (n_ + slice - 1) / slice, kGrain / slice, [&](std::int64_t s, Workspace&) {
+      T sum[slice] = {};
+      const std::int64_t begin = s * slice, count = std::min(slice, n_ - begin);
+      for (std::int64_t i = 0; i < rows; ++i)
+        for (std::int64_t j = 0; j < count; ++j) sum[j] += block[i * ld + begin + j];
+      for (std::int64_t j = 0; j < count; ++j) column_sums_[begin + j] += double(sum[j]);
+    });
+  }
+
+  void add_signs(const T* block, std::int64_t begin, std::int64_t rows, Team& team) {
+    const auto& accumulate = kernels().of<T>().accumulate_signs;
+    const std::int64_t ld = padded(n_);
+    const T* x = features_.anchors() + begin * width_;
+    if (anchors_ != nullptr)
+      team.run(runtime_, rows, 1, [&](std::int64_t i, Workspace&) {
+        accumulate(anchors_ + (begin + i) * width_, x + i * width_, features_.candidates(), block + i * ld, 1, n_,
+                   width_);
+      });
+    if (candidates_ != nullptr)
+      team.run(runtime_, n_, 1, [&](std::int64_t j, Workspace&) {
+        accumulate(candidates_ + j * width_, features_.candidates() + j * width_, x, block + j, ld, rows, width_);
+      });
+  }
+
+  const Features<T>& features_;
+  Runtime<T>& runtime_;
+  std::int64_t n_, width_;
+  bool symmetric_;
+  T* anchors_;             // [m, width]
+  T* candidates_;          // [n, width]
+  T* products_ = nullptr;  // [block rows, width]
+  std::vector<double> column_sums_;
+};
+
+}  // namespace pcoherence

@@ -1,0 +1,31 @@
+// Every kernel, of float32 and float64: to be included where launch() is defined.
+#pragma once
+
+#include "launch.h"
+
+#define PCOH_ROWS(...) template void launch(const __VA_ARGS__&, const Plan&, char*, Stream);
+#define PCOH_STREAM(...) template void launch(const __VA_ARGS__&, Stream);
+#define PCOH_INSTANTIATE(T)                                                 \
+  template Plan plan<T>(const Device&, std::int64_t, std::int64_t, Method); \
+  template Resources resources<T>(RowKernel, const Plan&);                  \
+  PCOH_ROWS(SmallTask<T>)                                                   \
+  PCOH_ROWS(SoftRankTask<T>)                                                \
+  PCOH_STREAM(RowSumsTask<T>)                                               \
+  PCOH_STREAM(ProductTask<T>)                                               \
+  PCOH_STREAM(PullTask<T>)                                                  \
+  PCOH_STREAM(ClearTask<T>)                                                 \
+  PCOH_STREAM(CentreTask<T>)                                                \
+  PCOH_STREAM(PrepareTask<T>)                                               \
+  PCOH_STREAM(IdenticalTask<T>)                                             \
+  PCOH_STREAM(FirstTask<T>)                                                 \
+  PCOH_STREAM(SymmetriseTask<T>)                                            \
+  PCOH_STREAM(SmallGradientTask<T>)
+
+namespace pcoherence::cuda {
+PCOH_INSTANTIATE(float)
+PCOH_INSTANTIATE(double)
+}  // namespace pcoherence::cuda
+
+#undef PCOH_ROWS
+#undef PCOH_STREAM
+#undef PCOH_INSTANTIATE

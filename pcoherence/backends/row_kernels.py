@@ -1,0 +1,145 @@
+"""What a GPU backend writes as kernels; `pipeline.py` puts them together.
+
+T is float32 or float64, and all tensors of T are of the same; matrices are contiguous in their last
+dimension unless said otherwise. Everything is launched without a host synchronisation: no value is
+read back, no shape depends on data. No sum depends on the order in which threads arrive.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from ..spec import LossSpec
+from .points import Prepared, Side, Traits
+
+
+class Rows(NamedTuple):
+    """A block of b anchors."""
+
+    student: Tensor  # T [b, n]: distances; where a gradient is wanted it is left here
+    teacher: Tensor  # T [b, n]: distances, or for hard ranks anything in the same order
+    weights: Tensor | None  # T [n]: w_k of the candidates; None: ones
+    self_index: Tensor | None  # int64 [b]: the candidate that is left out, or -1; None: nobody
+    coefficients: Tensor | None  # T [b]: c_i, by which the gradient is multiplied; None: ones
+
+    def part(self, begin: int, end: int) -> Rows:
+        """Anchors begin .. end."""
+        self_index, coefficients = (
+            None if tensor is None else tensor[begin:end]
+            for tensor in (self.self_index, self.coefficients)
+        )
+        student, teacher = self.student[begin:end], self.teacher[begin:end]
+        return Rows(student, teacher, self.weights, self_index, coefficients)
+
+
+class Units(NamedTuple):
+    """A distance in the metric = unit * the distance as measured; float64, 0-d; None: 1.
+
+    What scale "anchor" divides by has the same unit: there it does not matter, and is None.
+    """
+
+    student: Tensor | None = None
+    teacher: Tensor | None = None
+
+
+class RowKernels(Protocol):
+    """The stages, each on a block of b anchors.
+
+    `near` is what the backend wants to remember of the pairs whose gradient leaves the products.
+    """
+
+    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: Traits) -> Prepared:
+        """Points for products, see points.py; T [m, d], and [n, d] or the anchors."""
+        ...
+
+    def product_distances(
+        self,
+        out: Tensor,
+        products: Tensor,
+        anchors: Side,
+        candidates: Side,
+        begin: int,
+        same: bool,
+        first: Tensor,
+        traits: Traits,
+        order_only: bool,
+    ) -> Any:
+        """out_ij = distance from products_ik = a_i . c_k, k = first_j; returns `near`.
+
+        |a_i - c_k|^2 = |a_i|^2 + |c_k|^2 - 2 products_ik in float64, at least 0 (NaN stays); by
+        differences of Side.rows where it is below Nearness.distance; 0 where k is the anchor
+        itself (`same` and k = first[begin + i]). With `order_only` anything in the same order will
+        do, and must not turn different distances into equal ones. out, products T [b, n]; anchors:
+        the sides of rows begin .. begin + b; first int64 [n]: the first candidate identical to j.
+        """
+        ...
+
+    def accumulate_differences(
+        self, out: Tensor, points: Tensor, others: Tensor, v: Tensor, near: Any, transposed: bool
+    ) -> None:
+        """Differences weighted by V, over the pairs of `near` (None: all), in a fixed order.
+
+        out_i += sum_j v_ij (points_i - others_j), or with `transposed` the candidates' side,
+        out_j += sum_i v_ij (points_j - others_i). v T [b, n]; out and points T [b, d] (with
+        `transposed` [n, d]), others T [n, d] ([b, d]).
+        """
+        ...
+
+    def clear_near(self, v: Tensor, near: Any) -> None:
+        """v_ij = 0 for the pairs of `near`; v T [b, n]."""
+        ...
+
+    def mirror(self, matrix: Tensor) -> None:
+        """matrix_ji = matrix_ij for i < j; matrix T [n, n]."""
+        ...
+
+    def add_transpose(self, matrix: Tensor) -> None:
+        """matrix_ij += matrix_ji, in place and exactly symmetric; matrix T [n, n]."""
+        ...
+
+    def row_sums(self, matrix: Tensor) -> Tensor:
+        """sum_k matrix_ik, float64 [b]; matrix T [b, n]."""
+        ...
+
+    def anchors(
+        self, spec: LossSpec, rows: Rows, units: Units, v: Traits | None, spare: Tensor | None
+    ) -> Tensor:
+        """Losses L_i without the coefficient, float64 [b].
+
+        With `v`, V = chain * c_i dL_i/dd_ij is left in rows.student, with root divided by d_ij (0
+        where that is 0). spare T [b, n] or None: memory that may be overwritten. W_i = 0: loss and
+        V are 0. NaN or infinite distances: both are NaN.
+        """
+        ...
+
+    def soft_rank(
+        self,
+        values: Tensor,
+        weights: Tensor | None,
+        upstream: Tensor | None,
+        temperature: float,
+        method: str,
+    ) -> Tensor:
+        """1/2 + sum_k w_k sigmoid((v_j - v_k) / temperature), or its pullback of `upstream`.
+
+        Infinite values rank at the ends and have no slope. Computed in float64: float32 positions
+        of a wide range lose the digits of what lies close together at its ends.
+
+        values, upstream T [r, n]; weights T [n], [r, n] or None for ones -> T [r, n].
+        """
+        ...
+
+    def takes_differences(self, method: str, n: int) -> bool:
+        """Whether distances to n candidates are measured by `difference_distances`."""
+        ...
+
+    def difference_distances(
+        self, out: Tensor, anchors: Tensor, candidates: Tensor, traits: Traits, order_only: bool
+    ) -> None:
+        """out_ij = distance(a_i, c_j) by differences, exactly equal for equal candidates.
+
+        out T [b, n]; anchors T [b, d]; candidates T [n, d]; `order_only` as in product_distances.
+        """
+        ...
