@@ -42,6 +42,11 @@ DOUBLE_BACKWARD = (
     'gradient in the same pass as the loss; use backend="reference"'
 )
 
+ONE_FLAG = (
+    "pcoherence: the operator was called with one gradient flag, but another input requires grad, "
+    "too; turn on the flags of both, or of none"
+)
+
 
 # --- coherence ---------------------------------------------------------------------------------
 
@@ -158,23 +163,20 @@ class Operators:
         *grad_of_gradients: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs that are `needed`, from those of total and losses."""
-        asked = zip(grad_of_gradients, ctx.flags, strict=True)
-        _refuse_double_backward(*(gradient for gradient, flag in asked if flag))
+        # Plain statements: a call for a few points is as long as its Python.
         gradients: list[Tensor | None] = [None] * len(needed)
-        if not any(needed[:2]) or (grad_total is None and grad_losses is None):
-            return tuple(gradients)
-        if not any(ctx.flags):
-            found = self._recomputed(ctx, needed[:2], grad_total, grad_losses)
-        elif any(need and not flag for need, flag in zip(needed[:2], ctx.flags, strict=True)):
-            raise RuntimeError(
-                "pcoherence: the operator was called with one gradient flag, but another input "
-                "requires grad, too; turn on the flags of both, or of none"
-            )
-        elif grad_total is not None:
-            found = tuple(grad_total * saved for saved in ctx.saved_tensors)
-        else:
-            return tuple(gradients)
-        gradients[:2] = [g if need else None for g, need in zip(found, needed[:2], strict=True)]
+        flags = ctx.flags
+        if flags[0] or flags[1]:
+            for place in (0, 1):
+                if flags[place] and grad_of_gradients[place] is not None:
+                    raise RuntimeError(DOUBLE_BACKWARD)
+                if grad_total is None or not needed[place]:
+                    continue
+                if not flags[place]:
+                    raise RuntimeError(ONE_FLAG)
+                gradients[place] = grad_total * ctx.saved_tensors[place]
+        elif grad_total is not None or grad_losses is not None:
+            gradients[:2] = self._recomputed(ctx, needed[:2], grad_total, grad_losses)
         return tuple(gradients)
 
     def _coherence_backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -183,10 +185,10 @@ class Operators:
     def _recomputed(
         self,
         ctx: Any,
-        flags: tuple[bool, ...],
+        needed: tuple[bool, ...],
         grad_total: Tensor | None,
         grad_losses: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> list[Tensor | None]:
         """By a second pass, in which what arrives for the losses are the coefficients."""
         *points, coefficients, weights, self_index = ctx.saved_tensors
         if grad_total is not None:
@@ -194,10 +196,8 @@ class Operators:
             grad_losses = share if grad_losses is None else share + grad_losses
         assert grad_losses is not None
         upstream = grad_losses.expand(points[0].shape[0]).contiguous()
-        found: tuple[Tensor, ...] = self.coherence(
-            *points, upstream, weights, self_index, *ctx.options, *flags
-        )
-        return found[2:]
+        found = self.coherence(*points, upstream, weights, self_index, *ctx.options, *needed)[2:]
+        return [g if need else None for g, need in zip(found, needed, strict=True)]
 
     def _soft_rank_backward(self, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient = None
