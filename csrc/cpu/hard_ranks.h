@@ -1,7 +1,9 @@
 // Hard mid-ranks of one row: F_j = (sum_k w_k [v_k < v_j] + sum_k w_k [v_k = v_j] / 2) / W.
 #pragma once
 
+#include "simd.h"
 #include "sort.h"
+#include "sums.h"
 
 namespace pcoherence::PCOH_ISA {
 

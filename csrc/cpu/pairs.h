@@ -2,6 +2,8 @@
 #pragma once
 
 #include "../tables.h"
+#include "simd.h"
+#include "sums.h"
 
 namespace pcoherence::PCOH_ISA {
 

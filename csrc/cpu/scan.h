@@ -7,7 +7,9 @@
 #pragma once
 
 #include "../tables.h"
+#include "simd.h"
 #include "sort.h"
+#include "sums.h"
 
 namespace pcoherence::PCOH_ISA {
 

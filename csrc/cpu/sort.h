@@ -1,6 +1,8 @@
 // Argsort of one row by least-significant-digit radix sort: stable, and as fast on any distribution.
 #pragma once
 
+#include "simd.h"
+
 namespace pcoherence::PCOH_ISA {
 
 template <class T>

@@ -1,6 +1,8 @@
 // The row that Grid, Scan and Pairs sum over (grid.h, scan.h, pairs.h).
 #pragma once
 
+#include "simd.h"
+
 namespace pcoherence::PCOH_ISA {
 
 // s = value / temperature. Sums go by differences of the values as they are given, or by positions in float64: taken

@@ -40,6 +40,14 @@ struct PullTask {
 };
 
 template <class T>
+struct RowSumsTask {
+  std::int64_t rows;
+  int n;
+  const T* matrix;  // [rows, n]
+  double* sums;     // [rows]
+};
+
+template <class T>
 struct ClearTask {
   std::int64_t rows;
   int n;
@@ -172,6 +180,14 @@ PCOH_DEVICE void clear_near(G& g, const ClearTask<T>& task, std::int64_t r) {
   for (std::int64_t w = g.thread(); w < words; w += g.threads())
     for (unsigned todo = task.near[r * words + w]; todo != 0; todo &= todo - 1)
       task.v[r * task.n + w * kWarp + lowest_bit(todo)] = 0;
+}
+
+template <class T, class G>
+PCOH_DEVICE void row_sums(G& g, const RowSumsTask<T>& task, std::int64_t r) {
+  double sum = 0;
+  each(g, task.n, [&](int k) { sum += double(task.matrix[r * task.n + k]); });
+  sum = total(g, sum);
+  if (g.thread() == 0) task.sums[r] = sum;
 }
 
 }  // namespace pcoherence::cuda

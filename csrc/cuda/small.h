@@ -5,8 +5,8 @@
 // What counts is conversions to float64, a quarter as fast as its arithmetic, and loads that wait for others.
 #pragma once
 
+#include "anchor.h"
 #include "distances.h"
-#include "row.h"
 
 namespace pcoherence::cuda {
 

@@ -1,0 +1,195 @@
+// One anchor's distances to all candidates: features made ready, products finished, or every difference.
+#pragma once
+
+#include "simd.h"
+#include "sums.h"
+
+namespace pcoherence::PCOH_ISA {
+namespace {
+
+// ---------------------------------------------------------------- features
+
+// A row in float64, 8 at a time, the rest one by one: body(f, x) with x a dvec, then tail(f, x) with x a double.
+template <class T, class Body, class Tail>
+void for_each_double(const T* x, std::int64_t width, Body&& body, Tail&& tail) {
+  std::int64_t f = 0;
+  for (; f + 8 <= width; f += 8) body(f, __builtin_convertvector(load_as<typename Simd<T>::octet>(x + f), dvec));
+  for (; f < width; ++f) tail(f, double(x[f]));
+}
+
+template <class T>
+void add_to(double* sum, const T* x, std::int64_t width) {
+  for_each_double(
+      x, width, [&](std::int64_t f, dvec v) { store(sum + f, load(sum + f) + v); },
+      [&](std::int64_t f, double v) { sum[f] += v; });
+}
+
+template <class T>
+double squared_distance_to(const T* x, const double* centre, std::int64_t width) {
+  dvec sum{};
+  double rest = 0;
+  for_each_double(
+      x, width,
+      [&](std::int64_t f, dvec v) {
+        const dvec diff = v - load(centre + f);
+        sum += diff * diff;
+      },
+      [&](std::int64_t f, double v) { rest += (v - centre[f]) * (v - centre[f]); });
+  return sum_lanes(sum) + rest;
+}
+
+template <class T>
+double shift(T* out, const T* x, double length, const double* centre, double scale, std::int64_t width) {
+  using Octet = typename Simd<T>::octet;
+  const bool divide = length != 1;  // by the length, not times its inverse: x / |x| is +-1 in one dimension
+  dvec sum{};
+  double rest = 0;
+  // + 0 turns -0 into 0, so that equal rows are equal bit by bit.
+  for_each_double(
+      x, width,
+      [&](std::int64_t f, dvec v) {
+        if (divide) v /= length;
+        const Octet y = __builtin_convertvector((v - load(centre + f)) * scale, Octet) + T(0);
+        store(out + f, y);
+        const dvec wide = __builtin_convertvector(y, dvec);
+        sum += wide * wide;
+      },
+      [&](std::int64_t f, double v) {
+        if (divide) v /= length;
+        out[f] = static_cast<T>((v - centre[f]) * scale) + T(0);
+        rest += double(out[f]) * double(out[f]);
+      });
+  return sum_lanes(sum) + rest;
+}
+
+// FNV-1a over 16 interleaved streams of 32-bit words, then over their results.
+template <class T>
+std::uint64_t hash_row(const T* x, std::int64_t width) {
+  typedef std::uint32_t Words __attribute__((vector_size(64)));
+  constexpr std::uint32_t prime = 16777619u;
+  Words streams = Words{} + 2166136261u;
+  const std::int64_t words = width * std::int64_t(sizeof(T) / 4);
+  const char* p = reinterpret_cast<const char*>(x);
+  std::int64_t i = 0;
+  for (; i + 16 <= words; i += 16) streams = (streams ^ load_as<Words>(p + 4 * i)) * prime;
+  std::uint32_t rest[16] = {};
+  std::memcpy(rest, p + 4 * i, 4 * (words - i));
+  streams = (streams ^ load_as<Words>(rest)) * prime;
+  std::uint64_t h = 14695981039346656037ull;
+  for (int l = 0; l < 16; ++l) h = (h ^ streams[l]) * 1099511628211ull;
+  return h;
+}
+
+// ---------------------------------------------------------------- distances
+
+template <class T>
+double squared_distance(const Point<T>& a, const Point<T>& b, std::int64_t width) {
+  const bool divide = a.length != 1 || b.length != 1;
+  dvec sum{};
+  double rest = 0;
+  for_each_double(
+      a.x, width,
+      [&](std::int64_t f, dvec v) {
+        const dvec u = __builtin_convertvector(load_as<typename Simd<T>::octet>(b.x + f), dvec);
+        const dvec diff = divide ? v / a.length - u / b.length : v - u;
+        sum += diff * diff;
+      },
+      [&](std::int64_t f, double v) {
+        const double diff = divide ? v / a.length - double(b.x[f]) / b.length : v - double(b.x[f]);
+        rest += diff * diff;
+      });
+  return sum_lanes(sum) + rest;
+}
+
+// |a|^2 + |c_k|^2 and |a - c_k|^2 for one vector of candidates. The two norms nearly cancel the product where a and c
+// are close: in float64 nothing of them is lost, and only the product itself is as rounded as float32 makes it.
+struct Squares {
+  vec_t<float> norms, square;
+};
+inline Squares squares(double anchor_norm, const double* norms, const float* products) {
+  const vec_t<float> p = load(products);
+  const dvec low = anchor_norm + load(norms), high = anchor_norm + load(norms + 8);
+  return {join(low, high), join(low - 2.0 * low_half(p), high - 2.0 * high_half(p))};
+}
+struct WideSquares {
+  dvec norms, square;
+};
+inline WideSquares squares(double anchor_norm, const double* norms, const double* products) {
+  const dvec sum = anchor_norm + load(norms);
+  return {sum, sum - 2.0 * load(products)};
+}
+
+template <class T>
+void finish_distances(const DistanceRow<T>& a, std::vector<std::int32_t>* close) {
+  using V = vec_t<T>;
+  const std::int64_t size = padded(a.n);
+  for (std::int64_t k = a.n; k < size; ++k) a.products[k] = 0;
+  ivec_t<T> near{};
+  const auto pass = [&](auto&& from_square) {
+    for (std::int64_t k = 0; k < size; k += lanes_v<T>) {
+      const auto [norms, raw] = squares(a.anchor_norm, a.candidate_norms + k, a.products + k);
+      const V square = select(raw < V{}, V{}, raw);  // keeps NaN
+      near -= square < norms * Nearness<T>::distance;
+      store(a.row + k, from_square(square));
+    }
+  };
+  if (a.root)
+    pass([](V square) { return vsqrt(square); });
+  else
+    pass([&](V square) { return square * a.factor; });
+  for (std::int64_t k = a.n; k < size; ++k) a.row[k] = 0;
+  std::int64_t nearby = 0;
+  for (int i = 0; i < lanes_v<T>; ++i) nearby += near[i];
+  if (a.identical >= 0) a.row[a.identical] = 0;
+  if (nearby <= (a.identical >= 0 ? 1 : 0)) return;
+  // The bound again, from the distance: at the bound itself rounding may decide otherwise, and either is right there.
+  for (std::int64_t k = 0; k < a.n; ++k) {
+    const T norms = static_cast<T>(a.anchor_norm + a.candidate_norms[k]);
+    const T rough = a.root ? a.row[k] * a.row[k] : a.row[k] / a.factor;
+    if (k == a.identical || !(rough < norms * Nearness<T>::distance)) continue;
+    const T square = static_cast<T>(squared_distance(a.anchor, a.candidate(k), a.width) * a.unit);
+    a.row[k] = a.root ? std::sqrt(square) : square * a.factor;
+    if (close != nullptr && square < norms * Nearness<T>::gradient && square > 0)
+      close->push_back(static_cast<std::int32_t>(k));
+  }
+}
+
+template <class T>
+void cityblock_distances(T* row, const T* anchor, const T* candidates, std::int64_t n, std::int64_t width) {
+  using V = vec_t<T>;
+  for (std::int64_t k = 0; k < n; ++k) {
+    const T* c = candidates + k * width;
+    V sum{};
+    std::int64_t f = 0;
+    for (; f + lanes_v<T> <= width; f += lanes_v<T>) {
+      const V diff = load(anchor + f) - load(c + f);
+      sum += select(diff < V{}, -diff, diff);
+    }
+    double rest = 0;
+    for (; f < width; ++f) rest += std::abs(double(anchor[f] - c[f]));
+    Sum total;
+    total.add(sum);
+    row[k] = static_cast<T>(total.total() + rest);
+  }
+  for (std::int64_t k = n; k < padded(n); ++k) row[k] = 0;
+}
+
+template <class T>
+void accumulate_signs(T* out, const T* x, const T* others, const T* v, std::int64_t stride, std::int64_t count,
+                      std::int64_t width) {
+  using V = vec_t<T>;
+  for (std::int64_t k = 0; k < count; ++k) {
+    const T weight = v[k * stride];
+    if (weight == 0) continue;
+    const T* other = others + k * width;
+    std::int64_t f = 0;
+    for (; f + lanes_v<T> <= width; f += lanes_v<T>) {
+      const V a = load(x + f), b = load(other + f), w = splat<T>(weight);
+      store(out + f, load(out + f) + select(a > b, w, select(a < b, -w, V{})));
+    }
+    for (; f < width; ++f) out[f] += x[f] > other[f] ? weight : x[f] < other[f] ? -weight : T(0);
+  }
+}
+
+}  // namespace
+}  // namespace pcoherence::PCOH_ISA
