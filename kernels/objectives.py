@@ -1,6 +1,6 @@
 """Stage 3: from ranks to losses and residuals, and from the pulled-back residuals to gradients.
 
-Same conventions as soft_ranks.py; constants come from pcoherence/objectives.py by way of launch.py.
+Same conventions as soft_ranks.py; constants come from pcoherence/objectives.py by way of the launcher.
 """
 
 import triton

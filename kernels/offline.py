@@ -30,12 +30,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from ..backends import clouds
+from ..backends import clouds, triton_kernels
 from ..backends.device_operators import Implementation, register
 from ..backends.triton import PORTED
 from ..ops import Operators
 from ..spec import LossSpec
-from . import distances, launch, objectives, points, soft_ranks, tuning
+from . import distances, objectives, points, soft_ranks, tuning
 
 MODULES = {module.__name__: module for module in (distances, objectives, points, soft_ranks)}
 
@@ -103,12 +103,13 @@ def recorded(everything: bool, dtypes: list[str], aligned: bool = False) -> list
     For a process of its own: kernels, tiles and the pipeline's sizes stay replaced.
     """
     launches: dict[Launch, None] = {}
-    kernels = launch.row_kernels()
+    kernels = triton_kernels.row_kernels()
     for name, module in MODULES.items():
         for attribute, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction) and value.fn.__module__ == name:
                 setattr(module, attribute, Recorder(name, value, launches))
-    vars(launch)["tiles"] = lambda dtype, on_gpu: tuning.tiles(dtype, True)
+    tiles = tuning.tiles
+    vars(tuning)["tiles"] = lambda dtype, on_gpu: tiles(dtype, True)
     # Also of small matrices a part is computed and the rest mirrored.
     vars(clouds).update(MIRRORED_ROWS=32, MIRRORED_WIDTH=1)
     operators = Operators("pcoherence_offline")
@@ -153,7 +154,7 @@ def _specs(everything: bool) -> Iterator[LossSpec]:
 
 def source(found: Launch) -> ASTSource:
     """What the compiler compiles."""
-    launch.settle_keys()
+    triton_kernels.settle_keys()
     return ASTSource(
         getattr(MODULES[found.module], found.kernel),
         dict(found.signature),

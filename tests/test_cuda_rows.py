@@ -29,6 +29,7 @@ from torch import Tensor
 import pcoherence
 from pcoherence import perception_coherence_loss
 from pcoherence.backends import clouds, cuda, pipeline, points
+from pcoherence.backends.cuda_kernels import CudaRowKernels
 from pcoherence.spec import METHODS, OBJECTIVES
 from pcoherence.testing import CASES, make_case, relative_error, tolerances
 
@@ -374,7 +375,7 @@ def test_equal_directions_tie(dtype: torch.dtype, emulate: Emulate) -> None:
 @pytest.mark.parametrize("n", [1, 2, 16, 31, 33, 64, 100])
 def test_mirror_and_add_transpose(n: int, dtype: torch.dtype, emulate: Emulate) -> None:
     emulate(seed=10)
-    check_symmetrised(cuda.CudaRowKernels(), make_case("gaussian", n, n, dtype=dtype).to(DEVICE))
+    check_symmetrised(CudaRowKernels(), make_case("gaussian", n, n, dtype=dtype).to(DEVICE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -386,19 +387,19 @@ def test_points_are_prepared_as_by_torch(
     emulate(seed=11)
     given = points_with(case, dtype).to(DEVICE)
     for anchors, candidates in ((given, None), (given[:9], given)):
-        check_prepared(cuda.CudaRowKernels(), anchors, candidates, metric)
+        check_prepared(CudaRowKernels(), anchors, candidates, metric)
 
 
 def test_points_that_a_sample_does_not_tell_apart(emulate: Emulate) -> None:
     emulate(seed=12)
-    check_sample_of_one(cuda.CudaRowKernels(), DEVICE)
+    check_sample_of_one(CudaRowKernels(), DEVICE)
 
 
 # More columns than a block takes, and than a warp has words for; more features than threads.
 @pytest.mark.parametrize(("n", "width"), [(40, 3), (2100, 130)])
 def test_near_pairs(n: int, width: int, emulate: Emulate) -> None:
     emulate(seed=13)
-    check_near_pairs(cuda.CudaRowKernels(), n, width, DEVICE)
+    check_near_pairs(CudaRowKernels(), n, width, DEVICE)
 
 
 def test_points_that_differ_late(emulate: Emulate) -> None:
@@ -407,7 +408,7 @@ def test_points_that_differ_late(emulate: Emulate) -> None:
     for width in (20, 40, 70):
         given = make_case("gaussian", 200, width)
         given[:, : width - 4] = given[0, : width - 4]
-        check_prepared(cuda.CudaRowKernels(), given.to(DEVICE), None, "euclidean")
+        check_prepared(CudaRowKernels(), given.to(DEVICE), None, "euclidean")
 
 
 def test_many_identical_points_share_the_first(emulate: Emulate) -> None:
@@ -417,7 +418,7 @@ def test_many_identical_points_share_the_first(emulate: Emulate) -> None:
     given = make_case("gaussian", 5, 3, dtype=torch.float32)[kinds].to(DEVICE)
     for seed in (0, 1, 2):
         emulate(seed=seed)
-        found = cuda.CudaRowKernels().prepare(given, None, points.TRAITS["euclidean"])
+        found = CudaRowKernels().prepare(given, None, points.TRAITS["euclidean"])
         first = torch.tensor([kinds.tolist().index(kind) for kind in kinds.tolist()])
         assert torch.equal(found.first.cpu(), first)
 

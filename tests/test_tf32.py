@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcoherence
 from pcoherence.backends import clouds
-from pcoherence.backends.cuda import PORTED, CudaRowKernels
+from pcoherence.backends.cuda import PORTED
+from pcoherence.backends.cuda_kernels import CudaRowKernels
 from pcoherence.backends.device_operators import Implementation
 from pcoherence.backends.products import full_float32, multiply
 from pcoherence.spec import LossSpec

@@ -49,8 +49,8 @@ if pcoherence.available_backends()["triton"] is not None:
 from pcoherence.backends import REGISTRY, clouds, pipeline
 from pcoherence.backends.points import first_identical
 from pcoherence.backends.triton import TritonBackend
+from pcoherence.backends.triton_kernels import row_kernels
 from pcoherence.kernels import tables
-from pcoherence.kernels.launch import row_kernels
 
 # The interpreter computes with numpy, which warns of the NaN and infinities that kernels mask.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -79,7 +79,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from pcoherence.backends.device_operators import Implementation, register
 from pcoherence.backends.triton import PORTED
-from pcoherence.kernels import launch, offline, tuning
+from pcoherence.backends import triton_kernels
+from pcoherence.kernels import offline, tuning
 from pcoherence.ops import Operators
 from pcoherence.spec import LossSpec
 
@@ -97,9 +98,10 @@ def compile(self, key, signature, device, constexprs, options, attrs, warmup):
 compiled = set()
 driver.set_active(Driver())
 JITFunction._do_compile = compile
-launch.tiles = lambda dtype, on_gpu: tuning.tiles(dtype, True)
+tiles = tuning.tiles
+tuning.tiles = lambda dtype, on_gpu: tiles(dtype, True)
 operators = Operators("pcoherence_as_launched")
-register(operators, Implementation(launch.row_kernels(), PORTED), "CPU")
+register(operators, Implementation(triton_kernels.row_kernels(), PORTED), "CPU")
 for size in offline.SIZES:
     for method in ("pairs", "scan"):
         x, y = (torch.zeros(size) for _ in range(2))
@@ -140,8 +142,9 @@ def test_what_is_compiled_is_what_a_launch_compiles() -> None:
 
 KEYS = """
 import sys
-from pcoherence.kernels import distances, launch, objectives, points, soft_ranks
-launch.row_kernels()
+from pcoherence.backends import triton_kernels
+from pcoherence.kernels import distances, objectives, points, soft_ranks
+triton_kernels.row_kernels()
 kernels = {}
 for module in (distances, objectives, points, soft_ranks):
     kernels |= {name: getattr(module, name) for name in sys.argv[1:] if hasattr(module, name)}

@@ -39,7 +39,9 @@ DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 @functools.cache
 def _kernels() -> RowKernels:
-    kernels: RowKernels = importlib.import_module("pcoherence.kernels.launch").row_kernels()
+    kernels: RowKernels = importlib.import_module(
+        "pcoherence.backends.triton_kernels"
+    ).row_kernels()
     return kernels
 
 

@@ -35,6 +35,7 @@ RELATED = {
     "csrc/": "operators corners rows soft_rank names loss_options autograd metrics precision "
     "reference threads modes memory validation properties accuracy bank cuda_rows",
     "kernels/": "corners triton gpu triton_compile",
+    "pcoherence/backends/triton_": "corners triton gpu triton_compile",
     "pcoherence/backends/": "operators reference corners tf32 cuda_rows backends modes autograd "
     "memory validation triton gpu loss_options precision accuracy",
     "pcoherence/adapters/features": "adapters_features",

@@ -1,0 +1,225 @@
+"""Calls of the CUDA kernels of csrc/cuda: buffers only, tensors were checked before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import LossSpec
+from .pipeline import Batch, Results
+from .points import TRAITS, Prepared, Side, Traits
+from .row_kernels import Rows, Units
+
+
+class CudaRowKernels:
+    """pcoherence.backends.row_kernels.RowKernels, and the two kernels of small batches."""
+
+    def __init__(self) -> None:
+        self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def _summation(self, like: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Tables and series on the device of `like`, and int32 [1] for `_check`."""
+        key = like.device, like.dtype
+        if key not in self._constants:
+            kernels = torch.ops.pcoherence_cuda
+            tables, series = kernels.tables(like), kernels.series(like)
+            self._constants[key] = tables.to(like.device), series.to(like.device)
+        make = like.new_zeros if method == "grid" else like.new_empty
+        return (*self._constants[key], make(1, dtype=torch.int32))
+
+    @staticmethod
+    def _check(method: str, status: Tensor) -> None:
+        """Only an explicit grid can fail; asking waits for the device."""
+        if method == "grid" and status.item() != 0:
+            raise RuntimeError(
+                "method: 'grid' would need too many bins for a row, whose range is many "
+                "temperatures; use method='scan' or 'auto', or a higher temperature"
+            )
+
+    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: Traits) -> Prepared:
+        """See RowKernels: four launches, five with candidates of their own."""
+
+        def side(x: Tensor) -> Side:
+            prepared, norms = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float64)
+            # Directions are measured by the differences of those that are prepared.
+            return Side(prepared, norms, prepared if traits.directions else torch.empty_like(x))
+
+        own = side(anchors)
+        others = own if candidates is None else side(candidates)
+        numbers = anchors.new_empty(1 + anchors.shape[1], dtype=torch.float64)
+        first = anchors.new_empty(others.norms.shape[0], dtype=torch.int64)
+        written = [
+            (s.prepared, s.norms, None if traits.directions else s.rows) for s in (own, others)
+        ]
+        torch.ops.pcoherence_cuda.prepare(
+            anchors,
+            candidates,
+            traits.directions,
+            numbers,
+            *written[0],
+            *((None, None, None) if candidates is None else written[1]),
+            first,
+        )
+        return Prepared(own, others, first, numbers[0])
+
+    def product_distances(
+        self,
+        out: Tensor,
+        products: Tensor,
+        anchors: Side,
+        candidates: Side,
+        begin: int,
+        same: bool,
+        first: Tensor,
+        traits: Traits,
+        order_only: bool,
+    ) -> Tensor:
+        """See RowKernels. Returns one bit for each pair, int32 [b, ceil(n / 32)]."""
+        near = out.new_empty(out.shape[0], -(-out.shape[1] // 32), dtype=torch.int32)
+        torch.ops.pcoherence_cuda.product_distances(
+            out,
+            products,
+            anchors.norms,
+            candidates.norms,
+            anchors.rows,
+            candidates.rows,
+            first,
+            near,
+            begin,
+            same,
+            traits.root and not order_only,
+            traits.factor,
+        )
+        return near
+
+    def accumulate_differences(
+        self, out: Tensor, points: Tensor, others: Tensor, v: Tensor, near: Any, transposed: bool
+    ) -> None:
+        """See RowKernels."""
+        torch.ops.pcoherence_cuda.accumulate_differences(out, points, others, v, near, transposed)
+
+    def clear_near(self, v: Tensor, near: Any) -> None:
+        """See RowKernels."""
+        torch.ops.pcoherence_cuda.clear_near(v, near)
+
+    def mirror(self, matrix: Tensor) -> None:
+        """See RowKernels."""
+        torch.ops.pcoherence_cuda.symmetrise(matrix, False)
+
+    def add_transpose(self, matrix: Tensor) -> None:
+        """See RowKernels."""
+        torch.ops.pcoherence_cuda.symmetrise(matrix, True)
+
+    def row_sums(self, matrix: Tensor) -> Tensor:
+        """See RowKernels."""
+        sums = matrix.new_empty(matrix.shape[0], dtype=torch.float64)
+        torch.ops.pcoherence_cuda.row_sums(matrix, sums)
+        return sums
+
+    def anchors(
+        self, spec: LossSpec, rows: Rows, units: Units, v: Traits | None, spare: Tensor | None
+    ) -> Tensor:
+        """See RowKernels: one launch."""
+        losses = rows.student.new_empty(rows.student.shape[0], dtype=torch.float64)
+        *constants, status = self._summation(rows.student, spec.method)
+        torch.ops.pcoherence_cuda.rows(
+            *rows,
+            *spec.temperatures,
+            spec.packed(distances=True),
+            *units,
+            1.0 if v is None else v.chain,
+            v is not None and v.root,
+            v is not None,
+            losses,
+            *constants,
+            status,
+        )
+        self._check(spec.method, status)
+        return losses
+
+    def takes_differences(self, method: str, n: int) -> bool:
+        """Never: small batches are small_rows(), in large ones products cost less."""
+        return False
+
+    def difference_distances(
+        self, out: Tensor, anchors: Tensor, candidates: Tensor, traits: Traits, order_only: bool
+    ) -> None:
+        """Not asked for."""
+        raise NotImplementedError
+
+    def soft_rank(
+        self,
+        values: Tensor,
+        weights: Tensor | None,
+        upstream: Tensor | None,
+        temperature: float,
+        method: str,
+    ) -> Tensor:
+        """See RowKernels."""
+        wide = values.double()
+        weights, upstream = (
+            None if given is None else given.double() for given in (weights, upstream)
+        )
+        out = torch.empty_like(wide)
+        *constants, status = self._summation(wide, method)
+        torch.ops.pcoherence_cuda.soft_rank(
+            wide, weights, upstream, temperature, method, out, *constants, status
+        )
+        self._check(method, status)
+        return out.to(values.dtype)
+
+    def small(self, spec: LossSpec, batch: Batch, *flags: bool) -> tuple[Tensor | None, Results]:
+        """A small batch in two launches, or one without a gradient.
+
+        Args: `flags`: whether the gradients of student and candidates are wanted.
+
+        Returns: sum_i coefficients_i L_i, 0-d, or None without a gradient; and the results.
+        """
+        x, candidates = batch.student, batch.student_candidates
+        m, n = x.shape[0], (x if candidates is None else candidates).shape[0]
+        distances = x.new_empty(2, m, n)
+        losses = x.new_empty(m, dtype=torch.float64)
+        shrinks: tuple[Tensor | None, ...] = (None, None)
+        if TRAITS[str(spec.metric)].directions:
+            both = x.new_empty(m + n, dtype=torch.float64)
+            shrinks = both[:m], both[m:]
+        *constants, status = self._summation(x, spec.method)
+        torch.ops.pcoherence_cuda.small_rows(
+            x,
+            candidates,
+            batch.teacher,
+            batch.teacher_candidates,
+            batch.candidate_weights,
+            batch.self_index,
+            batch.coefficients,
+            *spec.temperatures,
+            spec.packed(),
+            any(flags),
+            *distances,
+            *shrinks,
+            losses,
+            *constants,
+            status,
+        )
+        self._check(spec.method, status)
+        if not any(flags):
+            return None, Results(losses, None, None)
+        total = x.new_empty(())
+        gradients = [
+            torch.empty_like(points) if wanted and points is not None else None
+            for points, wanted in zip((x, candidates), flags, strict=True)
+        ]
+        torch.ops.pcoherence_cuda.small_gradient(
+            x,
+            candidates,
+            distances[0],
+            spec.metric,
+            *shrinks,
+            losses,
+            batch.coefficients,
+            *gradients,
+            total,
+        )
+        return total, Results(losses, *gradients)
