@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import page, report, run, tables
-from .contestants import PRECISE, known
-from .rows import load
+from .suite import page, report, run, tables
+from .suite.contestants import PRECISE, known
+from .suite.rows import load
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,12 +1,13 @@
 """Stage 3: from ranks to losses and residuals, and from the pulled-back residuals to gradients.
 
-Same conventions as soft_ranks.py; constants come from pcoherence/objectives.py by way of the launcher.
+Same conventions as soft_ranks.py; the launcher brings the constants of
+pcoherence/objectives.py.
 """
 
 import triton
 import triton.language as tl
 
-from .soft_ranks import (
+from .statistics import (
     FACTOR,
     MEAN,
     STATE,

@@ -35,9 +35,11 @@ from ..backends.device_operators import Implementation, register
 from ..backends.triton import PORTED
 from ..ops import Operators
 from ..spec import LossSpec
-from . import distances, objectives, points, soft_ranks, tuning
+from . import distances, objectives, points, soft_ranks, statistics, tuning
 
-MODULES = {module.__name__: module for module in (distances, objectives, points, soft_ranks)}
+MODULES = {
+    module.__name__: module for module in (distances, objectives, points, soft_ranks, statistics)
+}
 
 SIZES = [(64, 48), (70, 3)]
 """Points and features: compiled apart where they divide by 16."""

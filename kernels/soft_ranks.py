@@ -1,4 +1,4 @@
-"""Stage 2: statistics of a row of distances, its soft or hard ranks, and their pullback.
+"""Stage 2: soft or hard ranks of a row of distances, and their pullback.
 
 One anchor's row, with weights w_k (0 for the anchor itself) and positions s_k = d_k / (mean tau):
 
@@ -19,111 +19,16 @@ A program takes BR rows. Matrices [rows, n] of T (float32 or float64) are contig
 import triton
 import triton.language as tl
 
-# Columns of the statistics, float64 [6, rows].
-WEIGHT = tl.constexpr(0)  # W
-MEAN = tl.constexpr(1)  # sum_k w_k d_k / W; 0 where W = 0
-LOW = tl.constexpr(2)  # value at position 0: of those of weight > 0 the nearest to 0
-FACTOR = tl.constexpr(3)  # positions per distance, 1 / (mean tau)
-EXTENT = tl.constexpr(4)  # positions are cut to [-EXTENT, EXTENT]; with ENDS it is END
-STATE = tl.constexpr(5)  # 1; 0 where W = 0, but with ENDS; NaN where values cannot be ranked
-
-# Above this range the positions saturate, as in csrc/soft_ranks.h: neighbours that float32 can
-# tell apart are already hundreds of temperatures away from each other.
-MAX_RANGE = tl.constexpr(1e30)
-
-# Position of an infinite value of soft_rank: differences of such are finite in float64.
-END = tl.constexpr(1e300)
+from .statistics import (
+    FACTOR,
+    STATE,
+    WEIGHT,
+    load_stat,
+    load_weights,
+    positions,
+)
 
 LOG_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def load_stat(stats, COLUMN: tl.constexpr, r, rows):
-    """A column of the statistics, float64 [BR]."""
-    return tl.load(stats + COLUMN * rows + r, mask=r < rows, other=0.0)
-
-
-@triton.jit
-def load_weights(weights, weight_stride, self_index, r, k, rows, n):
-    """w_rk, 0 for the anchor itself and beyond the matrix; r [BR], k [BR or 1, BK] -> [BR, BK]."""
-    valid = (r < rows)[:, None] & (k < n)
-    w = tl.load(weights + r[:, None] * weight_stride + k, mask=valid, other=0.0)
-    itself = tl.load(self_index + r, mask=r < rows, other=-1)
-    return tl.where(k == itself[:, None], 0.0, w)
-
-
-@triton.jit
-def row_stats(
-    values,  # T [rows, n]
-    weights,
-    weight_stride,
-    self_index,
-    inverse_temperature,  # float64 []
-    stats,  # float64 [6, rows]
-    rows,
-    n,
-    SCALE: tl.constexpr,
-    ENDS: tl.constexpr,
-    BR: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Fill the statistics, all sums in float64.
-
-    ENDS, for soft_rank: values, float64, may be infinite, and those of weight 0 count too.
-    """
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    live = r < rows
-    weight = tl.zeros([BR], tl.float64)
-    total = tl.zeros([BR], tl.float64)
-    low = tl.full([BR], float("inf"), tl.float64)
-    high = tl.full([BR], float("-inf"), tl.float64)
-    nans = tl.zeros([BR], tl.float64)
-    for k0 in range(0, n, BN):
-        k = (k0 + tl.arange(0, BN))[None, :]
-        v = tl.load(values + r[:, None] * n + k, mask=live[:, None] & (k < n), other=0.0)
-        v = v.to(tl.float64)
-        w = load_weights(weights, weight_stride, self_index, r, k, rows, n).to(tl.float64)
-        weight += tl.sum(w, 1)
-        total += tl.sum(w * v, 1)
-        counts = (tl.abs(v) < float("inf")) & (k < n) if ENDS else w > 0
-        low = tl.minimum(low, tl.min(tl.where(counts, v, float("inf")), 1))
-        high = tl.maximum(high, tl.max(tl.where(counts, v, float("-inf")), 1))
-        nans += tl.sum(tl.where(v == v, 0.0, 1.0), 1)
-    some = weight > 0
-    mean = tl.where(some, total / tl.where(some, weight, 1.0), 0.0)
-    factor = tl.load(inverse_temperature) + tl.zeros([BR], tl.float64)
-    if SCALE == "anchor":
-        factor = factor / tl.where(mean > 0, mean, 1.0)
-    else:
-        tl.static_assert(SCALE == "none", "unknown scale")
-    spread = high - low
-    # The value nearest to 0: taken from the lowest, positions would lose the digits that tell apart
-    # what lies close together far away, or overflow.
-    base = tl.where(high < 0, high, tl.maximum(low, 0.0))
-    low = tl.where(low <= high, base, 0.0)
-    if ENDS:
-        extent = tl.full([BR], END, tl.float64)
-        state = tl.where(nans > 0, float("nan"), 1.0)
-    else:
-        factor = tl.where(factor * spread <= MAX_RANGE, factor, MAX_RANGE / spread)
-        extent = factor * spread
-        finite = (tl.abs(total) < float("inf")) & (tl.abs(spread) < float("inf"))
-        state = tl.where(some, tl.where(finite, 1.0, float("nan")), 0.0)
-    tl.store(stats + WEIGHT * rows + r, weight, mask=live)
-    tl.store(stats + MEAN * rows + r, mean, mask=live)
-    tl.store(stats + LOW * rows + r, low, mask=live)
-    tl.store(stats + FACTOR * rows + r, factor, mask=live)
-    tl.store(stats + EXTENT * rows + r, extent, mask=live)
-    tl.store(stats + STATE * rows + r, state, mask=live)
-
-
-@triton.jit
-def positions(v, stats, r, rows):
-    """Distances T [BR, BK] -> positions; none outside EXTENT but of weight 0, or infinite."""
-    low = load_stat(stats, LOW, r, rows).to(v.dtype)[:, None]
-    factor = load_stat(stats, FACTOR, r, rows).to(v.dtype)[:, None]
-    extent = load_stat(stats, EXTENT, r, rows).to(v.dtype)[:, None]
-    return tl.minimum(tl.maximum((v - low) * factor, -extent), extent)
 
 
 @triton.jit

@@ -12,11 +12,12 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from benchmarks import measure, page, report, run, verify
+from benchmarks import measure
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES, find
-from benchmarks.contestants import SAME
-from benchmarks.rows import OK, SKIPPED, Row, Spread, load, save
+from benchmarks.suite import page, report, run, verify
+from benchmarks.suite.cases import CASES, find
+from benchmarks.suite.contestants import SAME
+from benchmarks.suite.rows import OK, SKIPPED, Row, Spread, load, save
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +25,7 @@ PLUGIN = """
 import os, signal, time
 import torch
 from pcoherence import reference
-from benchmarks.contestants import SAME, Contestant
+from benchmarks.suite.contestants import SAME, Contestant
 
 def contestant(name, spoil):
     def build(case):

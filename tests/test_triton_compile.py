@@ -143,10 +143,10 @@ def test_what_is_compiled_is_what_a_launch_compiles() -> None:
 KEYS = """
 import sys
 from pcoherence.backends import triton_kernels
-from pcoherence.kernels import distances, objectives, points, soft_ranks
+from pcoherence.kernels import distances, objectives, points, soft_ranks, statistics
 triton_kernels.row_kernels()
 kernels = {}
-for module in (distances, objectives, points, soft_ranks):
+for module in (distances, objectives, points, soft_ranks, statistics):
     kernels |= {name: getattr(module, name) for name in sys.argv[1:] if hasattr(module, name)}
 print(sorted([(name, kernels[name].cache_key) for name in sys.argv[1:]]))
 """

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton import cdiv
 
-from ..kernels import distances, objectives, points, soft_ranks, tuning
+from ..kernels import distances, objectives, points, soft_ranks, statistics, tuning
 from ..kernels.tables import SERIES_DEGREE, hard_series, series
 from ..objectives import HUBER_DELTA, RESOLUTION, SPEARMAN_FLOOR
 from ..spec import LossSpec
@@ -22,7 +22,7 @@ from .row_kernels import RowKernels, Rows, Units
 from .triton_points import PointKernels
 
 STATISTICS = 6
-"""Columns that soft_ranks.row_stats writes."""
+"""Columns that statistics.row_stats writes."""
 
 
 def resolve_method(method: str, n: int) -> str:
@@ -177,7 +177,7 @@ def _row_stats(
     t = tuning.tiles(values.dtype, values.is_cuda)
     stats = values.new_empty(STATISTICS, count, dtype=torch.float64)
     inverse = stats.new_full((), 1 / temperature) if unit is None else unit / temperature
-    soft_ranks.row_stats[cdiv(count, t.row_rows),](
+    statistics.row_stats[cdiv(count, t.row_rows),](
         values,
         *rows.weighting,
         inverse,
@@ -326,7 +326,7 @@ def settle_keys() -> None:
     A caller's key says more where its callees have been asked before: without an order, a process
     would not find what another has compiled. Milliseconds, which the first launch saves.
     """
-    for module in (distances, soft_ranks, objectives, points):
+    for module in (distances, statistics, soft_ranks, objectives, points):
         for function in list(vars(module).values()):
             if isinstance(function, triton.JITFunction):
                 _ = function.cache_key

@@ -1,6 +1,6 @@
 """The process of one contestant on one case; see run.py, which starts it.
 
-`python -m benchmarks.worker JOB OUTCOME`: both are JSON files. Whatever ends this process, a
+`python -m benchmarks.suite.worker JOB OUTCOME`: both are JSON files. Whatever ends this process, a
 signal included, becomes a row there.
 """
 
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cases, contestants, measure, verify
+from .. import measure
+from . import cases, contestants, verify
 from .contestants import OTHER, PRODUCTS, Contestant, Loss, UnavailableError
 from .rows import Spread, nominal_gflops
 

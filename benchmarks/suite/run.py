@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import contestants, measure
+from .. import measure
+from . import contestants
 from .cases import CASES, Case
 from .contestants import OTHER, Contestant
 from .rows import OK, SKIPPED, Row, Spread, load, save
 from .worker import BUILD_SECONDS, Job
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 QUICK = ("products", "cdist", "reference", "cpu auto", "triton auto", "cuda auto")
 """Contestants of a quick run: nothing that compiles for half a minute."""
@@ -176,7 +177,7 @@ def _process(job: Job, folder: Path, seconds: float) -> dict[str, Any]:
     asked, answered, said = (folder / name for name in ("job", "outcome", "stderr"))
     answered.unlink(missing_ok=True)
     job.save(asked)
-    command = [sys.executable, "-m", "benchmarks.worker", str(asked), str(answered)]
+    command = [sys.executable, "-m", "benchmarks.suite.worker", str(asked), str(answered)]
     with said.open("w") as errors, _group(command, errors) as process:
         try:
             code = process.wait(seconds)

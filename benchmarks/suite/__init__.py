@@ -1,0 +1,1 @@
+"""The comparison, `python -m benchmarks`: what is measured, by whom, and how it is shown."""
