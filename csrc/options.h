@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <locale>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -21,6 +23,7 @@ inline constexpr std::array<std::string_view, 2> kScaleNames{"anchor", "none"};
 inline constexpr std::array<std::string_view, 5> kObjectiveNames{"mse", "l1", "huber", "cross_entropy", "spearman"};
 inline constexpr std::array<std::string_view, 4> kMethodNames{"auto", "grid", "scan", "pairs"};
 
+// The defaults are the first names, and those of pcoherence/spec.py.
 struct Options {
   Metric metric = Metric::euclidean, teacher_metric = Metric::euclidean;
   Scale scale = Scale::anchor;
@@ -40,6 +43,17 @@ Enum named(const std::array<std::string_view, N>& names, std::string_view name, 
   throw std::invalid_argument(std::string(option) + ": unknown name '" + std::string(name) + "'");
 }
 
+// Whatever the program's locale is.
+inline double number(std::string_view text, std::string_view option) {
+  std::istringstream in{std::string(text)};
+  in.imbue(std::locale::classic());
+  double value = 0;
+  in >> value;
+  if (in.fail() || !in.eof())
+    throw std::invalid_argument(std::string(option) + ": expected a number, got '" + std::string(text) + "'");
+  return value;
+}
+
 struct Number {};  // in place of the names, for an option that is a double
 
 // Calls f(name of the option, names that it knows, the field of `options`) for all that are packed.
@@ -55,12 +69,13 @@ void for_each_option(Options& options, F&& f) {
 template <class Names, class Field>
 void read(std::string_view option, const Names& names, std::string_view value, Field& field) {
   if constexpr (std::is_same_v<Names, Number>)
-    field = std::stod(std::string(value));
+    field = number(value, option);
   else
     field = named<Field>(names, value, option);
 }
 
-// Of LossSpec.packed() in pcoherence/spec.py: "scale=anchor,objective=mse,...".
+// Of LossSpec.packed() in pcoherence/spec.py: "objective=l1,metric=cosine,teacher_metric=cosine". What is not named has
+// its default.
 inline Options unpacked(std::string_view packed, double temperature, double teacher_temperature) {
   if (!(temperature > 0))
     throw std::invalid_argument("temperature: expected a number > 0, got " + std::to_string(temperature));

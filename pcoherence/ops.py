@@ -56,7 +56,9 @@ def _coherence_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_student, grad_candidates = others[-2:]
     candidates_shape: Any = (0,)
-    if grad_candidates and student_candidates is not None:
+    if student_candidates is None:
+        grad_candidates = False
+    elif grad_candidates:
         candidates_shape = student_candidates.shape
     return (
         student.new_empty(()),
@@ -106,15 +108,6 @@ def _soft_rank_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     values, weights, upstream, *ctx.options = inputs
     ctx.pulled = upstream is not None
     ctx.save_for_backward(*(() if ctx.pulled else (values, weights)))
-
-
-# --- shared ------------------------------------------------------------------------------------
-
-
-def _refuse_double_backward(*gradients: Tensor | None) -> None:
-    """A gradient that arrives for a gradient is what differentiating twice looks like."""
-    if any(gradient is not None for gradient in gradients):
-        raise RuntimeError(DOUBLE_BACKWARD)
 
 
 class Operators:
@@ -167,14 +160,16 @@ class Operators:
         gradients: list[Tensor | None] = [None] * len(needed)
         flags = ctx.flags
         if flags[0] or flags[1]:
+            saved = ctx.saved_tensors  # once: checkpointing counts
             for place in (0, 1):
+                # A gradient that arrives for a gradient is what differentiating twice looks like.
                 if flags[place] and grad_of_gradients[place] is not None:
                     raise RuntimeError(DOUBLE_BACKWARD)
                 if grad_total is None or not needed[place]:
                     continue
                 if not flags[place]:
                     raise RuntimeError(ONE_FLAG)
-                gradients[place] = grad_total * ctx.saved_tensors[place]
+                gradients[place] = grad_total * saved[place]
         elif grad_total is not None or grad_losses is not None:
             gradients[:2] = self._recomputed(ctx, needed[:2], grad_total, grad_losses)
         return tuple(gradients)
@@ -201,9 +196,9 @@ class Operators:
 
     def _soft_rank_backward(self, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient = None
-        if ctx.pulled:
-            _refuse_double_backward(grad)
-        elif grad is not None and ctx.needs_input_grad[0]:
+        if ctx.pulled and grad is not None:  # what differentiating twice looks like
+            raise RuntimeError(DOUBLE_BACKWARD)
+        if grad is not None and ctx.needs_input_grad[0]:
             gradient = self.soft_rank(*ctx.saved_tensors, grad.contiguous(), *ctx.options)
         return gradient, *(None,) * (len(ctx.needs_input_grad) - 1)
 

@@ -131,12 +131,15 @@ class LossSpec:
         return self.temperature, self.teacher_temperature or 0.0
 
     def packed(self, distances: bool = False) -> str:
-        """The options of a row in one word: "metric=cosine,...,method=auto".
+        """The options of a row in one word: "objective=l1,metric=cosine,teacher_metric=cosine".
 
-        With `distances`, of rows that are given as distances, without the metrics, which may be
-        callables.
+        Those at their defaults are left out: kernels need not know of them. With `distances`, of
+        rows that are given as distances, so are the metrics, which may be callables.
         """
-        parts = [f"{name}={getattr(self, name)}" for name in ROW_OPTIONS]
+        parts = []
+        for name, default in ROW_OPTIONS.items():
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)}")
         if not distances:
             parts += [f"metric={self.metric}", f"teacher_metric={self.resolved_teacher_metric}"]
         return ",".join(parts)
@@ -150,7 +153,7 @@ class LossSpec:
             TypeError, ValueError: as on construction; or a name is unknown.
         """
         options: dict[str, Any] = {}
-        for part in packed.split(","):
+        for part in packed.split(",") if packed else ():
             name, _, text = part.partition("=")
             if name in ROW_OPTIONS:
                 options[name] = type(ROW_OPTIONS[name])(text)
@@ -162,8 +165,11 @@ class LossSpec:
         return cls(temperature=temperature, teacher_temperature=soft, **options)
 
 
-OF_THEIR_OWN = {"temperature", "teacher_temperature", "metric", "teacher_metric"}
-"""Options that go beside those of a row: numbers, so that another one compiles nothing anew."""
+TEMPERATURES = {"temperature", "teacher_temperature"}
+"""Options that go beside the packed ones, as numbers."""
+
+OF_DISTANCES = {"metric", "teacher_metric"}
+"""Options that rows which come as distances do not have."""
 
 OF_A_CALL = {"reduction", "num_anchors", "backend"}
 """Options that are done with before a row is computed."""
@@ -171,6 +177,6 @@ OF_A_CALL = {"reduction", "num_anchors", "backend"}
 ROW_OPTIONS: dict[str, Any] = {
     field.name: field.default
     for field in dataclasses.fields(LossSpec)
-    if field.name not in OF_THEIR_OWN | OF_A_CALL
+    if field.name not in TEMPERATURES | OF_DISTANCES | OF_A_CALL
 }
-"""The options that the kernels of a row are asked for, and their defaults: strings and numbers."""
+"""The options that the kernels of a row are asked for, and their defaults: strings or floats."""

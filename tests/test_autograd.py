@@ -370,3 +370,64 @@ def test_transforms_of_something_else(cpu_backend: str) -> None:
     assert slope == value
     (found,) = torch.autograd.grad(value, leaf)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("changed", ["student", "teacher", "candidate_weights", "parameter"])
+def test_what_is_changed_before_backward_raises(changed: str, reduction: str) -> None:
+    """A callable metric is asked again then: of something else, silently."""
+    metric = Scaled()
+    leaf = make_case("gaussian", 9, 3).requires_grad_()
+    given = {
+        "student": leaf * 1,
+        "teacher": make_case("gaussian", 9, 3, seed=1),
+        "candidate_weights": torch.ones(9, dtype=torch.float64),
+    }
+    value = pcoherence.perception_coherence_loss(
+        **given, metric=metric, reduction=reduction, backend="cpu"
+    )
+    with torch.no_grad():
+        (metric.scale if changed == "parameter" else given[changed]).mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        value.sum().backward()
+
+
+class Scaled(torch.nn.Module):
+    """A metric with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return quartic(a * self.scale, b * self.scale)
+
+
+def test_forward_derivatives_of_candidates_and_metrics_take_the_reference() -> None:
+    """Instead of being 0."""
+    student, teacher = make_case("gaussian", 7, 3), make_case("gaussian", 7, 2, seed=1)
+    bank, teachers = make_case("gaussian", 9, 3, seed=2), make_case("gaussian", 9, 2, seed=3)
+
+    def of_candidates(candidates: Tensor, backend: str) -> Tensor:
+        return pcoherence.perception_coherence_loss(
+            student, teacher, student_candidates=candidates, teacher_candidates=teachers,
+            backend=backend,
+        )  # fmt: skip
+
+    def of_metric(scale: Tensor, backend: str) -> Tensor:
+        return pcoherence.perception_coherence_loss(
+            student, teacher, metric=lambda a, b: quartic(a * scale, b * scale),
+            teacher_metric="euclidean", backend=backend,
+        )  # fmt: skip
+
+    for function, point in (
+        (of_candidates, bank),
+        (of_metric, torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)),
+    ):
+        tangent = torch.linspace(-1, 1, point.numel(), dtype=torch.float64).reshape(point.shape)
+        found, expected = (
+            torch.func.jvp(lambda x, b=backend, f=function: f(x, b), (point,), (tangent,))[1]
+            for backend in ("auto", "reference")
+        )
+        assert expected != 0
+        torch.testing.assert_close(found, expected)

@@ -178,13 +178,23 @@ def test_what_is_not_ported_is_refused(backend: str, monkeypatch: pytest.MonkeyP
         assert adapter.supports(spec.LossSpec(), inputs) == expected
 
 
+def test_an_option_that_is_not_ported_changes_nothing_at_its_default(
+    cpu_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are not told of it."""
+    expected = pcoherence.perception_coherence_loss(X, X.roll(1, 0), backend=cpu_backend)
+    monkeypatch.setitem(spec.ROW_OPTIONS, "slant", 0.0)
+    monkeypatch.setattr(spec.LossSpec, "slant", 0.0, raising=False)
+    assert pcoherence.perception_coherence_loss(X, X.roll(1, 0), backend=cpu_backend) == expected
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_kernels_refuse_a_name_that_they_do_not_know(backend: str, cpu_backend: str) -> None:
     """Called directly, instead of computing something else."""
     if backend == "triton" and "cpu" not in triton.DEVICES:
         pytest.skip("triton's interpreter is off")
     operators = ops.native if backend == "cpu" else triton.OPERATORS
-    options = spec.LossSpec().packed().replace("mse", "l7")
+    options = spec.LossSpec().packed() + ",objective=l7"
     with pytest.raises((ValueError, RuntimeError), match="objective"):
         operators.coherence(
             X, None, X, None, None, None, None, 0.1, 0.0, options, False, False, False

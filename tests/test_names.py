@@ -31,6 +31,9 @@ def test_option_names() -> None:
     known = importlib.import_module("pcoherence._C").options()
     assert set(known) == {*spec.ROW_OPTIONS, "metric", "teacher_metric"}
     assert all(type(spec.ROW_OPTIONS[name]) is float for name, names in known.items() if not names)
+    default = spec.LossSpec()
+    assert all(names[0] == getattr(default, name) for name, names in known.items()
+               if names and name != "teacher_metric")  # fmt: skip
     assert known["teacher_metric"] == known["metric"]
     assert known["metric"] == list(spec.METRICS)[: len(known["metric"])]
     assert known["scale"] == list(spec.SCALES)

@@ -14,8 +14,7 @@ namespace pcoherence {
 // Elements of a row's work that pay for a thread.
 inline constexpr std::int64_t kGrain = 4096;
 
-// One scratch area for each thread, and the first thing that went wrong in any of them: neither an exception
-// nor a status can leave a parallel region by itself.
+// One scratch area for each thread, and the first exception of any of them: none can leave a parallel region by itself.
 class Team {
  public:
   explicit Team(int threads) : workspaces_(threads) {}

@@ -16,7 +16,7 @@
 
 namespace pcoherence::cuda::operators {
 
-// [3, ...]: the grid's tables of sigmoid, slope and softplus, in the dtype of `like`; to be copied to the device once.
+// The grid's tables of sigmoid, slope and softplus, in the dtype of `like`; to be copied to the device once.
 Tensor tables(Tensor like) {
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   std::optional<Tensor> result;
@@ -33,7 +33,7 @@ Tensor tables(Tensor like) {
   return *result;
 }
 
-// float64 [2, degree]: the scan's series of sigmoid and softplus for the dtype of `like`.
+// float64 [2 * degree]: the scan's series of sigmoid, then of softplus, for the dtype of `like`.
 Tensor series_of(Tensor like) {
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   std::optional<Tensor> result;

@@ -6,7 +6,7 @@ Memory stays at one block of distances, and gradients reach a callable's paramet
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import distances, objectives
@@ -17,40 +17,65 @@ from ..spec import LossSpec, Metric
 BLOCK_ELEMENTS = 2**22
 """Numbers a block of anchors may hold while a callable metric is evaluated: 16 MiB in float32."""
 
+CHANGED = (
+    "pcoherence: the loss by a callable metric is computed again in the backward pass, but its "
+    "features, weights or the metric's parameters have been changed in place since; change them "
+    "after backward(), or give the loss a copy"
+)
+
 
 def loss(ops: Operators, spec: LossSpec, inputs: LossInputs) -> Tensor:
     """The reduced loss, 0-d, or [m] when the reduction is "none"."""
-    m, rows, each = inputs.student.shape[0], _block_rows(spec, inputs), spec.reduction == "none"
-    weights = objectives.coefficients(
-        inputs.anchor_weights, inputs.student, "sum" if each else spec.reduction
+    m, step, by_anchor = (
+        inputs.student.shape[0],
+        _block_rows(spec, inputs),
+        spec.reduction == "none",
+    )
+    coefficients = objectives.coefficients(
+        inputs.anchor_weights, inputs.student, "sum" if by_anchor else spec.reduction
     )
 
+    before = _versions(spec, inputs)
+
     def block_loss(begin: int, end: int) -> Tensor:
+        if _versions(spec, inputs) != before:
+            raise RuntimeError(CHANGED)
         student, teacher = _distances(spec, inputs, begin, end)
         index = None if inputs.self_index is None else inputs.self_index[begin:end].contiguous()
         candidate_weights = inputs.candidate_weights
         if candidate_weights is not None:
             candidate_weights = candidate_weights.contiguous()
-        part = weights[begin:end].contiguous()
+        part = coefficients[begin:end].contiguous()
         total, losses = ops.total_and_losses(
             student,
             None,
             teacher,
             None,
-            None if each else part,
+            None if by_anchor else part,
             candidate_weights,
             index,
             *spec.temperatures,
             spec.packed(distances=True),
             True,
-            not each and needs_grad(student),
+            not by_anchor and needs_grad(student),
             False,
         )
-        return part * losses if each else total
+        return part * losses if by_anchor else total
 
-    blocks = [(begin, min(begin + rows, m)) for begin in range(0, m, rows)]
+    blocks = [(begin, min(begin + step, m)) for begin in range(0, m, step)]
     parts = [checkpoint(block_loss, *block, use_reentrant=False) for block in blocks]
-    return torch.cat(parts) if each else torch.stack(parts).sum()
+    return torch.cat(parts) if by_anchor else torch.stack(parts).sum()
+
+
+def _versions(spec: LossSpec, inputs: LossInputs) -> list[int]:
+    """How often what a block is computed from has been changed in place."""
+    if torch.compiler.is_compiling():
+        return []
+    tensors = [tensor for tensor in inputs if tensor is not None]
+    for metric in (spec.metric, spec.resolved_teacher_metric):
+        if isinstance(metric, nn.Module):
+            tensors += metric.parameters()
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def needs_grad(tensor: Tensor | None) -> bool:

@@ -21,9 +21,10 @@ from .cuda_kernels import CudaRowKernels
 from .device_operators import Implementation, register
 from .operators import OperatorBackend, Ported
 from .pipeline import Batch, Results
+from .points import TRAITS
 
 PORTED: Ported = {
-    "metric": ("euclidean", "sqeuclidean", "cosine"),
+    "metric": tuple(TRAITS),
     "scale": ("anchor", "none"),
     "objective": ("mse", "l1", "huber", "cross_entropy", "spearman"),
     "method": ("auto", "grid", "scan", "pairs"),

@@ -119,7 +119,7 @@ class CudaRowKernels:
         return sums
 
     def anchors(
-        self, spec: LossSpec, rows: Rows, units: Units, v: Traits | None, spare: Tensor | None
+        self, spec: LossSpec, rows: Rows, units: Units, stored: Traits | None, spare: Tensor | None
     ) -> Tensor:
         """See RowKernels: one launch."""
         losses = rows.student.new_empty(rows.student.shape[0], dtype=torch.float64)
@@ -129,9 +129,9 @@ class CudaRowKernels:
             *spec.temperatures,
             spec.packed(distances=True),
             *units,
-            1.0 if v is None else v.chain,
-            v is not None and v.root,
-            v is not None,
+            1.0 if stored is None else stored.chain,
+            stored is not None and stored.root,
+            stored is not None,
             losses,
             *constants,
             status,

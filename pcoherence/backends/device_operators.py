@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ops import Operators
 from ..spec import LossSpec, check_name, check_temperature
-from .operators import Ported
+from .operators import Ported, objection
 from .pipeline import Batch, Results, from_distances, from_features
 from .row_kernels import RowKernels
 
@@ -133,13 +133,15 @@ class Implementation:
         return self._kernels.soft_rank(values, weights, upstream, temperature, method)
 
     def _check(self, spec: LossSpec, batch: Batch, distances: bool) -> None:
-        for name, names in self._ported.items():
-            if names and not (distances and name == "metric"):
-                check_name(name, getattr(spec, name), tuple(names))
+        refused = objection(self._ported, spec)
+        if refused is not None:
+            raise ValueError(f"options: {refused}")
         if not distances:
-            check_name(
-                "teacher_metric", spec.resolved_teacher_metric, tuple(self._ported["metric"])
-            )
+            for name, metric in (
+                ("metric", spec.metric),
+                ("teacher_metric", spec.resolved_teacher_metric),
+            ):
+                check_name(name, metric, tuple(self._ported["metric"]))
         m = batch.student.shape[0]
         for name in ("student", "teacher"):
             points, candidates = getattr(batch, name), getattr(batch, f"{name}_candidates")

@@ -45,29 +45,25 @@ class OperatorBackend:
 
     def supports(self, spec: LossSpec, inputs: LossInputs) -> str | None:
         """What the kernels know, on tensors that they can take; any metric will do."""
-        refused = transformed(inputs.student) or self.refuses(inputs.student)
-        for name in ROW_OPTIONS:
-            refused = refused or self._objection(name, getattr(spec, name))
-        return refused
+        refused = self.refuses(inputs.student) or objection(self.ported(), spec)
+        for points in (inputs.student, inputs.student_candidates):
+            refused = refused or (None if points is None else transformed(points))
+        return refused or (None if self._knows_metrics(spec) else _transforming())
 
     def supports_soft_rank(self, values: Tensor, method: str) -> str | None:
         """Methods that the kernels know, on tensors that they can take."""
         refused = transformed(values) or self.refuses(values)
-        return refused or self._objection("method", method)
-
-    def _objection(self, option: str, value: object) -> str | None:
-        """Why the kernels cannot serve an option that has this value."""
-        names = self.ported().get(option)
-        known = value == ROW_OPTIONS[option] if names is None else not names or value in names
-        return None if known else f"{option} {value!r} is not part of its kernels yet"
+        return refused or _of_option(self.ported(), "method", method)
 
     def loss(self, spec: LossSpec, inputs: LossInputs) -> Tensor:
         """Loss and gradient in one pass; memory grows as m + n."""
-        metrics = spec.metric, spec.resolved_teacher_metric
+        compute = _loss_from_features if self._knows_metrics(spec) else blocks.loss
+        return compute(self.operators(), spec, inputs)
+
+    def _knows_metrics(self, spec: LossSpec) -> bool:
         ported = self.ported()["metric"]
-        if all(isinstance(metric, str) and metric in ported for metric in metrics):
-            return _loss_from_features(self.operators(), spec, inputs)
-        return blocks.loss(self.operators(), spec, inputs)
+        metrics = spec.metric, spec.resolved_teacher_metric
+        return all(isinstance(metric, str) and metric in ported for metric in metrics)
 
     def soft_rank(
         self, values: Tensor, weights: Tensor | None, temperature: float, method: str
@@ -84,6 +80,30 @@ class OperatorBackend:
         rows = values.reshape(-1, n).contiguous()
         ranks: Tensor = self.operators().soft_rank(rows, weights, None, temperature, method)
         return ranks.reshape(values.shape)
+
+
+def objection(ported: Ported, spec: LossSpec) -> str | None:
+    """Why kernels that know this of options cannot serve these; metrics are another matter."""
+    for name in ROW_OPTIONS:
+        found = _of_option(ported, name, getattr(spec, name))
+        if found is not None:
+            return found
+    return None
+
+
+def _of_option(ported: Ported, name: str, value: object) -> str | None:
+    names = ported.get(name)
+    known = value == ROW_OPTIONS[name] if names is None else not names or value in names
+    return None if known else f"{name} {value!r} is not part of its kernels yet"
+
+
+def _transforming() -> str | None:
+    """The same of whatever a metric may have as parameters: anything may be transformed."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "torch.func transforms and forward-mode derivatives need the reference"
+    return None
 
 
 def transformed(tensor: Tensor) -> str | None:

@@ -4,8 +4,8 @@
     gradient with respect to distances in place -> gradient with respect to features
 
 Everything runs on the tensors' device without a host synchronisation, so that a call can be
-captured in a CUDA graph, and results repeat bit for bit. Memory is O(m d + n d + b n), after three
-square matrices of at most clouds.SYMMETRIC_BYTES.
+captured in a CUDA graph, and results repeat bit for bit. Memory is O(m d + n d + b n), or three
+square matrices of at most clouds.SYMMETRIC_BYTES in place of the blocks.
 
 The same steps as csrc/cpu/pipeline.cpp.
 """
@@ -96,6 +96,7 @@ def from_features(
     rows = block_rows(m, n, like.element_size())
     held = m if student.symmetric else rows  # distances at a time
     blocks = [like.new_empty(held, n) for _ in range(3)]
+    stored = student.traits if want else None
     losses = []
     for begin in range(0, m, held):
         end = min(begin + held, m)
@@ -105,9 +106,8 @@ def from_features(
         block = batch.rows(ours, theirs, begin, end)
         for first in range(0, end - begin, rows):
             last = min(first + rows, end - begin)
-            v = student.traits if want else None
             part = block.part(first, last)
-            losses.append(kernels.anchors(spec, part, units, v, spare[first:last]))
+            losses.append(kernels.anchors(spec, part, units, stored, spare[first:last]))
         if gradient is not None:
             gradient.add(ours, begin, near)
     if gradient is None:
@@ -127,10 +127,10 @@ def from_distances(
     m, n = batch.student.shape
     out = batch.student.clone() if want_gradient else batch.student
     block = batch.rows(out, batch.teacher, 0, m)
-    v = PLAIN if want_gradient else None
+    stored = PLAIN if want_gradient else None
     step = block_rows(m, n, out.element_size())
     losses = [
-        kernels.anchors(spec, block.part(begin, min(begin + step, m)), Units(), v, None)
+        kernels.anchors(spec, block.part(begin, min(begin + step, m)), Units(), stored, None)
         for begin in range(0, m, step)
     ]
     return Results(_joined(losses), out if want_gradient else None, None)

@@ -104,13 +104,13 @@ class RowKernels(Protocol):
         ...
 
     def anchors(
-        self, spec: LossSpec, rows: Rows, units: Units, v: Traits | None, spare: Tensor | None
+        self, spec: LossSpec, rows: Rows, units: Units, stored: Traits | None, spare: Tensor | None
     ) -> Tensor:
         """Losses L_i without the coefficient, float64 [b].
 
-        With `v`, V = chain * c_i dL_i/dd_ij is left in rows.student, with root divided by d_ij (0
-        where that is 0). spare T [b, n] or None: memory that may be overwritten. W_i = 0: loss and
-        V are 0. NaN or infinite distances: both are NaN.
+        With `stored`, V = chain * c_i dL_i/dd_ij is left in rows.student, with root divided by
+        d_ij (0 where that is 0). spare T [b, n] or None: memory that may be overwritten. W_i = 0:
+        loss and V are 0. NaN or infinite distances: both are NaN.
         """
         ...
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from .. import ops
 from .device_operators import Implementation, register
 from .operators import OperatorBackend, Ported
+from .points import TRAITS
 from .row_kernels import RowKernels
 
 PORTED: Ported = {
-    "metric": ("euclidean", "sqeuclidean", "cosine"),
+    "metric": tuple(TRAITS),
     "scale": ("anchor", "none"),
     "objective": ("mse", "l1", "huber", "cross_entropy", "spearman"),
     "method": ("auto", "scan", "pairs"),

@@ -22,7 +22,7 @@ from .row_kernels import RowKernels, Rows, Units
 from .triton_points import PointKernels
 
 STATISTICS = 6
-"""Columns that statistics.row_stats writes."""
+"""Rows that statistics.row_stats writes, one for each."""
 
 
 def resolve_method(method: str, n: int) -> str:
@@ -202,7 +202,7 @@ class TritonRowKernels(PointKernels):
         return stats[1] * stats[0]
 
     def anchors(
-        self, spec: LossSpec, rows: Rows, units: Units, v: Traits | None, spare: Tensor | None
+        self, spec: LossSpec, rows: Rows, units: Units, stored: Traits | None, spare: Tensor | None
     ) -> Tensor:
         """See RowKernels. Statistics, ranks of both, objective, pullback, gradient: 7 launches.
 
@@ -250,7 +250,7 @@ class TritonRowKernels(PointKernels):
             n,
             sums.total_columns,
             OBJECTIVE=spec.objective,
-            GRADIENT=v is not None,
+            GRADIENT=stored is not None,
             DELTA=HUBER_DELTA,
             RESOLUTION=RESOLUTION[student.dtype],
             FLOOR=(SPEARMAN_FLOOR * torch.finfo(student.dtype).eps) ** 2,
@@ -258,7 +258,7 @@ class TritonRowKernels(PointKernels):
             BN=t.row_columns,
             num_warps=t.row_warps,
         )
-        if v is not None:
+        if stored is not None:
             g = ranks
             if not cross_entropy:
                 g = teacher_ranks  # not needed any more
@@ -276,8 +276,8 @@ class TritonRowKernels(PointKernels):
                 count,
                 n,
                 SCALE=spec.scale,
-                CHAIN=v.chain,
-                ROOT=v.root,
+                CHAIN=stored.chain,
+                ROOT=stored.root,
                 BR=t.row_rows,
                 BN=t.row_columns,
                 num_warps=t.row_warps,
