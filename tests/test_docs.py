@@ -104,3 +104,14 @@ def test_version_comes_from_the_package(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(pcoherence, "__version__", "1.2.3.test")
     found = runpy.run_path(str(DOCS / "conf.py"))
     assert found["release"] == found["version"] == "1.2.3.test"
+
+
+def test_files_that_contributing_names_exist() -> None:
+    """The map of the code is of this code."""
+    root = DOCS.parent
+    text = (root / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`([\w./-]+/[\w.]+\.(?:py|h|cpp|cu|inc|rst|md|toml))`", text))
+    named = {name for name in named if "NAME" not in name}
+    assert len(named) >= 40
+    roots = [root / part for part in ("", "pcoherence", "csrc", "tests", "benchmarks")]
+    assert [n for n in sorted(named) if not any((place / n).is_file() for place in roots)] == []

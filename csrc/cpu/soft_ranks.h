@@ -67,7 +67,7 @@ Stats<T> stats(const T* values, const T* weights, int n, const Weighed& weighed)
 // ---------------------------------------------------------------- soft ranks
 
 // Where "auto" leaves the grid: a bin costs as much as this many elements' share of the scan; and up to this many
-// elements all pairs cost less than the scan's sort (measured from n = 16 to 4,096, see CHANGELOG).
+// elements all pairs cost less than the scan's sort (measured from n = 16 to 4,096, see docs/speed.rst).
 template <class T>
 constexpr int kElementsPerBin = sizeof(T) == 4 ? 8 : 32;
 constexpr int kFewPairs = 96;
