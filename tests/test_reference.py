@@ -336,6 +336,23 @@ def test_a_negative_mean_does_not_turn_the_order_around(scale: str, backend: str
     assert loss.item() < 1e-3
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_teacher_may_have_a_metric_of_its_own(backend: str) -> None:
+    """Angles order as distances of directions do."""
+    student, teacher = make_case("gaussian", 9, 3), make_case("gaussian", 9, 4, seed=1)
+    directions = teacher / teacher.norm(dim=1, keepdim=True)
+    found, expected, other = (
+        perception_coherence_loss(student, points, backend=backend, **options)
+        for points, options in (
+            (teacher, {"teacher_metric": "cosine"}),
+            (directions, {}),
+            (teacher, {}),
+        )
+    )
+    torch.testing.assert_close(found, expected)
+    assert found != other
+
+
 @pytest.mark.parametrize("shape", [(4,), (1, 4), (4, 1)])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_weights_of_soft_ranks_of_a_square(backend: str, shape: tuple[int, ...]) -> None:
