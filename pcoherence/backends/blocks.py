@@ -26,15 +26,11 @@ CHANGED = (
 
 def loss(ops: Operators, spec: LossSpec, inputs: LossInputs) -> Tensor:
     """The reduced loss, 0-d, or [m] when the reduction is "none"."""
-    m, step, by_anchor = (
-        inputs.student.shape[0],
-        _block_rows(spec, inputs),
-        spec.reduction == "none",
-    )
+    m, step = inputs.student.shape[0], _block_rows(spec, inputs)
+    by_anchor = spec.reduction == "none"
     coefficients = objectives.coefficients(
         inputs.anchor_weights, inputs.student, "sum" if by_anchor else spec.reduction
     )
-
     before = _versions(spec, inputs)
 
     def block_loss(begin: int, end: int) -> Tensor:

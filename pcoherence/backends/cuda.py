@@ -43,9 +43,8 @@ Beyond, the products and their preparation cost less, in spite of ten times as m
 
 def _is_small(batch: Batch) -> bool:
     """Whether `CudaRowKernels.small` takes this call."""
-    x, candidates = batch.student, batch.student_candidates
-    m, n = x.shape[0], (x if candidates is None else candidates).shape[0]
-    reads = m * n * (x.shape[1] + batch.teacher.shape[1])
+    m, n = batch.student.shape[0], batch.n
+    reads = m * n * (batch.student.shape[1] + batch.teacher.shape[1])
     return n <= SMALL_CANDIDATES and reads <= SMALL_READS
 
 

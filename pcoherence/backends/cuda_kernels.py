@@ -178,7 +178,7 @@ class CudaRowKernels:
         Returns: sum_i coefficients_i L_i, 0-d, or None without a gradient; and the results.
         """
         x, candidates = batch.student, batch.student_candidates
-        m, n = x.shape[0], (x if candidates is None else candidates).shape[0]
+        m, n = x.shape[0], batch.n
         distances = x.new_empty(2, m, n)
         losses = x.new_empty(m, dtype=torch.float64)
         shrinks: tuple[Tensor | None, ...] = (None, None)

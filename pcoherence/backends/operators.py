@@ -47,12 +47,12 @@ class OperatorBackend:
         """What the kernels know, on tensors that they can take; any metric will do."""
         refused = self.refuses(inputs.student) or objection(self.ported(), spec)
         for points in (inputs.student, inputs.student_candidates):
-            refused = refused or (None if points is None else transformed(points))
+            refused = refused or (None if points is None else _transformed(points))
         return refused or (None if self._knows_metrics(spec) else _transforming())
 
     def supports_soft_rank(self, values: Tensor, method: str) -> str | None:
         """Methods that the kernels know, on tensors that they can take."""
-        refused = transformed(values) or self.refuses(values)
+        refused = _transformed(values) or self.refuses(values)
         return refused or _of_option(self.ported(), "method", method)
 
     def loss(self, spec: LossSpec, inputs: LossInputs) -> Tensor:
@@ -106,7 +106,7 @@ def _transforming() -> str | None:
     return None
 
 
-def transformed(tensor: Tensor) -> str | None:
+def _transformed(tensor: Tensor) -> str | None:
     """Derivatives other than the usual backward pass, which the operators do not have."""
     if torch.compiler.is_compiling():
         return None

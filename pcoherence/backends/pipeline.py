@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..inputs import candidates
 from ..spec import LossSpec
 from .clouds import DifferenceCloud, ProductCloud
 from .points import TRAITS, Traits
@@ -52,6 +53,11 @@ class Batch(NamedTuple):
     candidate_weights: Tensor | None  # T [n]; None: ones
     self_index: Tensor | None  # int64 [m]; None: nobody
 
+    @property
+    def n(self) -> int:
+        """How many candidates there are, of features."""
+        return candidates(self.student, self.student_candidates).shape[0]
+
     def rows(self, student: Tensor, teacher: Tensor, begin: int, end: int) -> Rows:
         """The block of anchors begin .. end with their distances [end - begin, n]."""
         coefficients, self_index = (
@@ -80,8 +86,7 @@ def from_features(
 ) -> Results:
     """Losses, and gradients of sum_i coefficients_i L_i."""
     like = batch.student
-    others = batch.student if batch.student_candidates is None else batch.student_candidates
-    m, n = like.shape[0], others.shape[0]
+    m, n = like.shape[0], batch.n
     cloud = DifferenceCloud if kernels.takes_differences(spec.method, n) else ProductCloud
     student_traits, teacher_traits = (
         TRAITS[str(metric)] for metric in (spec.metric, spec.resolved_teacher_metric)
@@ -103,11 +108,11 @@ def from_features(
         ours, theirs, spare = (block[: end - begin] for block in blocks)
         teacher.distances(theirs, spare, begin, hard)
         near = student.distances(ours, spare, begin, False)
-        block = batch.rows(ours, theirs, begin, end)
-        for first in range(0, end - begin, rows):
-            last = min(first + rows, end - begin)
-            part = block.part(first, last)
-            losses.append(kernels.anchors(spec, part, units, stored, spare[first:last]))
+        for first in range(begin, end, rows):
+            last = min(first + rows, end)
+            part = slice(first - begin, last - begin)
+            block = batch.rows(ours[part], theirs[part], first, last)
+            losses.append(kernels.anchors(spec, block, units, stored, spare[part]))
         if gradient is not None:
             gradient.add(ours, begin, near)
     if gradient is None:
@@ -126,13 +131,13 @@ def from_distances(
     """Losses, and the gradient of sum_i coefficients_i L_i with respect to student distances."""
     m, n = batch.student.shape
     out = batch.student.clone() if want_gradient else batch.student
-    block = batch.rows(out, batch.teacher, 0, m)
     stored = PLAIN if want_gradient else None
     step = block_rows(m, n, out.element_size())
-    losses = [
-        kernels.anchors(spec, block.part(begin, min(begin + step, m)), Units(), stored, None)
-        for begin in range(0, m, step)
-    ]
+    losses = []
+    for begin in range(0, m, step):
+        end = min(begin + step, m)
+        block = batch.rows(out[begin:end], batch.teacher[begin:end], begin, end)
+        losses.append(kernels.anchors(spec, block, Units(), stored, None))
     return Results(_joined(losses), out if want_gradient else None, None)
 
 

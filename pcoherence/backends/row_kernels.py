@@ -24,15 +24,6 @@ class Rows(NamedTuple):
     self_index: Tensor | None  # int64 [b]: the candidate that is left out, or -1; None: nobody
     coefficients: Tensor | None  # T [b]: c_i, by which the gradient is multiplied; None: ones
 
-    def part(self, begin: int, end: int) -> Rows:
-        """Anchors begin .. end."""
-        self_index, coefficients = (
-            None if tensor is None else tensor[begin:end]
-            for tensor in (self.self_index, self.coefficients)
-        )
-        student, teacher = self.student[begin:end], self.teacher[begin:end]
-        return Rows(student, teacher, self.weights, self_index, coefficients)
-
 
 class Units(NamedTuple):
     """A distance in the metric = unit * the distance as measured; float64, 0-d; None: 1.
