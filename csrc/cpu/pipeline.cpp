@@ -99,13 +99,11 @@ class Coherence {
       features.products(block, begin, rows, runtime_);
   }
 
-  std::int64_t self(std::int64_t anchor) const { return weights_.self ? weights_.self[anchor] : -1; }
-
   AnchorRow<T> anchor_row(std::int64_t anchor, std::int64_t row, bool want) const {
     AnchorRow<T> a{};
     a.student = student_block_ + row * padded(n_);
     a.teacher = teacher_block_ + row * padded(n_);
-    a.self = self(anchor);
+    a.self = weights_.excluded(anchor);
     a.coefficient = weights_.coefficient(anchor);
     a.want_gradient = want;
     a.chain = student_.chain();
@@ -152,7 +150,7 @@ Status coherence_from_distances(const Options& options, const T* student, const 
     std::copy(teacher + i * n, teacher + (i + 1) * n, a.teacher);
     std::fill(a.student + n, a.student + ld, T(0));
     std::fill(a.teacher + n, a.teacher + ld, T(0));
-    a.self = weights.self ? weights.self[i] : -1;
+    a.self = weights.excluded(i);
     a.coefficient = weights.coefficient(i);
     a.want_gradient = gradient != nullptr;
     a.chain = 1;

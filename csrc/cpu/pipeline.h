@@ -16,6 +16,7 @@ struct Weights {
   const T* candidates = nullptr;       // [n] or null
   const std::int64_t* self = nullptr;  // [m] candidate excluded, -1 for none, or null
 
+  std::int64_t excluded(std::int64_t i) const { return self != nullptr ? self[i] : -1; }
   double coefficient(std::int64_t i) const { return coefficients != nullptr ? double(coefficients[i]) : 1.0; }
 };
 

@@ -113,5 +113,13 @@ int candidates_of(const Tensor& t, const char* name) {
 
 char* bytes(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
 
+// f(zero, like, stream), zero a T, where `model` is: what every operator that launches is in.
+template <class F>
+void on_device(const Tensor& model, const char* name, F&& f) {
+  const OnDevice on(model);
+  dispatch(model, name, [&](auto zero) { f(zero, Like{model}, on.stream); });
+  check_launch();
+}
+
 }  // namespace
 }  // namespace pcoherence::cuda

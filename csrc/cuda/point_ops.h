@@ -14,10 +14,8 @@ namespace {
 void prepare(Tensor anchors, OptionalTensor candidates, bool directions, Tensor numbers, Tensor prepared, Tensor norms,
              OptionalTensor scaled, OptionalTensor candidate_prepared, OptionalTensor candidate_norms,
              OptionalTensor candidate_scaled, Tensor first) {
-  const OnDevice on(anchors);
-  dispatch(anchors, "anchors", [&](auto zero) {
+  on_device(anchors, "anchors", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
-    const Like like{anchors};
     const bool same = !candidates;
     STD_TORCH_CHECK(same || (candidate_prepared && candidate_norms && (directions || candidate_scaled)),
                     "candidate_prepared: expected for candidates that are not the anchors");
@@ -36,7 +34,7 @@ void prepare(Tensor anchors, OptionalTensor candidates, bool directions, Tensor 
     auto* table = reinterpret_cast<int*>(memory + kCentreMemory);
     const Identity found{table, table + size, table + 2 * size, size};
 
-    launch(CentreTask<T>{n, static_cast<int>(width), directions, from, given + 1, given, memory}, on.stream);
+    launch(CentreTask<T>{n, static_cast<int>(width), directions, from, given + 1, given, memory}, stream);
     PrepareTask<T> task{m,
                         static_cast<int>(width),
                         directions,
@@ -48,7 +46,7 @@ void prepare(Tensor anchors, OptionalTensor candidates, bool directions, Tensor 
                         like.out<double>(norms, "norms", m),
                         same ? hashes : nullptr,
                         table};
-    launch(task, on.stream);
+    launch(task, stream);
     if (!same) {
       task.rows = n;
       task.points = from;
@@ -56,23 +54,20 @@ void prepare(Tensor anchors, OptionalTensor candidates, bool directions, Tensor 
       task.scaled = directions ? nullptr : like.out<T>(candidate_scaled, "candidate_scaled", n * width);
       task.norms = like.out<double>(candidate_norms, "candidate_norms", n);
       task.hashes = hashes;
-      launch(task, on.stream);
+      launch(task, stream);
     }
     launch(IdenticalTask<T>{n, static_cast<int>(width), directions ? task.prepared : task.scaled, hashes, found},
-           on.stream);
-    launch(FirstTask<T>{n, found, like.out<std::int64_t>(first, "first", n)}, on.stream);
+           stream);
+    launch(FirstTask<T>{n, found, like.out<std::int64_t>(first, "first", n)}, stream);
   });
-  check_launch();
 }
 
 // near: int32 [b, ceil(n / 32)] is written; see ProductTask for the rest.
 void product_distances(Tensor out, Tensor products, Tensor anchor_norms, Tensor candidate_norms, Tensor anchors,
                        Tensor candidates, Tensor first, Tensor near, std::int64_t begin, bool same, bool root,
                        double factor) {
-  const OnDevice on(out);
-  dispatch(out, "out", [&](auto zero) {
+  on_device(out, "out", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
-    const Like like{out};
     ProductTask<T> task{};
     task.rows = dimension(out, 0, "out");
     task.n = candidates_of(out, "out");
@@ -91,17 +86,14 @@ void product_distances(Tensor out, Tensor products, Tensor anchor_norms, Tensor 
     task.same = same;
     task.root = root;
     task.factor = static_cast<T>(factor);
-    launch(task, on.stream);
+    launch(task, stream);
   });
-  check_launch();
 }
 
 // v: [rows of points, rows of others], or its transpose where `transposed`; near: as made for v.
 void accumulate_differences(Tensor out, Tensor points, Tensor others, Tensor v, Tensor near, bool transposed) {
-  const OnDevice on(out);
-  dispatch(out, "out", [&](auto zero) {
+  on_device(out, "out", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
-    const Like like{out};
     PullTask<T> task{};
     task.rows = dimension(points, 0, "points");
     task.n = static_cast<int>(dimension(others, 0, "others"));
@@ -116,53 +108,44 @@ void accumulate_differences(Tensor out, Tensor points, Tensor others, Tensor v, 
     task.near = like.in<unsigned>(near, "near", lines * words_of(columns));
     task.transposed = transposed;
     task.out = like.out<T>(out, "out", task.rows * task.width);
-    launch(task, on.stream);
+    launch(task, stream);
   });
-  check_launch();
 }
 
 void clear_near(Tensor v, Tensor near) {
-  const OnDevice on(v);
-  dispatch(v, "v", [&](auto zero) {
+  on_device(v, "v", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
-    const Like like{v};
     ClearTask<T> task{};
     task.rows = dimension(v, 0, "v");
     task.n = candidates_of(v, "v");
     task.near = like.in<unsigned>(near, "near", task.rows * words_of(task.n));
     task.v = like.out<T>(v, "v", task.rows * task.n);
-    launch(task, on.stream);
+    launch(task, stream);
   });
-  check_launch();
 }
 
 // The upper triangle mirrored, or with `add` the transpose added. matrix: T [n, n].
 void symmetrise(Tensor matrix, bool add) {
-  const OnDevice on(matrix);
-  dispatch(matrix, "matrix", [&](auto zero) {
+  on_device(matrix, "matrix", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
     SymmetriseTask<T> task{};
     task.n = dimension(matrix, 0, "matrix");
-    task.matrix = Like{matrix}.out<T>(matrix, "matrix", task.n * task.n);
+    task.matrix = like.out<T>(matrix, "matrix", task.n * task.n);
     task.add = add;
-    launch(task, on.stream);
+    launch(task, stream);
   });
-  check_launch();
 }
 
 void row_sums(Tensor matrix, Tensor sums) {
-  const OnDevice on(matrix);
-  dispatch(matrix, "matrix", [&](auto zero) {
+  on_device(matrix, "matrix", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
-    const Like like{matrix};
     RowSumsTask<T> task{};
     task.rows = dimension(matrix, 0, "matrix");
     task.n = candidates_of(matrix, "matrix");
     task.matrix = like.in<T>(matrix, "matrix", task.rows * task.n);
     task.sums = like.out<double>(sums, "sums", task.rows);
-    launch(task, on.stream);
+    launch(task, stream);
   });
-  check_launch();
 }
 
 }  // namespace

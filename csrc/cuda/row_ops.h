@@ -22,9 +22,11 @@ Summation<T> summation(const Like& like, Method method, const Tensor& tables, co
           like.out<int>(status, "status", 1)};
 }
 
-// Memory for a plan's blocks; returned to torch's allocator after the launch, which is ordered by the stream.
-Tensor workspace_like(const Tensor& t, const Plan& plan) {
-  return torch::stable::new_empty(t, {plan.workspace_bytes() / 8}, ScalarType::Double);
+// The plan's memory returns to torch's allocator after the launch, which is ordered by the stream.
+template <class Task>
+void launch_rows(const Like& like, const Task& task, const Plan& plan, Stream stream) {
+  const Tensor workspace = torch::stable::new_empty(like.model, {plan.workspace_bytes() / 8}, ScalarType::Double);
+  launch(task, plan, bytes(workspace), stream);
 }
 
 // How a row's gradient is stored: see RowTask.
@@ -108,18 +110,14 @@ void rows(Tensor student, Tensor teacher, OptionalTensor weights, OptionalTensor
                        tables,
                        series,
                        status};
-  const OnDevice on(student);
-  dispatch(student, "student", [&](auto zero) {
+  on_device(student, "student", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
     const Plan p = a.plan<T>();
     SmallTask<T> task{.row = a.task<T>(p), .features = false};
-    const Like like{student};
     task.row.student_unit = like.in<double>(unit, "unit", 1);
     task.row.teacher_unit = like.in<double>(teacher_unit, "teacher_unit", 1);
-    const Tensor workspace = workspace_like(student, p);
-    launch(task, p, bytes(workspace), on.stream);
+    launch_rows(like, task, p, stream);
   });
-  check_launch();
 }
 
 // student_candidates and teacher_candidates: both or neither. shrinks, candidate_shrinks: float64 [m], [n], 1 / |x| for
@@ -142,10 +140,8 @@ void small_rows(Tensor student, OptionalTensor student_candidates, Tensor teache
                        tables,
                        series,
                        status};
-  const OnDevice on(student);
-  dispatch(student, "student", [&](auto zero) {
+  on_device(student, "student", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
-    const Like like{student};
     const std::int64_t m = a.rows();
     const int n = a.n();
     const Plan p = a.plan<T>();
@@ -158,19 +154,15 @@ void small_rows(Tensor student, OptionalTensor student_candidates, Tensor teache
     task.student.candidate_shrinks = like.out<double>(candidate_shrinks, "candidate_shrinks", n);
     task.student_distances = like.out<T>(student_distances, "student_distances", m * n);
     task.teacher_distances = like.out<T>(teacher_distances, "teacher_distances", m * n);
-    const Tensor workspace = workspace_like(student, p);
-    launch(task, p, bytes(workspace), on.stream);
+    launch_rows(like, task, p, stream);
   });
-  check_launch();
 }
 
 void small_gradient(Tensor student, OptionalTensor student_candidates, Tensor v, std::string metric,
                     OptionalTensor shrinks, OptionalTensor candidate_shrinks, Tensor losses,
                     OptionalTensor coefficients, OptionalTensor out, OptionalTensor candidates_out, Tensor total) {
-  const OnDevice on(student);
-  dispatch(student, "student", [&](auto zero) {
+  on_device(student, "student", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
-    const Like like{student};
     SmallGradientTask<T> task{};
     task.rows = dimension(v, 0, "v");
     task.n = candidates_of(v, "v");
@@ -187,18 +179,15 @@ void small_gradient(Tensor student, OptionalTensor student_candidates, Tensor v,
     task.losses = like.in<double>(losses, "losses", task.rows);
     task.coefficients = like.in<T>(coefficients, "coefficients", task.rows);
     task.total = like.out<T>(total, "total", 1);
-    launch(task, on.stream);
+    launch(task, stream);
   });
-  check_launch();
 }
 
 // out: T [r, n]; see SoftRankTask.
 void soft_rank(Tensor values, OptionalTensor weights, OptionalTensor upstream, double temperature, std::string method,
                Tensor out, Tensor tables, Tensor series, Tensor status) {
-  const OnDevice on(values);
-  dispatch(values, "values", [&](auto zero) {
+  on_device(values, "values", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
-    const Like like{values};
     SoftRankTask<T> task{};
     task.rows = dimension(values, 0, "values");
     task.n = candidates_of(values, "values");
@@ -212,10 +201,8 @@ void soft_rank(Tensor values, OptionalTensor weights, OptionalTensor upstream, d
     task.upstream = like.in<T>(upstream, "upstream", count);
     task.out = like.out<T>(out, "out", count);
     task.temperature = temperature;
-    const Tensor workspace = workspace_like(values, p);
-    launch(task, p, bytes(workspace), on.stream);
+    launch_rows(like, task, p, stream);
   });
-  check_launch();
 }
 
 }  // namespace
