@@ -3,7 +3,17 @@
 
 #if defined(__CUDACC__)
 #define PCOH_INLINE __host__ __device__ __forceinline__
+#define PCOH_DEVICE __device__
+// A function of its own: what several kernels need, or a path that is rarely taken, is compiled once.
+#define PCOH_APART __device__ __noinline__
+#define PCOH_UNROLL _Pragma("unroll")
+#define PCOH_TRAP() __trap()
 #else
+#include <cstdlib>
 // Must be inlined: a caller may be compiled for another instruction set than the header it includes.
 #define PCOH_INLINE inline __attribute__((always_inline))
+#define PCOH_DEVICE inline
+#define PCOH_APART inline
+#define PCOH_UNROLL
+#define PCOH_TRAP() std::abort()
 #endif

@@ -1,9 +1,11 @@
-// Objectives on the residual of ranks r = F^S - F^T: value phi(r) and slope phi'(r).
-// slope(r, resolution) may take |r| <= resolution for 0. Policies on numbers and on compiler vectors alike (a
-// comparison selects by `?:`), for host and device. The same names as pcoherence/objectives.py.
+// Losses of an anchor from its ranks, and their derivatives by these. The same names as pcoherence/objectives.py.
 #pragma once
 
-#include "inline.h"
+#include <cmath>
+#include <limits>
+
+#include "options.h"
+#include "row.h"
 
 namespace pcoherence {
 
@@ -18,6 +20,10 @@ inline constexpr T kResolution = sizeof(T) == 4 ? T(0x1p-22) : T(0x1p-36);
 // Where all ranks of a row are equal, rounding leaves a standard deviation of about epsilon: below this many epsilons
 // there is no direction to correlate with, and spearman is 1.
 inline constexpr double kSpearmanFloor = 8.0;
+
+// ---------------------------------------------------------------- of the residual r = F^S - F^T
+// Its value phi(r) and slope phi'(r), which may take |r| <= resolution for 0. On numbers and on compiler vectors alike
+// (a comparison selects by `?:`).
 
 struct Mse {
   template <class V>
@@ -54,5 +60,86 @@ struct Huber {
     return r < -delta ? -delta : (r > delta ? delta : r);
   }
 };
+
+// ---------------------------------------------------------------- of a row
+// For a group of lanes, see row.h. ranks: R [n], which become d loss / d F. teacher: F^T [n].
+
+template <class Phi, class T, class G, class Row>
+PCOH_DEVICE double residual_objective(G& g, const Row& row, const T* teacher, double weight, T* ranks) {
+  const T per_weight = static_cast<T>(1 / weight);
+  typename G::Sum loss;
+  by_memory(g, ranks, [&](T* student) {
+    each_candidate(g, row, [&](int k, auto w) {
+      const auto r = G::get(student, k) * per_weight - G::get(teacher, k);
+      loss.add(w * Phi::value(r));
+      G::put(student, k, w * Phi::slope(r, kResolution<T>) * per_weight);
+    });
+  });
+  return total(g, loss) / weight;
+}
+
+template <class T, class G, class Row>
+PCOH_DEVICE double spearman(G& g, const Row& row, const T* teacher, double weight, T* ranks) {
+  const T per_weight = static_cast<T>(1 / weight);
+  typename G::Sum student_sum, teacher_sum, none;
+  each_candidate(g, row, [&](int k, auto w) {
+    const auto f = G::get(ranks, k) * per_weight;
+    G::put(ranks, k, f);
+    student_sum.add(w * f);
+    teacher_sum.add(w * G::get(teacher, k));
+  });
+  const Triple sum = total(g, student_sum, teacher_sum, none);
+  const T student_mean = static_cast<T>(sum.a / weight), teacher_mean = static_cast<T>(sum.b / weight);
+  typename G::Sum student_square, teacher_square, product;
+  each_candidate(g, row, [&](int k, auto w) {
+    const auto f = G::get(ranks, k) - student_mean, t = G::get(teacher, k) - teacher_mean;
+    student_square.add(w * f * f);
+    teacher_square.add(w * t * t);
+    product.add(w * f * t);
+  });
+  const Triple square = total(g, student_square, teacher_square, product);
+  const double scale = std::sqrt(square.a * square.b);
+  constexpr double deviation = kSpearmanFloor * std::numeric_limits<T>::epsilon();
+  constexpr double floor = deviation * deviation;
+  const bool flat = !(square.a > weight * floor) || !(square.b > weight * floor);
+  const double correlation = flat ? 0 : square.c / scale;
+  const T by_teacher = flat ? T(0) : static_cast<T>(1 / scale);
+  const T by_student = flat ? T(0) : static_cast<T>(correlation / square.a);
+  each_candidate(g, row, [&](int k, auto w) {
+    const auto f = G::get(ranks, k) - student_mean, t = G::get(teacher, k) - teacher_mean;
+    G::put(ranks, k, w * (f * by_student - t * by_teacher));
+  });
+  return 1 - correlation;
+}
+
+template <class T, class G, class Row>
+PCOH_APART double objective(G& g, Objective which, const Row& row, const T* teacher, double weight, T* ranks) {
+  switch (which) {
+    case Objective::mse:
+      return residual_objective<Mse>(g, row, teacher, weight, ranks);
+    case Objective::l1:
+      return residual_objective<L1>(g, row, teacher, weight, ranks);
+    case Objective::huber:
+      return residual_objective<Huber>(g, row, teacher, weight, ranks);
+    case Objective::spearman:
+      return spearman(g, row, teacher, weight, ranks);
+    case Objective::cross_entropy:
+      break;  // not a function of the residuals: see anchor()
+  }
+  PCOH_TRAP();
+  return 0;
+}
+
+// Sum of w_j s_j (2 F_j - 1) over the row, s in temperatures: the linear part of cross_entropy, divided by W. What
+// softplus_total() leaves of it may be a small fraction. levels: where ranks are multiples of 1 / levels, their
+// rounding can be undone; otherwise 0.
+template <class T, class G, class Row>
+PCOH_APART double linear_part(G& g, const Row& row, const T* ranks, int levels) {
+  const double per_level = levels > 0 ? 1.0 / levels : 0.0;
+  return sum_each(g, row.n, [&](int k) {
+    const double rank = levels > 0 ? std::nearbyint(double(ranks[k]) * levels) * per_level : double(ranks[k]);
+    return double(row.weight(k)) * row.position(k) * (2 * rank - 1);
+  });
+}
 
 }  // namespace pcoherence

@@ -12,6 +12,8 @@
 
 namespace pcoherence {
 
+inline constexpr double kLog2 = 0.69314718055994530942;  // softplus(0)
+
 enum class Kernel { sigmoid, slope, softplus };
 
 template <class T>

@@ -126,7 +126,7 @@ def test_a_metric_that_is_not_ported_goes_by_blocks(
 ) -> None:
     """It costs what a callable costs, not what the reference does, and takes any method."""
     known = dict(backends.cpu.CpuBackend().ported())
-    monkeypatch.setattr(backends.cpu, "_PORTED", known | {"metric": ["euclidean"]})
+    monkeypatch.setattr(backends.cpu, "PORTED", known | {"metric": ["euclidean"]})
     found = pcoherence.perception_coherence_loss(
         X, X.roll(1, 0), metric="cityblock", method="scan", backend=cpu_backend
     )

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from pcoherence import backends
-from pcoherence.backends import cuda, triton
+from pcoherence.backends import triton
 from pcoherence.backends.cpu import CpuBackend
 from pcoherence.backends.operators import Ported
 from pcoherence.inputs import LossInputs
-from pcoherence.spec import LossSpec
+from pcoherence.spec import METHODS, LossSpec
 
 REHEARSAL = os.environ.get("PCOHERENCE_REHEARSAL") == "1"
 DEVICE = "cpu" if REHEARSAL else "cuda"
-BACKENDS = {"cuda": cuda.PORTED["method"], "triton": triton.PORTED["method"]}
+BACKENDS = {"cuda": METHODS, "triton": triton.PORTED["method"]}
 """The GPU backends and their methods."""
 
 PAIRS_MOST = 600

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "simd.h"
-#include "sums.h"
 
 namespace pcoherence::PCOH_ISA {
 namespace {

@@ -7,8 +7,7 @@
 #pragma once
 
 #include "../tables.h"
-#include "simd.h"
-#include "sums.h"
+#include "core.h"
 
 namespace pcoherence::PCOH_ISA {
 
@@ -51,7 +50,7 @@ class Grid {
  public:
   explicit Grid(Workspace& ws) : ws_(ws) {}
 
-  void load(const SumsRow<T>& row) {
+  void load(const Row<T>& row) {
     const int n = row.n;
     n_ = n;
     bins_ = static_cast<int>(row.scale.range / kBinWidth) + 1;

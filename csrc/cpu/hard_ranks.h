@@ -1,9 +1,8 @@
 // Hard mid-ranks of one row: F_j = (sum_k w_k [v_k < v_j] + sum_k w_k [v_k = v_j] / 2) / W.
 #pragma once
 
-#include "simd.h"
+#include "core.h"
 #include "sort.h"
-#include "sums.h"
 
 namespace pcoherence::PCOH_ISA {
 
@@ -18,27 +17,17 @@ struct CountVector<std::uint32_t> {
   typedef std::uint32_t type __attribute__((vector_size(64)));
 };
 
-// The row's candidates: n is padded to the lane count with weights 0.
-template <class T>
-struct Candidates {
-  int n;
-  const T* weights;  // [n], this anchor's own candidate excluded by weight 0
-  double total;      // W = sum of the weights, > 0
-  int count;         // how many weights are > 0
-  bool uniform;      // all weights > 0 are equal
-};
-
 // Any weights: sort, then running sums over groups of equal values.
 // Returns sum_jk w_j w_k [v_j = v_k].
 template <class T>
-double hard_ranks_sorted(const T* values, const Candidates<T>& c, T* out, Workspace& ws) {
-  const SortItem<T>* items = argsort(values, c.n, ws);
+double hard_ranks_sorted(const Row<T>& row, const Stats<T>& s, T* out, Workspace& ws) {
+  const SortItem<T>* items = argsort(row.values, row.n, ws);
   double below = 0, ties = 0;
-  for (int i = 0; i < c.n;) {
+  for (int i = 0; i < row.n;) {
     double group = 0;
     int end = i;
-    for (; end < c.n && items[end].key == items[i].key; ++end) group += double(c.weights[items[end].index]);
-    const T f = static_cast<T>((below + group / 2) / c.total);
+    for (; end < row.n && items[end].key == items[i].key; ++end) group += double(row.weights[items[end].index]);
+    const T f = static_cast<T>((below + group / 2) / s.weight);
     for (; i < end; ++i) out[items[i].index] = f;
     below += group;
     ties += group * group;
@@ -104,12 +93,14 @@ inline constexpr int kBucketsPerValue = 2;
 // order as far as the fullest bucket reaches. No branch depends on the data. I: holds every bucket's number.
 // False where a bucket is too crowded; with `want_ties`, `ties` receives sum_jk w_j w_k [v_j = v_k].
 template <bool want_ties, class I, class T>
-bool hard_ranks_bucketed(const T* values, const Candidates<T>& c, T low, T high, T* out, double& ties, Workspace& ws) {
+bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, T* out, double& ties, Workspace& ws) {
   using V = vec_t<T>;
   constexpr int lanes = lanes_v<T>;
   typedef I Index __attribute__((vector_size(lanes_v<T> * sizeof(I))));
-  const int n = c.n, buckets = (kBucketsPerValue * n + 31) / 32 * 32;
-  const T per_unit = T(buckets) / (high - low);
+  const T* values = row.values;
+  const T low = s.low;
+  const int n = row.n, buckets = (kBucketsPerValue * n + 31) / 32 * 32;
+  const T per_unit = T(buckets) / (s.high - low);
   if (!(per_unit <= std::numeric_limits<T>::max())) return false;
 
   auto* bucket = ws.bucket.need<I>(n);
@@ -117,7 +108,7 @@ bool hard_ranks_bucketed(const T* values, const Candidates<T>& c, T low, T high,
   for (int k = 0; k < n; k += lanes) {
     const V b = vmin(vmax((load(values + k) - low) * per_unit, zero), top);
     // By way of 32 bits: there is no direct conversion to 16, and the compiler would go lane by lane.
-    const auto wide = __builtin_convertvector(select(load(c.weights + k) > zero, b, beyond), index_t<T>);
+    const auto wide = __builtin_convertvector(select(load(row.weights + k) > zero, b, beyond), index_t<T>);
     store(bucket + k, __builtin_convertvector(wide, Index));
   }
 
@@ -127,7 +118,7 @@ bool hard_ranks_bucketed(const T* values, const Candidates<T>& c, T low, T high,
   std::memset(counts, 0, sizeof(*counts) * (buckets + 1));
   for (int k = 0; k < n; ++k) position[k] = counts[bucket[k]]++;
   const int fullest = exclusive_sums(counts, buckets);
-  counts[buckets] = static_cast<I>(c.count);
+  counts[buckets] = static_cast<I>(s.count);
   if (fullest > kCrowded) return false;
 
   // Sentinels on both sides stand for "nothing there": they compare as below before, as above after.
@@ -135,11 +126,11 @@ bool hard_ranks_bucketed(const T* values, const Candidates<T>& c, T low, T high,
   T* sorted = ws.sorted.need<T>(n + 2 * margin) + margin;
   for (int i = 1; i <= margin; ++i) sorted[-i] = -std::numeric_limits<T>::infinity();
   for (int k = 0; k < n; ++k) sorted[position[k] += counts[bucket[k]]] = values[k];
-  for (int i = c.count; i < n + margin; ++i) sorted[i] = std::numeric_limits<T>::infinity();
+  for (int i = s.count; i < n + margin; ++i) sorted[i] = std::numeric_limits<T>::infinity();
 
   T* rank = ws.sorted_ranks.need<T>(n);
-  const int window = fullest - 1, whole = c.count / lanes * lanes;
-  const T scale = T(0.5) / T(c.count);
+  const int window = fullest - 1, whole = s.count / lanes * lanes;
+  const T scale = T(0.5) / T(s.count);
   ivec_t<T> iota{}, equal{};
   for (int i = 0; i < lanes; ++i) iota[i] = 2 * i + 1;
   for (int p = 0; p < n; p += lanes) {
@@ -148,29 +139,31 @@ bool hard_ranks_bucketed(const T* values, const Candidates<T>& c, T low, T high,
     store(rank + p, __builtin_convertvector(doubled, V) * scale);
     if (want_ties && p < whole) equal += here;
     if (want_ties && p == whole)
-      for (int i = 0; i < c.count - whole; ++i) equal[i] += here[i];
+      for (int i = 0; i < s.count - whole; ++i) equal[i] += here[i];
   }
   if (want_ties) {
-    double pairs = c.count;
+    double pairs = s.count;
     for (int i = 0; i < lanes; ++i) pairs += double(equal[i]);
-    const double weight = c.total / c.count;
+    const double weight = s.weight / s.count;
     ties = pairs * weight * weight;
   }
   for (int k = 0; k < n; ++k) out[k] = rank[position[k]];
   return true;
 }
 
-// Returns sum_jk w_j w_k [v_j = v_k] if want_ties, otherwise 0 or that. low, high: range of the values of weight > 0.
-template <bool want_ties, class T>
-double hard_ranks(const T* values, const Candidates<T>& c, T low, T high, T* out, Workspace& ws) {
+// Returns sum_jk w_j w_k [v_j = v_k] if want_ties, otherwise 0 or that.
+template <class T, class Workplace>
+double hard_ranks(const Core<T>&, const Row<T>& row, const Stats<T>& s, bool want_ties, T* out, Workplace& work) {
   double ties = 0;
-  if (c.uniform && high > low) {
-    const bool narrow = kBucketsPerValue * c.n + 32 < std::numeric_limits<std::uint16_t>::max();
+  if (s.uniform && s.high > s.low) {
+    const bool narrow = kBucketsPerValue * row.n + 32 < std::numeric_limits<std::uint16_t>::max();
     const auto bucketed =
-        narrow ? hard_ranks_bucketed<want_ties, std::uint16_t, T> : hard_ranks_bucketed<want_ties, std::uint32_t, T>;
-    if (bucketed(values, c, low, high, out, ties, ws)) return ties;
+        narrow ? want_ties ? hard_ranks_bucketed<true, std::uint16_t, T> : hard_ranks_bucketed<false, std::uint16_t, T>
+        : want_ties ? hard_ranks_bucketed<true, std::uint32_t, T>
+                    : hard_ranks_bucketed<false, std::uint32_t, T>;
+    if (bucketed(row, s, out, ties, work.ws)) return ties;
   }
-  return hard_ranks_sorted(values, c, out, ws);
+  return hard_ranks_sorted(row, s, out, work.ws);
 }
 
 }  // namespace pcoherence::PCOH_ISA

@@ -2,8 +2,7 @@
 #pragma once
 
 #include "../tables.h"
-#include "simd.h"
-#include "sums.h"
+#include "core.h"
 
 namespace pcoherence::PCOH_ISA {
 
@@ -12,7 +11,7 @@ class Pairs {
  public:
   explicit Pairs(Workspace&) {}
 
-  void load(const SumsRow<T>& row) {
+  void load(const Row<T>& row) {
     v_ = row.values;
     w_ = row.weights;
     n_ = row.n;

@@ -47,36 +47,37 @@ class Coherence {
         student_block_(runtime.allocate((symmetric_ ? padded(n_) : rows_) * padded(n_))),
         teacher_block_(runtime.allocate((symmetric_ ? padded(n_) : rows_) * padded(n_))),
         close_(rows_),
-        sums_(rows_) {
-    // Without a mean, the temperature is in the units of the metric; the prepared features are in others.
-    if (options.scale == Scale::none) {
-      options_.temperature /= student_.unit();
-      options_.teacher_temperature /= teacher_.unit();
-    }
-  }
+        sums_(rows_) {}
 
   Status run(Results<T>& results) {
     const bool want = results.gradient_anchors != nullptr || results.gradient_candidates != nullptr;
     FeatureGradient<T> gradient(student_, results.gradient_anchors, results.gradient_candidates, symmetric_, runtime_);
-    std::vector<AnchorRow<T>> rows(rows_);
+    std::vector<Outcome> outcomes(rows_);
     for (std::int64_t begin = 0; begin < m_; begin += rows_) {
       const std::int64_t count = std::min(rows_, m_ - begin);
       products(student_, student_block_, begin, count);
       products(teacher_, teacher_block_, begin, count);
       team_.run(runtime_, count, 1 + kGrain / n_, [&](std::int64_t i, Workspace& ws) {
-        rows[i] = anchor_row(begin + i, i, want);
-        student_.distances(rows[i].student, rows[i].student, begin + i, false, &close_[i]);
+        T* student = student_block_ + i * padded(n_);
+        student_.distances(student, student, begin + i, false, &close_[i]);
         // Out of place: they are read once, and need not go back to memory.
-        T* products = rows[i].teacher;
-        rows[i].teacher = ws.teacher.need<T>(padded(n_));
-        teacher_.distances(products, rows[i].teacher, begin + i, !options_.soft_teacher(), nullptr);
-        kernels().of<T>().anchor(options_, candidates_, rows[i], ws);
+        T* teacher = ws.teacher.need<T>(padded(n_));
+        teacher_.distances(teacher_block_ + i * padded(n_), teacher, begin + i, !options_.soft_teacher(), nullptr);
+        const AnchorRow<T> row{.student = student,
+                               .teacher = teacher,
+                               .gradient = want ? student : nullptr,
+                               .coefficient = weights_.coefficient(begin + i),
+                               .chain = student_.chain(),
+                               .chain_root = student_.chain_root(),
+                               .student_unit = student_.unit(),
+                               .teacher_unit = teacher_.unit()};
+        outcomes[i] = kernels().of<T>().anchor(options_, candidates_, row, weights_.excluded(begin + i), ws);
       });
       for (std::int64_t i = 0; i < count; ++i) {
-        if (rows[i].status != Status::ok) return rows[i].status;
-        if (results.losses != nullptr) results.losses[begin + i] = static_cast<T>(rows[i].loss);
-        results.total += rows[i].coefficient * rows[i].loss;
-        sums_[i] = rows[i].stored_sum;
+        if (outcomes[i].status != Status::ok) return outcomes[i].status;
+        if (results.losses != nullptr) results.losses[begin + i] = static_cast<T>(outcomes[i].loss);
+        results.total += weights_.coefficient(begin + i) * outcomes[i].loss;
+        sums_[i] = outcomes[i].stored;
       }
       if (want) gradient.add(student_block_, sums_.data(), begin, count, close_, team_);
     }
@@ -99,19 +100,7 @@ class Coherence {
       features.products(block, begin, rows, runtime_);
   }
 
-  AnchorRow<T> anchor_row(std::int64_t anchor, std::int64_t row, bool want) const {
-    AnchorRow<T> a{};
-    a.student = student_block_ + row * padded(n_);
-    a.teacher = teacher_block_ + row * padded(n_);
-    a.self = weights_.excluded(anchor);
-    a.coefficient = weights_.coefficient(anchor);
-    a.want_gradient = want;
-    a.chain = student_.chain();
-    a.chain_root = student_.chain_root();
-    return a;
-  }
-
-  Options options_;
+  const Options& options_;
   const Weights<T>& weights_;
   Runtime<T>& runtime_;
   Features<T> student_, teacher_;
@@ -140,29 +129,26 @@ Status coherence_from_distances(const Options& options, const T* student, const 
   const auto candidates = padded_weights(weights.candidates, n, runtime);
   Team team(runtime.threads());
   const std::int64_t ld = padded(n);
-  std::vector<double> row_losses(m);
-  std::vector<Status> status(m, Status::ok);
+  std::vector<Outcome> outcomes(m);
   team.run(runtime, m, 1 + kGrain / n, [&](std::int64_t i, Workspace& ws) {
-    AnchorRow<T> a{};
-    a.student = ws.student.need<T>(ld);
-    a.teacher = ws.teacher.need<T>(ld);
-    std::copy(student + i * n, student + (i + 1) * n, a.student);
-    std::copy(teacher + i * n, teacher + (i + 1) * n, a.teacher);
-    std::fill(a.student + n, a.student + ld, T(0));
-    std::fill(a.teacher + n, a.teacher + ld, T(0));
-    a.self = weights.excluded(i);
-    a.coefficient = weights.coefficient(i);
-    a.want_gradient = gradient != nullptr;
-    a.chain = 1;
-    kernels().of<T>().anchor(options, candidates, a, ws);
-    row_losses[i] = a.loss;
-    status[i] = a.status;
-    if (gradient != nullptr) std::copy(a.student, a.student + n, gradient + i * n);
+    const auto copy = [&](Buffer& buffer, const T* distances) {
+      T* row = buffer.need<T>(ld);
+      std::copy(distances + i * n, distances + (i + 1) * n, row);
+      std::fill(row + n, row + ld, T(0));
+      return row;
+    };
+    T* row = copy(ws.student, student);
+    const AnchorRow<T> a{.student = row,
+                         .teacher = copy(ws.teacher, teacher),
+                         .gradient = gradient != nullptr ? row : nullptr,
+                         .coefficient = weights.coefficient(i)};
+    outcomes[i] = kernels().of<T>().anchor(options, candidates, a, weights.excluded(i), ws);
+    if (gradient != nullptr) std::copy(row, row + n, gradient + i * n);
   });
   for (std::int64_t i = 0; i < m; ++i) {
-    if (status[i] != Status::ok) return status[i];
-    if (results.losses != nullptr) results.losses[i] = static_cast<T>(row_losses[i]);
-    results.total += weights.coefficient(i) * row_losses[i];
+    if (outcomes[i].status != Status::ok) return outcomes[i].status;
+    if (results.losses != nullptr) results.losses[i] = static_cast<T>(outcomes[i].loss);
+    results.total += weights.coefficient(i) * outcomes[i].loss;
   }
   return Status::ok;
 }

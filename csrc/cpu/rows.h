@@ -1,10 +1,11 @@
-// One anchor's row, from distances to loss and gradient: the interface between the pipeline and the kernels,
-// which are compiled once per instruction set and chosen at run time. Nothing here knows about torch.
+// The interface between the pipeline and the kernels of rows, which are compiled once per instruction set and chosen at
+// run time. Nothing here knows about torch.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "../anchor_row.h"
 #include "../options.h"
 #include "workspace.h"
 
@@ -18,29 +19,21 @@ inline std::int64_t padded(std::int64_t n) { return (n + kRowPadding - 1) / kRow
 // columns are then used once for each vector of a strip, 4 or 8 times.
 inline constexpr std::int64_t kSymmetricStrip = 64;
 
-enum class Status { ok, too_many_bins };
-
-struct Weighed {
-  double total = 0;  // W: sum of weights
-  int count = 0;     // how many are > 0
-};
-
 template <class T>
 struct CandidateWeights {
   std::int64_t n;    // candidates, before padding
   const T* weights;  // [padded(n)], the padding 0
-  bool uniform;      // all weights > 0 are equal
   Weighed weighed;
 };
 
 template <class T>
 CandidateWeights<T> candidate_weights(const T* weights, std::int64_t n) {
-  CandidateWeights<T> c{n, weights, true, {}};
+  CandidateWeights<T> c{n, weights, {}};
   T common = 0;
   for (std::int64_t k = 0; k < n; ++k) {
     if (weights[k] == 0) continue;
     if (common == 0) common = weights[k];
-    c.uniform = c.uniform && weights[k] == common;
+    c.weighed.uniform = c.weighed.uniform && weights[k] == common;
     c.weighed.total += double(weights[k]);
     ++c.weighed.count;
   }
@@ -78,23 +71,6 @@ struct DistanceRow {
 };
 
 template <class T>
-struct AnchorRow {
-  T* student;         // [padded(n)] in: distances; out: the gradient of coefficient * loss, if wanted
-  T* teacher;         // [padded(n)] distances, or for hard ranks anything in the same order
-  std::int64_t self;  // candidate excluded, or -1
-  double coefficient;
-  bool want_gradient;
-  // What a gradient w.r.t. a distance is multiplied by before it is stored: chain, or chain / distance (0 where
-  // the distance is 0). With the latter, V (docs/mathematics.rst) comes out for metrics that are roots of squares.
-  double chain;
-  bool chain_root;
-  // results
-  double loss = 0;        // L_i, without the coefficient
-  double stored_sum = 0;  // sum of what was stored
-  Status status = Status::ok;
-};
-
-template <class T>
 struct SoftRankRow {
   const T* values;    // [n]
   const T* weights;   // [n] or null
@@ -127,7 +103,8 @@ struct RowKernels {
   // The same, with A + A^T in place of A.
   void (*add_transpose)(T* matrix, std::int64_t size, std::int64_t ld, std::int64_t strip);
   double (*sum_row)(const T* row, std::int64_t n);
-  void (*anchor)(const Options&, const CandidateWeights<T>&, AnchorRow<T>&, Workspace&);
+  // An anchor's arrays: [padded(n)]. self: the candidate that is excluded, or -1.
+  Outcome (*anchor)(const Options&, const CandidateWeights<T>&, const AnchorRow<T>&, std::int64_t self, Workspace&);
   Status (*soft_rank)(const SoftRankRow<T>&, Workspace&);
   // F_j into out [padded(n)]; returns sum_jk w_j w_k [v_j = v_k]. values [padded(n)], finite, some weight > 0.
   double (*hard_ranks)(const T* values, const CandidateWeights<T>&, T* out, Workspace&);

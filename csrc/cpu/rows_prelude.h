@@ -10,6 +10,5 @@
 #include <vector>
 
 #include "../distances.h"
-#include "../objectives.h"
 #include "../tables.h"
 #include "rows.h"

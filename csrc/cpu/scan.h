@@ -7,9 +7,8 @@
 #pragma once
 
 #include "../tables.h"
-#include "simd.h"
+#include "core.h"
 #include "sort.h"
-#include "sums.h"
 
 namespace pcoherence::PCOH_ISA {
 
@@ -18,7 +17,7 @@ class Scan {
  public:
   explicit Scan(Workspace& ws) : ws_(ws) {}
 
-  void load(const SumsRow<T>& row) {
+  void load(const Row<T>& row) {
     const int n = row.n;
     row_ = row;
     items_ = argsort(row.values, n, ws_);
@@ -52,7 +51,7 @@ class Scan {
     for (int i = 0; i < row_.n; ++i) {
       const auto j = items_[i].index;
       const double w = row_.weights[j], s = row_.position(j);
-      total += w * (s * count - first + 2 * logs[i] + w * std::log(2.0));
+      total += w * (s * count - first + 2 * logs[i] + w * kLog2);
       count += w;
       first += w * s;
     }
@@ -121,7 +120,7 @@ class Scan {
   }
 
   Workspace& ws_;
-  SumsRow<T> row_{};
+  Row<T> row_{};
   const SortItem<T>* items_ = nullptr;
   double* steps_ = nullptr;  // [n] exp(-(s_(i) - s_(i-1)))
 };

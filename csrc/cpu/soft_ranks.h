@@ -1,12 +1,10 @@
-// Statistics of a row, and its kernel sums by one of the methods; soft ranks on their own.
+// Where a core computes the sums of a row; soft ranks on their own.
 #pragma once
 
 #include "grid.h"
 #include "hard_ranks.h"
 #include "pairs.h"
 #include "scan.h"
-#include "simd.h"
-#include "sums.h"
 
 namespace pcoherence::PCOH_ISA {
 namespace {
@@ -16,8 +14,7 @@ void fill_row(T* row, T value, std::int64_t n) {
   for (std::int64_t k = 0; k < n; ++k) row[k] = value;
 }
 
-// ---------------------------------------------------------------- row statistics
-
+// Of rows whose weights are not all alike.
 template <class T>
 Weighed weigh(const T* weights, int n) {
   ivec_t<T> count{};
@@ -27,87 +24,58 @@ Weighed weigh(const T* weights, int n) {
     count -= w > vec_t<T>{};
     total.add(w);
   }
-  Weighed result{total.total()};
+  Weighed result{total.total(), 0, false};
   for (int i = 0; i < lanes_v<T>; ++i) result.count += static_cast<int>(count[i]);
   return result;
 }
 
+// ---------------------------------------------------------------- soft ranks
+
+// Memory and methods for one row at a time (see ../row.h).
 template <class T>
-struct Stats {
-  double weight = 0, mean = 0;
-  T low = 0, high = 0;  // over weights > 0
-  int count = 0;        // of weights > 0
-  bool finite = false;
+struct Workplace {
+  using Grid = PCOH_ISA::Grid<T>;
+  using Scan = PCOH_ISA::Scan<T>;
+  using Pairs = PCOH_ISA::Pairs<T>;
+  // Where "auto" leaves the grid: a bin costs as much as this many elements' share of the scan; and up to this many
+  // elements all pairs cost less than the scan's sort (measured from n = 16 to 4,096, see docs/speed.rst).
+  static constexpr int elements_per_bin = sizeof(T) == 4 ? 8 : 32;
+  static constexpr int few_pairs = 96;
+  static constexpr int most_bins = kMaxBins;
+
+  Method method;
+  Workspace& ws;
+
+  int taken = 0;  // of the workspace's rows
+
+  T* take(int n, int = 0) {
+    if (taken == Workspace::kRows) std::abort();
+    return ws.rows[taken++].template need<T>(n);
+  }
+  const T* values(const T* given, int) { return given; }  // they are read where they are
+  template <class Sums>
+  const T* pullback(Sums& sums, const T* residuals, int n) {
+    T* out = take(n);
+    sums.pullback(residuals, out);
+    return out;
+  }
+
+  template <class Sums, class F>
+  void run(Core<T>&, Row<T>& row, T low, T, const Scaling& scale, F& f) {
+    row.low = low;
+    row.scale = scale;
+    Sums sums(ws);
+    sums.load(row);
+    f(sums);
+  }
 };
 
 template <class T>
-Stats<T> stats(const T* values, const T* weights, int n, const Weighed& weighed) {
-  using V = vec_t<T>;
-  constexpr T inf = std::numeric_limits<T>::infinity();
-  V low = splat<T>(inf), high = splat<T>(-inf);
-  Sum product;
-  for (int k = 0; k < n; k += lanes_v<T>) {
-    const V v = load(values + k), w = load(weights + k);
-    const auto used = w > V{};
-    low = vmin(select(used, v, splat<T>(inf)), low);
-    high = vmax(select(used, v, splat<T>(-inf)), high);
-    product.add(w * v);
-  }
-  Stats<T> s;
-  s.weight = weighed.total;
-  s.count = weighed.count;
-  s.low = min_lane(low);
-  s.high = max_lane(high);
-  const double total = product.total();
-  s.mean = s.weight > 0 ? total / s.weight : 0;
-  s.finite = std::isfinite(total) && std::isfinite(double(s.high) - double(s.low));
-  return s;
-}
-
-// ---------------------------------------------------------------- soft ranks
-
-// Where "auto" leaves the grid: a bin costs as much as this many elements' share of the scan; and up to this many
-// elements all pairs cost less than the scan's sort (measured from n = 16 to 4,096, see docs/speed.rst).
-template <class T>
-constexpr int kElementsPerBin = sizeof(T) == 4 ? 8 : 32;
-constexpr int kFewPairs = 96;
-
-template <class T>
-Method choose(Method method, double range, int n) {
-  if (method != Method::automatic) return method;
-  if (range / kBinWidth * kElementsPerBin<T> <= n) return Method::grid;
-  return n <= kFewPairs ? Method::pairs : Method::scan;
-}
-
-// Calls f(sums) with the kernel sums of one row.
-template <class T, class F>
-Status with_sums(Method method, const SumsRow<T>& row, Workspace& ws, F&& f) {
-  const auto run = [&](auto sums) {
-    sums.load(row);
-    f(sums);
-  };
-  switch (choose<T>(method, row.scale.range, row.n)) {
-    case Method::grid:
-      if (!(row.scale.range / kBinWidth < kMaxBins)) return Status::too_many_bins;
-      run(Grid<T>(ws));
-      break;
-    case Method::scan:
-      run(Scan<T>(ws));
-      break;
-    case Method::pairs:
-      run(Pairs<T>(ws));
-      break;
-    case Method::automatic:
-      std::abort();  // choose() has chosen
-  }
-  return Status::ok;
-}
-
-template <class T>
 double hard_ranks_of_row(const T* values, const CandidateWeights<T>& c, T* out, Workspace& ws) {
-  const int n = static_cast<int>(padded(c.n));
-  const Stats<T> s = stats(values, c.weights, n, c.weighed);
-  return hard_ranks<true>(values, Candidates<T>{n, c.weights, s.weight, s.count, c.uniform}, s.low, s.high, out, ws);
+  Core<T> core;
+  Row<T> row{c.weights, static_cast<int>(padded(c.n)), c.weighed, values};
+  Workplace<T> work{Method::automatic, ws};
+  return hard_ranks(core, row, stats(core, row, values, c.weighed), true, out, work);
 }
 
 // ---------------------------------------------------------------- soft ranks on their own
@@ -172,8 +140,9 @@ Status soft_rank(const SoftRankRow<T>& a, Workspace& ws) {
     fill_row(a.out, std::numeric_limits<T>::quiet_NaN(), a.n);
     return Status::ok;
   }
-  T* values = ws.ranks.need<T>(n);
-  T* weights = ws.weights.need<T>(n);
+  Workplace<T> work{a.method, ws};
+  T* values = work.take(n);
+  T* weights = work.take(n);
   copy_padded(a.values, values, a.n, range.low);
   if (a.weights != nullptr) {
     copy_padded(a.weights, weights, a.n, T(0));
@@ -186,14 +155,16 @@ Status soft_rank(const SoftRankRow<T>& a, Workspace& ws) {
   // No bound on the range, which scaling() has: values that mask others may be as low as T goes.
   const double per_value = 1 / a.temperature;
   const Scaling scale{per_value, (double(range.high) - double(range.low)) * per_value};
-  return with_sums(a.method, SumsRow<T>{values, weights, n, range.low, scale}, ws, [&](auto& sums) {
-    T* result = ws.pulled.need<T>(n);
+  Core<T> core;
+  Row<T> row{weights, n, {}, values};
+  return with_sums(core, row, range.low, range.high, scale, work, [&](auto& sums) {
+    T* result = work.take(n);
     if (a.upstream == nullptr) {
       sums.ranks(result);
       for (std::int64_t k = 0; k < a.n; ++k)
         a.out[k] = (range.infinite ? static_cast<T>(ends.rank(a.values[k], result[k])) : result[k]) + T(0.5);
     } else {
-      T* upstream = ws.residuals.need<T>(n);
+      T* upstream = work.take(n);
       copy_padded(a.upstream, upstream, a.n, T(0));
       if (range.infinite)
         for (std::int64_t k = 0; k < a.n; ++k)

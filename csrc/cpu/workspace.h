@@ -56,12 +56,13 @@ class Buffer {
 
 // Of one thread.
 struct Workspace {
-  Buffer student, teacher;                                  // [n], distances that may not be overwritten
-  Buffer weights, ranks, teacher_ranks, residuals, pulled;  // [n], one anchor's row
-  Buffer bins, locals, moments, replicas, fields, carry;    // grid
-  Buffer items, items_swap, histogram;                      // radix sort
-  Buffer bucket, arrival, counts, sorted, sorted_ranks;     // hard ranks
-  Buffer steps, up, down;                                   // scan
+  static constexpr int kRows = 6;                         // one more than an anchor or a row of soft ranks takes
+  Buffer student, teacher;                                // [n], distances that may not be overwritten
+  Buffer rows[kRows];                                     // [n], handed out in this order
+  Buffer bins, locals, moments, replicas, fields, carry;  // grid
+  Buffer items, items_swap, histogram;                    // radix sort
+  Buffer bucket, arrival, counts, sorted, sorted_ranks;   // hard ranks
+  Buffer steps, up, down;                                 // scan
 };
 
 }  // namespace pcoherence

@@ -17,7 +17,7 @@ Plan plan(const Device& device, std::int64_t rows, std::int64_t n, Method method
     p.shared = emulation.shared;
     p.reserve = std::min(p.reserve, (p.shared - kScratchBytes) / 2);
   }
-  p.workspace = (row_bytes<T, EmulatedGroup>(n, p.threads, p.bins) + 255) / 256 * 256;
+  p.workspace = (task_bytes<T, EmulatedGroup>(n, p.threads, p.bins) + 255) / 256 * 256;
   return p;
 }
 

@@ -179,7 +179,7 @@ struct Block {
   std::size_t shared_bytes = 0;
 };
 
-class EmulatedGroup {
+class EmulatedGroup : public OneElement {
  public:
   EmulatedGroup(Block& block, int thread) : block_(block), thread_(thread) {}
 
@@ -209,9 +209,9 @@ class EmulatedGroup {
 
   template <class V>
   V shuffle(V v, int lane) {
-    put(v);
+    give(v);
     meet();
-    v = get<V>(lane);
+    v = take<V>(lane);
     meet();
     return v;
   }
@@ -220,10 +220,10 @@ class EmulatedGroup {
     return shuffle(v, lane() ^ mask);
   }
   unsigned ballot(bool condition) {
-    put(int(condition));
+    give(int(condition));
     meet();
     unsigned bits = 0;
-    for (int l = 0; l < kWarp; ++l) bits |= unsigned(get<int>(l)) << l;
+    for (int l = 0; l < kWarp; ++l) bits |= unsigned(take<int>(l)) << l;
     meet();
     return bits;
   }
@@ -234,14 +234,14 @@ class EmulatedGroup {
   // The lanes of a warp. On a GPU shuffles order no memory but their own.
   void meet() { block_.team.wait(own().barrier, false); }
   template <class V>
-  void put(const V& v) {
+  void give(const V& v) {
     static_assert(sizeof(V) <= sizeof(own().slots[0]) && sizeof(V) % 4 == 0);
     unsigned words[sizeof(V) / 4];
     std::memcpy(words, &v, sizeof v);
     for (unsigned i = 0; i < sizeof(V) / 4; ++i) __atomic_store_n(own().slots[lane()] + i, words[i], __ATOMIC_RELAXED);
   }
   template <class V>
-  V get(int lane) const {
+  V take(int lane) const {
     unsigned words[sizeof(V) / 4];
     for (unsigned i = 0; i < sizeof(V) / 4; ++i) words[i] = __atomic_load_n(own().slots[lane] + i, __ATOMIC_RELAXED);
     V v;

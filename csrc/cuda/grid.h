@@ -25,7 +25,7 @@ class Grid {
   static constexpr std::int64_t lane_bytes(int threads) { return threads * sizeof(T) + 16; }
 
   // row.values: positions from 0 to top.
-  PCOH_DEVICE Grid(G& g, const RowView<T>& row, T top, const DeviceTables<T>& tables, Arena arena)
+  PCOH_DEVICE Grid(G& g, const Row<T>& row, T top, const DeviceTables<T>& tables, Arena arena)
       : g_(g), row_(row), tables_(tables), bins_(static_cast<int>(top) + 1), arena_(arena) {
     fast_ = g.in_fast(row.values) && bytes(bins_) + lane_bytes(g.threads()) <= arena_.fast_left();
     moments_ = arena_.take<T>(bins_ * order);
@@ -265,7 +265,7 @@ class Grid {
   }
 
   G& g_;
-  const RowView<T>& row_;
+  const Row<T>& row_;
   const DeviceTables<T>& tables_;
   const int bins_;
   Arena arena_;

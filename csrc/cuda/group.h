@@ -21,21 +21,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "../inline.h"
-
-#if defined(__CUDACC__)
-#define PCOH_DEVICE __device__
-// A function of its own: what several kernels need, or a path that is rarely taken, is compiled once.
-#define PCOH_APART __device__ __noinline__
-#define PCOH_UNROLL _Pragma("unroll")
-#define PCOH_TRAP() __trap()
-#else
-#include <cstdlib>
-#define PCOH_DEVICE inline
-#define PCOH_APART inline
-#define PCOH_UNROLL
-#define PCOH_TRAP() std::abort()
-#endif
+#include "../row.h"
 
 namespace pcoherence::cuda {
 
@@ -43,8 +29,36 @@ inline constexpr int kWarp = 32;
 // The largest user: 32 partial sums of 4 bytes (or 16 of 8) for each of at most 32 warps, see spread_in_registers().
 inline constexpr int kScratchBytes = 32 * 32 * 4;
 
+// What a thread adds up of its own, in float64.
+struct Sum {
+  double value = 0;
+  template <class T>
+  PCOH_DEVICE void add(T v) {
+    value += double(v);
+  }
+};
+
+// For code that vectors run, too (../row.h): here an element is treated at a time.
+struct OneElement {
+  using Sum = cuda::Sum;
+  static constexpr bool sums_gradient = false;  // a kernel of its own does, where features want it
+
+  template <class T>
+  static PCOH_DEVICE T all(T x) {
+    return x;
+  }
+  template <class T>
+  static PCOH_DEVICE T get(const T* p, int k) {
+    return p[k];
+  }
+  template <class T>
+  static PCOH_DEVICE void put(T* p, int k, T v) {
+    p[k] = v;
+  }
+};
+
 #if defined(__CUDACC__)
-class CudaGroup {
+class CudaGroup : public OneElement {
  public:
   __device__ explicit CudaGroup(char* scratch) : scratch_(scratch) {}
 
@@ -246,6 +260,21 @@ PCOH_DEVICE void total_by_lane(G& g, V (&sum)[count]) {
 
 // ---------------------------------------------------------------- one row
 
+// Candidates of one anchor.
+template <class T>
+struct Row {
+  const T* weights;  // [n] or null: ones
+  int n;
+  int self;             // candidate excluded, or -1
+  T* values = nullptr;  // [n] as given, then for the kernel sums: positions, in units of the sums
+  double sums_unit = 1;
+
+  PCOH_DEVICE T weight(int k) const { return k == self ? T(0) : weights ? weights[k] : T(1); }
+  PCOH_DEVICE double position(int k) const { return double(values[k]) * sums_unit; }
+  PCOH_DEVICE T place(int k) const { return values[k]; }
+  PCOH_DEVICE double unit() const { return sums_unit; }
+};
+
 // f(k) for every k of a thread: neighbours go to neighbours, whose accesses to memory are one.
 template <class G, class F>
 PCOH_DEVICE void each(const G& g, int n, F f) {
@@ -253,21 +282,10 @@ PCOH_DEVICE void each(const G& g, int n, F f) {
   for (int k = g.thread(); k < n; k += step) f(k);
 }
 
-// Candidates of one anchor.
-template <class T>
-struct RowView {
-  T* values;         // [n] for the kernel sums: positions, in units of the sums
-  const T* weights;  // [n] or null: ones
-  int n;
-  int self;  // candidate excluded, or -1
-
-  PCOH_DEVICE T weight(int k) const { return k == self ? T(0) : weights ? weights[k] : T(1); }
-};
-
 // f(weight), weight(k) as above: one loop for rows without weights and one for the others, instead of a branch an
 // element.
 template <class T, class F>
-PCOH_DEVICE void with_weights(const RowView<T>& row, F f) {
+PCOH_DEVICE void with_weights(const Row<T>& row, F f) {
   const T* weights = row.weights;
   const int self = row.self;
   if (weights == nullptr)
@@ -283,6 +301,84 @@ PCOH_DEVICE void by_memory(G& g, V* p, F f) {
     f(g.fast(p));
   else
     f(p);
+}
+
+template <class G, class T, class F>
+PCOH_DEVICE void each_candidate(const G& g, const Row<T>& row, F f) {
+  with_weights(row, [&](auto weight) { each(g, row.n, [&](int k) { f(k, weight(k)); }); });
+}
+
+template <class G, class T, class F>
+PCOH_DEVICE void each_value(G& g, const Row<T>& row, const T* from, F f) {
+  by_memory(g, row.values, [&](T* copy) {
+    each_candidate(g, row, [&](int k, T w) {
+      const T v = from[k];
+      copy[k] = v;
+      f(k, v, w);
+    });
+  });
+}
+
+template <class G, class F>
+PCOH_DEVICE double sum_each(G& g, int n, F f) {
+  double sum = 0;
+  each(g, n, [&](int k) { sum += f(k); });
+  return total(g, sum);
+}
+
+template <class G>
+PCOH_DEVICE double total(G& g, const Sum& sum) {
+  return total(g, sum.value);
+}
+struct PlusThree {
+  PCOH_DEVICE Triple operator()(const Triple& x, const Triple& y) const { return {x.a + y.a, x.b + y.b, x.c + y.c}; }
+};
+template <class G>
+PCOH_DEVICE Triple total(G& g, const Sum& a, const Sum& b, const Sum& c) {
+  return reduce(g, Triple{a.value, b.value, c.value}, PlusThree{});
+}
+
+struct MergeExtremes {
+  template <class T>
+  PCOH_DEVICE Extremes<T> operator()(const Extremes<T>& a, const Extremes<T>& b) const {
+    return {a.sum + b.sum, b.low < a.low ? b.low : a.low, b.high > a.high ? b.high : a.high};
+  }
+};
+template <class G, class T>
+PCOH_DEVICE Extremes<T> extremes(G& g, T low, T high, const Sum& sum) {
+  return reduce(g, Extremes<T>{sum.value, low, high}, MergeExtremes{});
+}
+
+// Weights of a row as one thread, or all, have seen them.
+template <class T>
+struct SeenWeights {
+  double sum;
+  T least, most;  // of those > 0
+  int count;
+};
+struct MergeWeights {
+  template <class T>
+  PCOH_DEVICE SeenWeights<T> operator()(const SeenWeights<T>& a, const SeenWeights<T>& b) const {
+    return {a.sum + b.sum, b.least < a.least ? b.least : a.least, b.most > a.most ? b.most : a.most, a.count + b.count};
+  }
+};
+template <class G, class T>
+PCOH_APART Weighed weigh(G& g, const Row<T>& row) {
+  if (row.weights == nullptr) {
+    const int count = row.n - (row.self >= 0 && row.self < row.n);
+    return {double(count), count, true};
+  }
+  constexpr T inf = std::numeric_limits<T>::infinity();
+  SeenWeights<T> seen{0, inf, -inf, 0};
+  each_candidate(g, row, [&](int, T w) {
+    seen.sum += double(w);
+    if (!(w > 0)) return;
+    seen.least = w < seen.least ? w : seen.least;
+    seen.most = w > seen.most ? w : seen.most;
+    ++seen.count;
+  });
+  seen = reduce(g, seen, MergeWeights{});
+  return {seen.sum, seen.count, seen.least == seen.most};
 }
 
 // t >= 0, or t * factor, rounded to an integer without the conversion unit, which takes 8 times as long as an addition.

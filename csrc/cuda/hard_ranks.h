@@ -1,6 +1,7 @@
 // Hard mid-ranks of one row: F_j = (sum_k w_k [v_k < v_j] + sum_k w_k [v_k = v_j] / 2) / W.
 #pragma once
 
+#include "soft_ranks.h"
 #include "sort.h"
 
 namespace pcoherence::cuda {
@@ -12,14 +13,6 @@ inline constexpr int kCrowded = 32;
 inline constexpr std::int64_t hard_rank_bytes(std::int64_t n, std::int64_t element) {
   return n * (element + 4 + 8) + 3 * 16 + 8;
 }
-
-template <class T>
-struct HardRanks {
-  int count;     // of weights > 0
-  double total;  // W
-  bool uniform;  // all weights > 0 are equal
-  T low, high;   // over weights > 0
-};
 
 // counts [n] -> running sums before each, in place; returns the largest count. Every warp runs along its own part.
 template <class G>
@@ -48,7 +41,7 @@ PCOH_DEVICE int start_buckets(G& g, int* counts, int n) {
 // arrive in a bucket in any order, but what is counted does not depend on it. False where a bucket is too crowded.
 // values, counts, sorted: [n] each, the last two to work in.
 template <class T, class G>
-PCOH_DEVICE bool hard_ranks_bucketed(G& g, const RowView<T>& row, const HardRanks<T>& s, const T* values, int* counts,
+PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s, const T* values, int* counts,
                                      T* sorted, T* out, double& ties) {
   const int n = row.n;
   const T per_unit = T(n) / (s.high - s.low);
@@ -93,14 +86,13 @@ PCOH_DEVICE bool hard_ranks_bucketed(G& g, const RowView<T>& row, const HardRank
       pairs += equal;
     });
   });
-  const double weight = s.total / s.count;
+  const double weight = s.weight / s.count;
   ties = total(g, double(pairs)) * weight * weight;
   return true;
 }
 
 template <class T, class G>
-PCOH_DEVICE bool hard_ranks_bucketed(G& g, const RowView<T>& row, const HardRanks<T>& s, T* out, double& ties,
-                                     Arena arena) {
+PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s, T* out, double& ties, Arena arena) {
   int* counts = arena.take<int>(row.n);
   T* sorted = arena.take<T>(row.n);
   if (g.in_fast(row.values) && g.in_fast(counts) && g.in_fast(sorted))
@@ -110,7 +102,7 @@ PCOH_DEVICE bool hard_ranks_bucketed(G& g, const RowView<T>& row, const HardRank
 
 // Any weights: sort, running sums of weights, and each value's place among them by bisection.
 template <class T, class G>
-PCOH_DEVICE double hard_ranks_sorted(G& g, const RowView<T>& row, const HardRanks<T>& s, T* out, Arena arena) {
+PCOH_DEVICE double hard_ranks_sorted(G& g, const Row<T>& row, const Stats<T>& s, T* out, Arena arena) {
   const int n = row.n;
   T* keys = arena.take<T>(n);
   std::int32_t* items = arena.take<std::int32_t>(n);
@@ -121,7 +113,7 @@ PCOH_DEVICE double hard_ranks_sorted(G& g, const RowView<T>& row, const HardRank
   });
   sort(g, keys, items, n);
   running_sums(g, n, [&](int i) { return double(row.weight(items[i])); }, [&](int i, double sum) { before[i] = sum; });
-  if (g.thread() == 0) before[n] = s.total;
+  if (g.thread() == 0) before[n] = s.weight;
   g.sync();
   // The number of sorted values that come before v, or not after it.
   const auto place = [&](T v, bool or_equal) {
@@ -138,7 +130,7 @@ PCOH_DEVICE double hard_ranks_sorted(G& g, const RowView<T>& row, const HardRank
   each(g, n, [&](int i) {
     const T v = keys[i];
     const double below = before[place(v, false)], group = before[place(v, true)] - below;
-    out[items[i]] = static_cast<T>((below + group / 2) / s.total);
+    out[items[i]] = static_cast<T>((below + group / 2) / s.weight);
     ties += double(row.weight(items[i])) * group;
   });
   return total(g, ties);
@@ -146,11 +138,11 @@ PCOH_DEVICE double hard_ranks_sorted(G& g, const RowView<T>& row, const HardRank
 
 // F_j into out [n]; returns sum_jk w_j w_k [v_j = v_k].
 template <class T, class G>
-PCOH_APART double hard_ranks(G& g, const RowView<T>& row, const HardRanks<T>& s, T* out, Arena arena) {
+PCOH_APART double hard_ranks(G& g, const Row<T>& row, const Stats<T>& s, bool, T* out, Workplace<T, G>& work) {
   double ties = 0;
-  if (s.uniform && s.high > s.low && hard_ranks_bucketed(g, row, s, out, ties, arena)) return ties;
+  if (s.uniform && s.high > s.low && hard_ranks_bucketed(g, row, s, out, ties, work.arena)) return ties;
   g.sync();  // the buckets' memory is used again
-  return hard_ranks_sorted(g, row, s, out, arena);
+  return hard_ranks_sorted(g, row, s, out, work.arena);
 }
 
 }  // namespace pcoherence::cuda

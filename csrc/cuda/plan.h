@@ -31,7 +31,7 @@ Plan plan_for(const Device& device, std::int64_t rows, std::int64_t n, Method me
   Plan p{};
   p.bins = method == Method::grid ? kMaxBins : kMostBins;
   p.reserve = kGridReserve;
-  const std::int64_t row = n * sizeof(T) + 16;
+  const std::int64_t row = row_bytes<T>(n);
   const std::int64_t wanted = kScratchBytes + 4 * row + kGridReserve;
   // Two blocks share a multiprocessor as long as the student's values and ranks stay in shared memory.
   const std::int64_t half = device.shared_per_multiprocessor / 2 - kSystemShared;
@@ -42,7 +42,7 @@ Plan plan_for(const Device& device, std::int64_t rows, std::int64_t n, Method me
   const std::int64_t most = halves ? half : device.shared_per_block;
   p.shared = std::min({wanted, most, device.shared_per_block}) / 16 * 16;
   p.reserve = std::min(p.reserve, (p.shared - kScratchBytes) / 2);
-  p.workspace = (row_bytes<T, G>(n, p.threads, p.bins) + 255) / 256 * 256;
+  p.workspace = (task_bytes<T, G>(n, p.threads, p.bins) + 255) / 256 * 256;
   const std::int64_t resident = std::int64_t(device.multiprocessors) * (halves ? 2 : 1);
   std::int64_t blocks = std::min(rows, resident);
   if (method == Method::grid) blocks = std::min(blocks, std::max<std::int64_t>(1, kExplicitGridBytes / p.workspace));

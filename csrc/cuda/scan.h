@@ -21,7 +21,7 @@ class Scan {
     return n * (sizeof(T) + 4 + 3 * 8) + threads * (kRow + 1 + 1) * 8 + kWarp * kRow * 8 + 8 * 16;
   }
 
-  PCOH_DEVICE Scan(G& g, const RowView<T>& row, T, const DeviceTables<T>& tables, Arena arena)
+  PCOH_DEVICE Scan(G& g, const Row<T>& row, T, const DeviceTables<T>& tables, Arena arena)
       : g_(g), row_(row), tables_(tables), n_(row.n) {
     carry_ = arena.take<double>(g.threads() * kRow);
     of_warp_ = arena.take<double>(g.warps() * kRow);
@@ -56,7 +56,7 @@ class Scan {
     running_sums(
         g_, n_, [&](int i) { return w(items_[i]); },
         [&](int i, double count) {
-          sum += w(items_[i]) * (double(s_[i]) * count + 2 * up_[i] + w(items_[i]) * 0.69314718055994530942);
+          sum += w(items_[i]) * (double(s_[i]) * count + 2 * up_[i] + w(items_[i]) * kLog2);
         });
     running_sums(
         g_, n_, [&](int i) { return w(items_[i]) * double(s_[i]); },
@@ -182,7 +182,7 @@ class Scan {
   }
 
   G& g_;
-  const RowView<T>& row_;
+  const Row<T>& row_;
   const DeviceTables<T>& tables_;
   const int n_;
   T* s_;                               // [n] sorted positions

@@ -19,7 +19,7 @@ def _load() -> tuple[str | None, Ported]:
     return None, extension.options()
 
 
-_LOAD_ERROR, _PORTED = _load()
+_LOAD_ERROR, PORTED = _load()
 
 
 class CpuBackend(OperatorBackend):
@@ -37,7 +37,7 @@ class CpuBackend(OperatorBackend):
 
     def ported(self) -> Ported:
         """What csrc/options.h lists."""
-        return _PORTED
+        return PORTED
 
     def refuses(self, tensor: Tensor) -> str | None:
         """All but CPU tensors."""

@@ -17,19 +17,15 @@ from torch import Tensor
 
 from .. import ops
 from ..spec import LossSpec
+from . import cpu
 from .cuda_kernels import CudaRowKernels
 from .device_operators import Implementation, register
 from .operators import OperatorBackend, Ported
 from .pipeline import Batch, Results
 from .points import TRAITS
 
-PORTED: Ported = {
-    "metric": tuple(TRAITS),
-    "scale": ("anchor", "none"),
-    "objective": ("mse", "l1", "huber", "cross_entropy", "spearman"),
-    "method": ("auto", "grid", "scan", "pairs"),
-}
-"""What the kernels of csrc/cuda know of options."""
+PORTED: Ported = {**cpu.PORTED, "metric": tuple(TRAITS)}
+"""What csrc/options.h lists: one source computes an anchor's row on either, metrics aside."""
 
 SMALL_CANDIDATES = 512
 """Up to this many candidates a batch is small: a row of all pairs fits a thread block."""

@@ -1,0 +1,124 @@
+// One anchor's row, from distances to loss and gradient, by a group of lanes (row.h).
+#pragma once
+
+#include "objectives.h"
+
+namespace pcoherence {
+
+// A row that has neither ranks nor a gradient of its own: everything of it is `value`.
+template <class T, class G>
+PCOH_DEVICE Outcome give_up(G& g, const AnchorRow<T>& a, int n, double value, Status status = Status::ok) {
+  T* gradient = a.gradient;
+  if (gradient != nullptr) each(g, n, [&](int k) { G::put(gradient, k, G::all(T(value))); });
+  return {value, value, status};
+}
+
+template <class T>
+PCOH_INLINE Scaling scaling(Scale scale, const Stats<T>& s, double temperature, double unit) {
+  const bool by_mean = scale == Scale::anchor;  // in whatever unit the distances have
+  return scaling(s.low, s.high, by_mean ? s.mean : 1, (by_mean ? 1 : unit) / temperature);
+}
+
+// F^T into `out`; `entropy`, for cross_entropy: sum_jk w_j w_k H(P_jk).
+template <class T, class G, class Row, class Workplace>
+PCOH_DEVICE Status teacher_ranks(G& g, const Options& options, double unit, Row& row, const Stats<T>& s, T* out,
+                                 double& entropy, Workplace& work) {
+  const bool want_entropy = options.objective == Objective::cross_entropy;
+  if (!options.soft_teacher()) {
+    entropy = kLog2 * hard_ranks(g, row, s, want_entropy, out, work);
+    return Status::ok;
+  }
+  const Scaling scale = scaling(options.scale, s, options.teacher_temperature, unit);
+  const T per_weight = static_cast<T>(1 / s.weight);
+  return with_sums(g, row, s.low, s.high, scale, work, [&](auto& sums) {
+    sums.ranks(out);
+    g.sync();
+    each(g, row.n, [&](int k) { G::put(out, k, G::get(out, k) * per_weight); });
+    if (want_entropy) entropy = sums.softplus_total() - s.weight * linear_part(g, row, out, 0);
+  });
+}
+
+// pull [n] times `factor`, the gradient w.r.t. positions in temperatures -> what the pipeline stores; returns its sum.
+template <class T, class G, class Row>
+PCOH_APART double store_gradient(G& g, const Options& options, const AnchorRow<T>& a, const Row& row, const Stats<T>& s,
+                                 const Scaling& scale, const T* pull, T factor) {
+  double through_mean = 0;  // -sum_k pull_k s_k: the pull on log(mean)
+  if (options.scale == Scale::anchor && s.mean > 0) {
+    typename G::Sum sum;
+    by_memory(g, pull,
+              [&](const T* from) { each(g, row.n, [&](int k) { sum.add(G::get(from, k) * factor * row.place(k)); }); });
+    through_mean = -a.coefficient * total(g, sum) * row.unit() / (s.weight * s.mean);
+  }
+  const T per_pull = static_cast<T>(a.coefficient * scale.per_distance * a.chain);
+  const T per_weight = static_cast<T>(through_mean * a.chain);
+  const T* distances = a.student;  // may be `out`: every lane reads an element before it writes it
+  T* out = a.gradient;
+  const bool chain_root = a.chain_root;
+  const auto zero = G::all(T(0));
+  typename G::Sum stored;
+  by_memory(g, pull, [&](const T* from) {
+    each_candidate(g, row, [&](int k, auto w) {
+      const auto d = G::get(distances, k);
+      auto v = G::get(from, k) * factor * per_pull + w * per_weight;
+      if (chain_root) v = d > zero ? v / d : zero;
+      if constexpr (G::sums_gradient) stored.add(v);
+      G::put(out, k, v);
+    });
+  });
+  return G::sums_gradient ? total(g, stored) : 0;
+}
+
+// Rows of memory that anchor() takes from its workplace: from the first to the last, then for the teacher's stage, and
+// for the student's, which may use the teacher's again.
+inline constexpr int kKeptRows = 1, kTeacherRows = 1, kStudentRows = 2;
+
+// row: of the candidates, without values.
+template <class T, class G, class Row, class Workplace>
+PCOH_APART Outcome anchor(G& g, const Options& options, const AnchorRow<T>& a, Row row, Workplace work) {
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  const int n = row.n;
+  const Weighed weighed = weigh(g, row);
+  if (!(weighed.total > 0)) return give_up(g, a, n, 0);  // nobody to compare: the anchor contributes nothing
+  const bool cross_entropy = options.objective == Objective::cross_entropy;
+
+  T* teacher = work.take(n, kTeacherRows + kStudentRows);  // it is touched twice, all else again and again
+  double entropy = 0;
+  {
+    Workplace stage = work;
+    row.values = stage.values(a.teacher, n);
+    const Stats<T> t = stats(g, row, a.teacher, weighed);
+    if (!t.finite) return give_up(g, a, n, nan);
+    const Status status = teacher_ranks(g, options, a.teacher_unit, row, t, teacher, entropy, stage);
+    if (status != Status::ok) return give_up(g, a, n, nan, status);
+    g.sync();  // the stage's memory is used again
+  }
+
+  row.values = work.values(a.student, n);
+  const Stats<T> s = stats(g, row, a.student, weighed);
+  if (!s.finite) return give_up(g, a, n, nan);
+  T* ranks = work.take(n);
+  const Scaling scale = scaling(options.scale, s, options.temperature, a.student_unit);
+  Outcome result;
+  const Status status = with_sums(g, row, s.low, s.high, scale, work, [&](auto& sums) {
+    sums.ranks(ranks);
+    g.sync();
+    const T* pull = ranks;
+    T factor = static_cast<T>(1 / s.weight);  // of `pull`, to be the gradient w.r.t. positions
+    if (cross_entropy) {
+      const int levels = s.uniform && !options.soft_teacher() ? 2 * s.count : 0;  // ties share a half
+      result.loss =
+          (sums.softplus_total() - s.weight * linear_part(g, row, teacher, levels) - entropy) / (s.weight * s.weight);
+      each_candidate(g, row,
+                     [&](int k, auto w) { G::put(ranks, k, w * (G::get(ranks, k) * factor - G::get(teacher, k))); });
+      factor *= 2;
+    } else {
+      result.loss = objective(g, options.objective, row, teacher, s.weight, ranks);
+      if (a.gradient != nullptr) pull = work.pullback(sums, ranks, n);
+    }
+    g.sync();
+    if (a.gradient != nullptr) result.stored = store_gradient(g, options, a, row, s, scale, pull, factor);
+  });
+  return status == Status::ok ? result : give_up(g, a, n, nan, status);
+}
+
+}  // namespace pcoherence

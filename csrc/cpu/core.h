@@ -1,0 +1,83 @@
+// The lanes that work on a row: those of one core's vectors (see ../row.h).
+#pragma once
+
+#include "../row.h"
+#include "simd.h"
+
+namespace pcoherence::PCOH_ISA {
+
+template <class T>
+struct Core {
+  using Sum = PCOH_ISA::Sum;
+  static constexpr bool sums_gradient = true;  // while it is in registers
+
+  static vec_t<T> all(T x) { return splat(x); }
+  static vec_t<T> get(const T* p, int k) { return load(p + k); }
+  static void put(T* p, int k, vec_t<T> v) { store(p + k, v); }
+  void sync() const {}
+};
+
+// One row's candidates, n a multiple of the lane count. s = value / temperature. Sums go by differences of the values
+// as they are given, or by positions in float64: taken from the lowest value in T, a position would lose the digits
+// that tell apart what lies close together far away.
+template <class T>
+struct Row {
+  const T* weights;  // [n], the anchor's own candidate excluded by weight 0
+  int n;
+  Weighed weighed;
+  const T* values = nullptr;  // [n], finite
+  T low = 0;                  // smallest value that counts
+  Scaling scale{};
+
+  double temperatures(std::uint32_t from, std::uint32_t to) const {
+    return (double(values[to]) - double(values[from])) * scale.per_distance;
+  }
+  T weight(int k) const { return weights[k]; }
+  double position(std::uint32_t k) const { return (double(values[k]) - double(low)) * scale.per_distance; }
+  // Only candidates of weight 0 can lie below; a range may overflow T.
+  vec_t<T> place(int k) const {
+    return vmin(vmax(load(values + k) - low, vec_t<T>{}), splat(std::numeric_limits<T>::max()));
+  }
+  double unit() const { return scale.per_distance; }
+};
+
+template <class T, class F>
+void each(const Core<T>&, int n, F&& f) {
+  for (int k = 0; k < n; k += lanes_v<T>) f(k);
+}
+template <class T, class F>
+void each_candidate(const Core<T>&, const Row<T>& row, F&& f) {
+  for (int k = 0; k < row.n; k += lanes_v<T>) f(k, load(row.weights + k));
+}
+template <class T, class F>
+void each_value(const Core<T>&, const Row<T>& row, const T* from, F&& f) {
+  for (int k = 0; k < row.n; k += lanes_v<T>) f(k, load(from + k), load(row.weights + k));
+}
+template <class T, class F>
+double sum_each(const Core<T>&, int n, F&& f) {
+  double sum = 0;
+  for (int k = 0; k < n; ++k) sum += f(k);
+  return sum;
+}
+template <class T, class V, class F>
+void by_memory(const Core<T>&, V* p, F&& f) {
+  f(p);
+}
+template <class T>
+double total(const Core<T>&, const Sum& sum) {
+  return sum.total();
+}
+template <class T>
+Triple total(const Core<T>&, const Sum& a, const Sum& b, const Sum& c) {
+  return {a.total(), b.total(), c.total()};
+}
+template <class T>
+Extremes<T> extremes(const Core<T>&, vec_t<T> low, vec_t<T> high, const Sum& sum) {
+  return {sum.total(), min_lane(low), max_lane(high)};
+}
+template <class T>
+Weighed weigh(const Core<T>&, const Row<T>& row) {
+  return row.weighed;
+}
+
+}  // namespace pcoherence::PCOH_ISA

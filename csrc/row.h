@@ -1,0 +1,113 @@
+// One row of distances: its statistics, and its kernel sums by one of the methods. Written once, over who does the work
+// and where.
+//
+// A group G is the vectors of one core (cpu/core.h) or the threads of a thread block (cuda/group.h). It has
+//   all(x)                         x for every element that is treated at a time: a vector, or x
+//   get(p, k)  put(p, k, v)        these elements of an array
+//   sync()                         memory written before is seen after
+//   Sum                            add(v): sums in float64
+// and beside it
+//   each(g, n, f)                  f(k) for every k < n at which such elements begin
+//   each_candidate(g, row, f)      f(k, w), w the weights
+//   each_value(g, row, from, f)    f(k, v, w), v the values `from` [n], which become the row's
+//   sum_each(g, n, f)              sum of f(k) over single elements k, in float64
+//   by_memory(g, p, f)             f(p), compiled for the memory that p points to
+//   total(g, sum)  total(g, a, b, c)  extremes(g, low, high, sum)  of all elements
+//   weigh(g, row)                  the weights' statistics
+//   hard_ranks(g, row, stats, want_ties, out, work)
+//
+// A Row has values, weights, n, and once the sums are there: position(k), in temperatures from any origin; place(k),
+// the same for get()'s elements, in row.unit() temperatures.
+//
+// A Workplace has memory for the stages of a row, and the methods:
+//   take(n, others)                memory [n]; of what is fast only if that many others, which need it more, fit too
+//   values(given, n)               where stats() puts the row's values; a copy of a workplace takes the same memory
+//   again pullback(sums, residuals, n)   the sums' pullback, in place or not method, most_bins, Grid, Scan, Pairs,
+//   run<Sums>(g, row, low, high, scale, f)
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "anchor_row.h"
+#include "options.h"
+#include "soft_ranks.h"
+
+namespace pcoherence {
+
+// What extremes() and total() return.
+template <class T>
+struct Extremes {
+  double sum;
+  T low, high;
+};
+struct Triple {
+  double a, b, c;
+};
+
+// ---------------------------------------------------------------- statistics
+
+template <class T>
+struct Stats {
+  double weight, mean;  // W, and sum_k w_k v_k / W
+  T low, high;          // over weights > 0
+  int count;            // of weights > 0
+  bool uniform;         // all weights > 0 are equal
+  bool finite;
+};
+
+// Of the row's candidates with values `from` [n], which become the row's.
+template <class T, class G, class Row>
+PCOH_APART Stats<T> stats(G& g, const Row& row, const T* from, const Weighed& weighed) {
+  constexpr T inf = std::numeric_limits<T>::infinity();
+  const auto above = G::all(inf), below = G::all(-inf), zero = G::all(T(0));
+  auto low = above, high = below;
+  typename G::Sum product;
+  each_value(g, row, from, [&](int k, auto v, auto w) {
+    const auto least = w > zero ? v : above, most = w > zero ? v : below;
+    low = least < low ? least : low;  // a comparison with NaN is false: `product` shows it
+    high = most > high ? most : high;
+    product.add(w * v);  // 0 * NaN shows, as it does in the reference
+  });
+  const Extremes<T> found = extremes(g, low, high, product);
+  return {weighed.total,
+          weighed.total > 0 ? found.sum / weighed.total : 0,
+          found.low,
+          found.high,
+          weighed.count,
+          weighed.uniform,
+          std::isfinite(found.sum) && std::isfinite(double(found.high) - double(found.low))};
+}
+
+// ---------------------------------------------------------------- kernel sums
+
+template <class T, class Workplace>
+PCOH_DEVICE Method choose(const Workplace& work, double range, int n) {
+  if (work.method != Method::automatic) return work.method;
+  const double bins = range / kBinWidth;
+  if (bins * Workplace::elements_per_bin <= n && bins < work.most_bins) return Method::grid;
+  return n <= Workplace::few_pairs ? Method::pairs : Method::scan;
+}
+
+// Calls f(sums) with the kernel sums of a row, whose positions are there then. low, high: of the values that count.
+template <class T, class G, class Row, class Workplace, class F>
+PCOH_DEVICE Status with_sums(G& g, Row& row, T low, T high, const Scaling& scale, Workplace& work, F f) {
+  switch (choose<T>(work, scale.range, row.n)) {
+    case Method::grid:
+      // As the grid rounds it.
+      if (!(static_cast<T>(scale.range / kBinWidth) < T(work.most_bins))) return Status::too_many_bins;
+      work.template run<typename Workplace::Grid>(g, row, low, high, scale, f);
+      break;
+    case Method::scan:
+      work.template run<typename Workplace::Scan>(g, row, low, high, scale, f);
+      break;
+    case Method::pairs:
+      work.template run<typename Workplace::Pairs>(g, row, low, high, scale, f);
+      break;
+    case Method::automatic:
+      PCOH_TRAP();  // choose() has chosen
+  }
+  return Status::ok;
+}
+
+}  // namespace pcoherence
