@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 SOURCES := setup.py pyproject.toml $(CXX_FILES)
-FORMATTED := $(CXX_FILES) $(wildcard tests/*.cpp)
+FORMATTED := $(CXX_FILES) $(wildcard tests/*.cpp tests/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-sentences test mutants lint format docs figures bench bench-quick study study-quick gpu-pack gpu-check clean

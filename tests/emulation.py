@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEPT = ROOT / ".benchmarks" / "tests"
 """Compiling takes half a minute of a core and more: once for all processes of a run, and later."""
 
-SOURCES = ("csrc/tables.cpp", "csrc/cuda/ops.cpp", "csrc/cuda/emulate.cpp")
+SOURCES = ("csrc/tables.cpp", "csrc/cuda/ops.cpp", "tests/emulate.cpp")
 Emulate = Callable[..., None]
 
 
@@ -48,7 +48,7 @@ class Emulated(cuda.CudaBackend):
 def kept(name: str, *ingredients: object) -> Iterator[Path]:
     """A folder for what is made of csrc/ and the ingredients; one process makes, others wait."""
     key = hashlib.sha256(repr((ingredients, torch.__version__)).encode())
-    for path in sorted((ROOT / "csrc").rglob("*.*")):
+    for path in [*sorted((ROOT / "csrc").rglob("*.*")), *sorted(ROOT.glob("tests/emulate.*"))]:
         key.update(path.read_bytes())
     folder = KEPT / f"{name}-{key.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)

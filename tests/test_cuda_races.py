@@ -11,7 +11,7 @@ import pytest
 from emulation import ROOT, kept
 
 MAIN = Path(__file__).parent / "cuda_races.cpp"
-SOURCES = (MAIN, ROOT / "csrc/cuda/emulate.cpp", ROOT / "csrc/tables.cpp")
+SOURCES = (MAIN, ROOT / "tests/emulate.cpp", ROOT / "csrc/tables.cpp")
 
 
 def compiled(compiler: str) -> Path:

@@ -51,7 +51,7 @@ def test_kernels_keep_to_their_budget(
 ) -> None:
     tuning = importlib.import_module("pcoherence.kernels.tuning")
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "pcoherence.kernels.offline", *map(str, capabilities)]
+    command = [sys.executable, "-m", "benchmarks.gpu.offline", *map(str, capabilities)]
     done = subprocess.run(
         [*command, "--dtype", dtype, *sizes],
         cwd=ROOT,
@@ -80,7 +80,8 @@ from triton.runtime.jit import JITFunction
 from pcoherence.backends.device_operators import Implementation, register
 from pcoherence.backends.triton import PORTED
 from pcoherence.backends import triton_kernels
-from pcoherence.kernels import offline, tuning
+from benchmarks.gpu import offline
+from pcoherence.kernels import tuning
 from pcoherence.ops import Operators
 from pcoherence.spec import LossSpec
 

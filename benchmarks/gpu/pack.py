@@ -130,7 +130,7 @@ def triton_cache(folder: Path, work: Path, python: str, capability: str) -> None
     cache = work / "triton"
     environment = {"TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"}
     subprocess.run(
-        [python, "-m", "pcoherence.kernels.offline", capability, "--all"],
+        [python, "-m", "benchmarks.gpu.offline", capability, "--all"],
         cwd=ROOT,
         env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,

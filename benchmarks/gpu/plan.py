@@ -91,7 +91,7 @@ class Plan:
 
     def _compile(self) -> list[Group]:
         """Triton's kernels into its cache, by all cores, before anybody needs them one by one."""
-        command = [sys.executable, "-m", "pcoherence.kernels.offline", self._capability, "--all"]
+        command = [sys.executable, "-m", "benchmarks.gpu.offline", self._capability, "--all"]
         return [Group("compile triton", command, {"TRITON_INTERPRET": "0"})]
 
     def _pytest(

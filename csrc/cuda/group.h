@@ -1,6 +1,6 @@
 // What a row kernel sees of the machine: a group of threads, its barriers, shuffles and memory. The kernels are
 // templates over Group, so that one source is compiled by nvcc (CudaGroup: one thread block) and, for tests, by a host
-// compiler (EmulatedGroup in emulate.h).
+// compiler (EmulatedGroup in tests/emulate.h).
 //
 // A Group has  thread() threads() lane() warp() warps()   warps of 32, threads() a multiple of that
 //              sync() sync_warp()                         barriers; memory written before is seen after

@@ -1,8 +1,8 @@
 // The launcher on the host: see emulate.h. Built by tests only, together with ops.cpp, in place of launch.cu.
 #include "emulate.h"
 
-#include "plan.h"
-#include "work.h"
+#include "../csrc/cuda/plan.h"
+#include "../csrc/cuda/work.h"
 
 namespace pcoherence::cuda {
 
@@ -72,7 +72,7 @@ const Device& current_device() {
 
 }  // namespace pcoherence::cuda
 
-#include "instances.h"
+#include "../csrc/cuda/instances.h"
 
 // threads, shared: see Emulation; 0 leaves them to the plan.
 extern "C" void pcoherence_emulate(int threads, long shared, unsigned seed) {

@@ -17,7 +17,7 @@
 #include <random>
 #include <vector>
 
-#include "group.h"
+#include "../csrc/cuda/group.h"
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>

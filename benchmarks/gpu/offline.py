@@ -1,6 +1,6 @@
 """Compile the kernels for GPUs that need not be there, and report what each takes of them.
 
-    python -m pcoherence.kernels.offline 80 90 100 [--dtype float32] [--aligned] [--all]
+    python -m benchmarks.gpu.offline 80 90 100 [--dtype float32] [--aligned] [--all]
 
 prints one line of JSON for each kernel and compute capability. What is compiled is what calls of
 the operators launch, down to which arguments divide by 16: they are run with a recorder in place
@@ -30,12 +30,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from ..backends import clouds, triton_kernels
-from ..backends.device_operators import Implementation, register
-from ..backends.triton import PORTED
-from ..ops import Operators
-from ..spec import LossSpec
-from . import distances, objectives, points, soft_ranks, statistics, tuning
+from pcoherence.backends import clouds, triton_kernels
+from pcoherence.backends.device_operators import Implementation, register
+from pcoherence.backends.triton import PORTED
+from pcoherence.kernels import distances, objectives, points, soft_ranks, statistics, tuning
+from pcoherence.ops import Operators
+from pcoherence.spec import LossSpec
 
 MODULES = {
     module.__name__: module for module in (distances, objectives, points, soft_ranks, statistics)
