@@ -11,7 +11,7 @@ namespace pcoherence {
 // How a metric comes from features. With products: |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, of the points themselves or of
 // their directions, then factor * |a - b|^2 or, with root, |a - b|. The rest need every difference.
 struct MetricTraits {
-  bool products;    // otherwise a row kernel of its own, see features.cpp
+  bool products;    // otherwise a row kernel of its own, see cloud.cpp
   bool directions;  // of x / |x| instead of x
   bool root;
   double factor;

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pcoherence.backends.points import (
     SAMPLE,
+    MetricTraits,
     Prepared,
     Side,
-    Traits,
     bits_of,
     first_identical,
     power_of_two_below,
@@ -18,7 +18,7 @@ from pcoherence.backends.points import (
 )
 
 
-def prepare(anchors: Tensor, candidates: Tensor | None, traits: Traits) -> Prepared:
+def prepare(anchors: Tensor, candidates: Tensor | None, traits: MetricTraits) -> Prepared:
     """Points T [m, d] and [n, d]; candidates None: the anchors themselves."""
     everyone = anchors if candidates is None else candidates
     centre, scale = centre_and_scale(everyone, traits)
@@ -27,7 +27,7 @@ def prepare(anchors: Tensor, candidates: Tensor | None, traits: Traits) -> Prepa
     return Prepared(side, other, first_identical(other.rows, row_hashes(other.rows)), scale)
 
 
-def centre_and_scale(candidates: Tensor, traits: Traits) -> tuple[Tensor, Tensor]:
+def centre_and_scale(candidates: Tensor, traits: MetricTraits) -> tuple[Tensor, Tensor]:
     """The centre [d] and the scale, float64; see pcoherence/backends/points.py."""
     n, width = candidates.shape
     count = min(n, SAMPLE)
@@ -57,7 +57,7 @@ def centre_and_scale(candidates: Tensor, traits: Traits) -> tuple[Tensor, Tensor
     return centre, 1 / torch.where(useful, power_of_two_below(spread.sqrt()), 1.0)
 
 
-def _farthest(candidates: Tensor, point: Tensor, traits: Traits) -> Tensor:
+def _farthest(candidates: Tensor, point: Tensor, traits: MetricTraits) -> Tensor:
     """The largest squared distance of a candidate to point [d]."""
     parts = [
         (wide(candidates[begin:end], traits) - point).square().sum(1).amax()
@@ -66,7 +66,7 @@ def _farthest(candidates: Tensor, point: Tensor, traits: Traits) -> Tensor:
     return torch.stack(parts).amax()
 
 
-def _side(x: Tensor, traits: Traits, centre: Tensor, scale: Tensor) -> Side:
+def _side(x: Tensor, traits: MetricTraits, centre: Tensor, scale: Tensor) -> Side:
     side = Side(torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float64), x)
     rows = side.prepared if traits.directions else x * scale.to(x.dtype) + 0.0
     for begin, end in slabs(*x.shape):

@@ -101,7 +101,7 @@ double squared_distance(const Point<T>& a, const Point<T>& b, std::int64_t width
 }
 
 // |a|^2 + |c_k|^2 and |a - c_k|^2 for one vector of candidates. The two norms nearly cancel the product where a and c
-// are close: in float64 nothing of them is lost, and only the product itself is as rounded as float32 makes it.
+// are near: in float64 nothing of them is lost, and only the product itself is as rounded as float32 makes it.
 struct Squares {
   vec_t<float> norms, square;
 };
@@ -119,16 +119,16 @@ inline WideSquares squares(double anchor_norm, const double* norms, const double
 }
 
 template <class T>
-void finish_distances(const DistanceRow<T>& a, std::vector<std::int32_t>* close) {
+void finish_distances(const DistanceRow<T>& a, std::vector<std::int32_t>* near) {
   using V = vec_t<T>;
   const std::int64_t size = padded(a.n);
   for (std::int64_t k = a.n; k < size; ++k) a.products[k] = 0;
-  ivec_t<T> near{};
+  ivec_t<T> counted{};
   const auto pass = [&](auto&& from_square) {
     for (std::int64_t k = 0; k < size; k += lanes_v<T>) {
       const auto [norms, raw] = squares(a.anchor_norm, a.candidate_norms + k, a.products + k);
       const V square = select(raw < V{}, V{}, raw);  // keeps NaN
-      near -= square < norms * Nearness<T>::distance;
+      counted -= square < norms * Nearness<T>::distance;
       store(a.row + k, from_square(square));
     }
   };
@@ -138,7 +138,7 @@ void finish_distances(const DistanceRow<T>& a, std::vector<std::int32_t>* close)
     pass([&](V square) { return square * a.factor; });
   for (std::int64_t k = a.n; k < size; ++k) a.row[k] = 0;
   std::int64_t nearby = 0;
-  for (int i = 0; i < lanes_v<T>; ++i) nearby += near[i];
+  for (int i = 0; i < lanes_v<T>; ++i) nearby += counted[i];
   if (a.identical >= 0) a.row[a.identical] = 0;
   if (nearby <= (a.identical >= 0 ? 1 : 0)) return;
   // The bound again, from the distance: at the bound itself rounding may decide otherwise, and either is right there.
@@ -148,8 +148,8 @@ void finish_distances(const DistanceRow<T>& a, std::vector<std::int32_t>* close)
     if (k == a.identical || !(rough < norms * Nearness<T>::distance)) continue;
     const T square = static_cast<T>(squared_distance(a.anchor, a.candidate(k), a.width) * a.unit);
     a.row[k] = a.root ? std::sqrt(square) : square * a.factor;
-    if (close != nullptr && square < norms * Nearness<T>::gradient && square > 0)
-      close->push_back(static_cast<std::int32_t>(k));
+    if (near != nullptr && square < norms * Nearness<T>::gradient && square > 0)
+      near->push_back(static_cast<std::int32_t>(k));
   }
 }
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "features.h"
+#include "cloud.h"
 #include "team.h"
 
 namespace pcoherence {
@@ -17,7 +17,7 @@ template <class T>
 class FeatureGradient {
  public:
   // anchors [m, width], candidates [n, width]: where the gradients go, null where not wanted.
-  FeatureGradient(const Features<T>& features, T* anchors, T* candidates, bool symmetric, Runtime<T>& runtime)
+  FeatureGradient(const Cloud<T>& features, T* anchors, T* candidates, bool symmetric, Runtime<T>& runtime)
       : features_(features),
         runtime_(runtime),
         n_(features.input().n),
@@ -33,16 +33,16 @@ class FeatureGradient {
     }
   }
 
-  // block [rows, padded(n)]: V; row_sums [rows]; close: pairs kept out of the products, by row.
+  // block [rows, padded(n)]: V; row_sums [rows]; near: pairs kept out of the products, by row.
   void add(T* block, const double* row_sums, std::int64_t begin, std::int64_t rows,
-           const std::vector<std::vector<std::int32_t>>& close, Team& team) {
+           const std::vector<std::vector<std::int32_t>>& near, Team& team) {
     if (!features_.traits().products) {
       add_signs(block, begin, rows, team);
       return;
     }
-    // Pairs too close for products go first, and leave a zero in the block.
+    // Pairs too near for products go first, and leave a zero in the block.
     std::vector<double> sums(row_sums, row_sums + rows);
-    add_close(block, sums, begin, rows, close, team);
+    add_near(block, sums, begin, rows, near, team);
     const std::int64_t ld = padded(n_);
     if (symmetric_) {
       add_transpose(block);
@@ -96,15 +96,15 @@ class FeatureGradient {
   }
 
   // The sign convention of candidates_ until finish(): sum_i V_ij x_i, to be subtracted.
-  void add_close(T* block, std::vector<double>& sums, std::int64_t begin, std::int64_t rows,
-                 const std::vector<std::vector<std::int32_t>>& close, Team& team) {
+  void add_near(T* block, std::vector<double>& sums, std::int64_t begin, std::int64_t rows,
+                const std::vector<std::vector<std::int32_t>>& near, Team& team) {
     struct Pair {
       std::int64_t anchor, candidate;
       T value;
     };
     std::vector<Pair> pairs;
     for (std::int64_t i = 0; i < rows; ++i)
-      for (const std::int32_t j : close[i]) {
+      for (const std::int32_t j : near[i]) {
         T& v = block[i * padded(n_) + j];
         pairs.push_back({begin + i, j, v});
         v = 0;
@@ -112,7 +112,7 @@ class FeatureGradient {
     if (pairs.empty()) return;
     // Not by subtraction: of a pair that nearly coincides V is so large that nothing else would be left of the sum.
     for (std::int64_t i = 0; i < rows; ++i)
-      if (!close[i].empty()) sums[i] = kernels().of<T>().sum_row(block + i * padded(n_), n_);
+      if (!near[i].empty()) sums[i] = kernels().of<T>().sum_row(block + i * padded(n_), n_);
     // Threads share out the features, not the pairs: every sum keeps its order.
     constexpr std::int64_t slice = 16;  // 64 bytes of float32: no two threads write to one cache line
     team.run(runtime_, (width_ + slice - 1) / slice, 1, [&](std::int64_t s, Workspace&) {
@@ -157,7 +157,7 @@ class FeatureGradient {
       });
   }
 
-  const Features<T>& features_;
+  const Cloud<T>& features_;
   Runtime<T>& runtime_;
   std::int64_t n_, width_;
   bool symmetric_;

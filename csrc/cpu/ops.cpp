@@ -195,14 +195,14 @@ struct Inputs {
   }
 
   template <class T>
-  FeatureInput<T> features(const Tensor& anchors, const OptionalTensor& candidates, Metric metric) const {
+  GivenPoints<T> features(const Tensor& anchors, const OptionalTensor& candidates, Metric metric) const {
     return {data<T>(anchors), data<T>(candidates), m(), n(), anchors.size(1), metric};
   }
 
   template <class T>
   void run(const Options& options, Results<T>& results) const {
     check_weights<T>(candidate_weights, "candidate_weights");
-    const Weights<T> weights{data<T>(coefficients), data<T>(candidate_weights), data<std::int64_t>(self_index)};
+    const Weighting<T> weights{data<T>(coefficients), data<T>(candidate_weights), data<std::int64_t>(self_index)};
     if (m() == 0) {
       const std::int64_t size = results.gradient_candidates ? student_candidates->numel() : 0;
       std::fill_n(results.gradient_candidates, size, T(0));

@@ -31,8 +31,8 @@ CandidateWeights<T> padded_weights(const T* given, std::int64_t n, Runtime<T>& r
 template <class T>
 class Coherence {
  public:
-  Coherence(const Options& options, const FeatureInput<T>& student, const FeatureInput<T>& teacher,
-            const Weights<T>& weights, Runtime<T>& runtime)
+  Coherence(const Options& options, const GivenPoints<T>& student, const GivenPoints<T>& teacher,
+            const Weighting<T>& weights, Runtime<T>& runtime)
       : options_(options),
         weights_(weights),
         runtime_(runtime),
@@ -46,7 +46,7 @@ class Coherence {
         rows_(symmetric_ ? m_ : block_rows<T>(m_, n_)),
         student_block_(runtime.allocate((symmetric_ ? padded(n_) : rows_) * padded(n_))),
         teacher_block_(runtime.allocate((symmetric_ ? padded(n_) : rows_) * padded(n_))),
-        close_(rows_),
+        near_(rows_),
         sums_(rows_) {}
 
   Status run(Results<T>& results) {
@@ -59,7 +59,7 @@ class Coherence {
       products(teacher_, teacher_block_, begin, count);
       team_.run(runtime_, count, 1 + kGrain / n_, [&](std::int64_t i, Workspace& ws) {
         T* student = student_block_ + i * padded(n_);
-        student_.distances(student, student, begin + i, false, &close_[i]);
+        student_.distances(student, student, begin + i, false, &near_[i]);
         // Out of place: they are read once, and need not go back to memory.
         T* teacher = ws.teacher.need<T>(padded(n_));
         teacher_.distances(teacher_block_ + i * padded(n_), teacher, begin + i, !options_.soft_teacher(), nullptr);
@@ -79,7 +79,7 @@ class Coherence {
         results.total += weights_.coefficient(begin + i) * outcomes[i].loss;
         sums_[i] = outcomes[i].stored;
       }
-      if (want) gradient.add(student_block_, sums_.data(), begin, count, close_, team_);
+      if (want) gradient.add(student_block_, sums_.data(), begin, count, near_, team_);
     }
     gradient.finish();
     if (results.gradient_anchors != nullptr) student_.pull_anchors(results.gradient_anchors);
@@ -88,12 +88,12 @@ class Coherence {
   }
 
  private:
-  static bool fits_symmetric(const Features<T>& features) {
+  static bool fits_symmetric(const Cloud<T>& features) {
     const std::int64_t size = padded(features.input().n);
     return features.same() && features.traits().products && size * size * sizeof(T) <= kSymmetricBytes;
   }
 
-  void products(const Features<T>& features, T* block, std::int64_t begin, std::int64_t rows) {
+  void products(const Cloud<T>& features, T* block, std::int64_t begin, std::int64_t rows) {
     if (symmetric_)
       features.symmetric_products(block, runtime_);
     else
@@ -101,30 +101,30 @@ class Coherence {
   }
 
   const Options& options_;
-  const Weights<T>& weights_;
+  const Weighting<T>& weights_;
   Runtime<T>& runtime_;
-  Features<T> student_, teacher_;
+  Cloud<T> student_, teacher_;
   CandidateWeights<T> candidates_;
   Team team_;
   std::int64_t m_, n_;
   bool symmetric_;  // the candidates are the anchors, and all distances are held at once
   std::int64_t rows_;
-  T *student_block_, *teacher_block_;             // [rows, padded(n)]
-  std::vector<std::vector<std::int32_t>> close_;  // [rows] see RowKernels::finish_distances
-  std::vector<double> sums_;                      // [rows] of V
+  T *student_block_, *teacher_block_;            // [rows, padded(n)]
+  std::vector<std::vector<std::int32_t>> near_;  // [rows] see RowKernels::finish_distances
+  std::vector<double> sums_;                     // [rows] of V
 };
 
 }  // namespace
 
 template <class T>
-Status coherence(const Options& options, const FeatureInput<T>& student, const FeatureInput<T>& teacher,
-                 const Weights<T>& weights, Results<T>& results, Runtime<T>& runtime) {
+Status coherence(const Options& options, const GivenPoints<T>& student, const GivenPoints<T>& teacher,
+                 const Weighting<T>& weights, Results<T>& results, Runtime<T>& runtime) {
   return Coherence<T>(options, student, teacher, weights, runtime).run(results);
 }
 
 template <class T>
 Status coherence_from_distances(const Options& options, const T* student, const T* teacher, std::int64_t m,
-                                std::int64_t n, const Weights<T>& weights, Results<T>& results, Runtime<T>& runtime) {
+                                std::int64_t n, const Weighting<T>& weights, Results<T>& results, Runtime<T>& runtime) {
   T* gradient = results.gradient_anchors;
   const auto candidates = padded_weights(weights.candidates, n, runtime);
   Team team(runtime.threads());
@@ -169,10 +169,10 @@ Status soft_ranks(const T* values, const T* weights, bool weights_per_row, const
 }
 
 #define PCOH_INSTANTIATE(T)                                                                                         \
-  template Status coherence<T>(const Options&, const FeatureInput<T>&, const FeatureInput<T>&, const Weights<T>&,   \
+  template Status coherence<T>(const Options&, const GivenPoints<T>&, const GivenPoints<T>&, const Weighting<T>&,   \
                                Results<T>&, Runtime<T>&);                                                           \
   template Status coherence_from_distances<T>(const Options&, const T*, const T*, std::int64_t, std::int64_t,       \
-                                              const Weights<T>&, Results<T>&, Runtime<T>&);                         \
+                                              const Weighting<T>&, Results<T>&, Runtime<T>&);                       \
   template Status soft_ranks<T>(const T*, const T*, bool, const T*, T*, std::int64_t, std::int64_t, double, Method, \
                                 Runtime<T>&);
 PCOH_INSTANTIATE(float)

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "features.h"
+#include "cloud.h"
 
 namespace pcoherence {
 
@@ -11,7 +11,7 @@ namespace pcoherence {
 inline constexpr std::int64_t kMaxBlock = 512;
 
 template <class T>
-struct Weights {
+struct Weighting {
   const T* coefficients = nullptr;     // [m] of L_i in the total, or null: ones
   const T* candidates = nullptr;       // [n] or null
   const std::int64_t* self = nullptr;  // [m] candidate excluded, -1 for none, or null
@@ -32,13 +32,13 @@ struct Results {
 
 // From features.
 template <class T>
-Status coherence(const Options& options, const FeatureInput<T>& student, const FeatureInput<T>& teacher,
-                 const Weights<T>& weights, Results<T>& results, Runtime<T>& runtime);
+Status coherence(const Options& options, const GivenPoints<T>& student, const GivenPoints<T>& teacher,
+                 const Weighting<T>& weights, Results<T>& results, Runtime<T>& runtime);
 
 // From distances [m, n].
 template <class T>
 Status coherence_from_distances(const Options& options, const T* student, const T* teacher, std::int64_t m,
-                                std::int64_t n, const Weights<T>& weights, Results<T>& results, Runtime<T>& runtime);
+                                std::int64_t n, const Weighting<T>& weights, Results<T>& results, Runtime<T>& runtime);
 
 // values, out: [rows, n]; weights: [rows or 1, n] or null; upstream [rows, n] or null (then ranks, not gradients).
 template <class T>

@@ -90,8 +90,8 @@ struct RowKernels {
   // out = (x / length - centre) * scale; returns |out|^2. In place or not.
   double (*shift)(T* out, const T* x, double length, const double* centre, double scale, std::int64_t width);
   std::uint64_t (*hash)(const T* x, std::int64_t width);
-  // Appends to `close`, if given, the candidates whose gradient products would cancel (see Nearness in distances.h).
-  void (*finish_distances)(const DistanceRow<T>&, std::vector<std::int32_t>* close);
+  // Appends to `near`, if given, the candidates whose gradient products would cancel (see Nearness in distances.h).
+  void (*finish_distances)(const DistanceRow<T>&, std::vector<std::int32_t>* near);
   // row[k] = sum_f |anchor_f - candidates_kf|, padding 0
   void (*cityblock_distances)(T* row, const T* anchor, const T* candidates, std::int64_t n, std::int64_t width);
   // out_f += sum_k v[k * stride] sign(x_f - others_kf): the gradient of cityblock distances

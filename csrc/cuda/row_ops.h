@@ -75,10 +75,10 @@ struct RowArguments {
 
 // One network of a small batch: features [m, d], and [n, d] or none where the candidates are the anchors.
 template <class T>
-Cloud<T> cloud(const Like& like, const Tensor& anchors, const OptionalTensor& candidates, Metric metric, std::int64_t m,
-               std::int64_t n) {
+GivenPoints<T> given_points(const Like& like, const Tensor& anchors, const OptionalTensor& candidates, Metric metric,
+                            std::int64_t m, std::int64_t n) {
   const std::int64_t width = dimension(anchors, 1, "anchors");
-  Cloud<T> c{};
+  GivenPoints<T> c{};
   c.anchors = like.in<T>(anchors, "anchors", m * width);
   c.candidates = candidates ? like.in<T>(*candidates, "candidates", n * width) : c.anchors;
   STD_TORCH_CHECK(candidates || m == n, "candidates: expected, since there are not as many as anchors");
@@ -148,8 +148,8 @@ void small_rows(Tensor student, OptionalTensor student_candidates, Tensor teache
     SmallTask<T> task{};
     task.row = a.task<T>(p);
     task.features = true;
-    task.student = cloud<T>(like, student, student_candidates, options.metric, m, n);
-    task.teacher = cloud<T>(like, teacher, teacher_candidates, options.teacher_metric, m, n);
+    task.student = given_points<T>(like, student, student_candidates, options.metric, m, n);
+    task.teacher = given_points<T>(like, teacher, teacher_candidates, options.teacher_metric, m, n);
     task.student.anchor_shrinks = like.out<double>(shrinks, "shrinks", m);
     task.student.candidate_shrinks = like.out<double>(candidate_shrinks, "candidate_shrinks", n);
     task.student_distances = like.out<T>(student_distances, "student_distances", m * n);
@@ -167,11 +167,11 @@ void small_gradient(Tensor student, OptionalTensor student_candidates, Tensor v,
     task.rows = dimension(v, 0, "v");
     task.n = candidates_of(v, "v");
     const auto parsed = named<Metric>(kMetricNames, metric, "metric");
-    task.cloud = cloud<T>(like, student, student_candidates, parsed, task.rows, task.n);
-    STD_TORCH_CHECK(!task.cloud.traits.directions || (shrinks && (task.cloud.same || candidate_shrinks)),
+    task.points = given_points<T>(like, student, student_candidates, parsed, task.rows, task.n);
+    STD_TORCH_CHECK(!task.points.traits.directions || (shrinks && (task.points.same || candidate_shrinks)),
                     "shrinks: expected for the metric '", metric, "'");
-    task.cloud.anchor_shrinks = like.out<double>(shrinks, "shrinks", task.rows);
-    task.cloud.candidate_shrinks = like.out<double>(candidate_shrinks, "candidate_shrinks", task.n);
+    task.points.anchor_shrinks = like.out<double>(shrinks, "shrinks", task.rows);
+    task.points.candidate_shrinks = like.out<double>(candidate_shrinks, "candidate_shrinks", task.n);
     task.v = like.in<T>(v, "v", task.rows * task.n);
     task.anchors = like.out<T>(out, "out", student.numel());
     task.candidates =

@@ -11,7 +11,7 @@
 namespace pcoherence::cuda {
 
 template <class T>
-struct Cloud {
+struct GivenPoints {
   const T* anchors;     // [rows, width]
   const T* candidates;  // [n, width]; the anchors themselves where `same`
   int width;
@@ -26,13 +26,13 @@ template <class T>
 struct SmallTask {
   RowTask<T> row;
   bool features;
-  Cloud<T> student, teacher;
+  GivenPoints<T> student, teacher;
   T *student_distances, *teacher_distances;  // [rows, n]: row.student, row.teacher
 };
 
 template <class T>
 struct SmallGradientTask {
-  Cloud<T> cloud;
+  GivenPoints<T> points;
   std::int64_t rows;
   int n;
   const T* v;             // [rows, n]
@@ -75,23 +75,23 @@ PCOH_DEVICE double quotient(double x, double length, double inverse) {
 
 // Distances of anchor r into out [n].
 template <class T, class G>
-PCOH_DEVICE void small_distances(G& g, const Cloud<T>& cloud, std::int64_t r, int n, bool order_only, T* out) {
-  const MetricTraits& m = cloud.traits;
-  const int width = cloud.width, own = g.lane() % kTogether;  // the candidate that a lane finishes
-  const T* a = cloud.anchors + r * width;
+PCOH_DEVICE void small_distances(G& g, const GivenPoints<T>& points, std::int64_t r, int n, bool order_only, T* out) {
+  const MetricTraits& m = points.traits;
+  const int width = points.width, own = g.lane() % kTogether;  // the candidate that a lane finishes
+  const T* a = points.anchors + r * width;
   Length anchor(1);
   if (m.directions) {
     // As for candidates below: a point has one length, wherever it stands.
     const double square =
         sums_over_features(g, width, [=](auto, std::int64_t f) { return double(a[f]) * double(a[f]); });
     anchor = Length(square);
-    if (cloud.anchor_shrinks != nullptr && g.thread() == 0) cloud.anchor_shrinks[r] = anchor.shrink(square);
+    if (points.anchor_shrinks != nullptr && g.thread() == 0) points.anchor_shrinks[r] = anchor.shrink(square);
   }
   for (int first = g.warp() * kTogether; first < n; first += g.warps() * kTogether) {
     const T* c[kTogether];  // the last ones again where there are no more
     unrolled<kTogether>([&](auto i) {
       const int k = first + i < n ? first + i : n - 1;
-      c[i] = cloud.candidates + std::int64_t(k) * width;
+      c[i] = points.candidates + std::int64_t(k) * width;
     });
     const bool finishes = g.lane() < kTogether && first + own < n;
     double d;
@@ -101,8 +101,8 @@ PCOH_DEVICE void small_distances(G& g, const Cloud<T>& cloud, std::int64_t r, in
         return value * value;
       });
       const Length candidate(square);
-      if (cloud.candidate_shrinks != nullptr && r == 0 && finishes)
-        cloud.candidate_shrinks[first + own] = candidate.shrink(square);
+      if (points.candidate_shrinks != nullptr && r == 0 && finishes)
+        points.candidate_shrinks[first + own] = candidate.shrink(square);
       double lengths[kTogether], inverses[kTogether];
       unrolled<kTogether>([&](auto i) {
         lengths[i] = g.shuffle(candidate.length, i);
@@ -167,8 +167,8 @@ PCOH_DEVICE void sum_over_pairs(G& g, int count, int width, V v, Term term, Stor
 // The gradient of point p: an anchor, or with p >= rows the candidate p - rows. Every thread owns features.
 template <class T, class G>
 PCOH_DEVICE void small_gradient(G& g, const SmallGradientTask<T>& task, std::int64_t p) {
-  const Cloud<T>& cloud = task.cloud;
-  const int width = cloud.width;
+  const GivenPoints<T>& points = task.points;
+  const int width = points.width;
   const bool anchor = p < task.rows;
   const std::int64_t i = anchor ? p : p - task.rows;
   T* out = (anchor ? task.anchors : task.candidates);
@@ -181,18 +181,18 @@ PCOH_DEVICE void small_gradient(G& g, const SmallGradientTask<T>& task, std::int
   }
   if (out == nullptr) return;
   out += i * width;
-  const bool directions = cloud.traits.directions;
-  const double* anchor_shrinks = cloud.anchor_shrinks;
-  const double* candidate_shrinks = cloud.same ? cloud.anchor_shrinks : cloud.candidate_shrinks;
-  const T* own = (anchor ? cloud.anchors : cloud.candidates) + i * width;
-  const T* others = anchor ? cloud.candidates : cloud.anchors;
+  const bool directions = points.traits.directions;
+  const double* anchor_shrinks = points.anchor_shrinks;
+  const double* candidate_shrinks = points.same ? points.anchor_shrinks : points.candidate_shrinks;
+  const T* own = (anchor ? points.anchors : points.candidates) + i * width;
+  const T* others = anchor ? points.candidates : points.anchors;
   const double* shrinks = anchor ? candidate_shrinks : anchor_shrinks;  // of the others
   const double shrink = !directions ? 1.0 : anchor ? anchor_shrinks[i] : candidate_shrinks[i];
   const int count = anchor ? task.n : static_cast<int>(task.rows);
   // d / d x_i of sum_rk V_rk |..|: row i of V, column i of V, or both where the candidates are the anchors.
   const int n = task.n;  // and an element's number fits into an int: a batch is small
   const T *row = task.v + i * n, *column = task.v + i;
-  const bool both = anchor && cloud.same;
+  const bool both = anchor && points.same;
   const auto v = [=](int j) { return both ? row[j] + column[j * n] : anchor ? row[j] : column[j * n]; };
   if (!directions) {
     sum_over_pairs<T>(

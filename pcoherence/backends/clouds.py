@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .gradients import DifferenceGradient, ProductGradient, SymmetricGradient
-from .points import Traits, lengths, power_of_two_below, slabs, wide
+from .points import MetricTraits, lengths, power_of_two_below, slabs, wide
 from .products import multiply
 from .row_kernels import RowKernels
 
@@ -47,7 +47,7 @@ class Cloud:
     symmetric = False
     _scale: Tensor  # float64, 0-d: a power of two that points are multiplied by
 
-    def __init__(self, anchors: Tensor, candidates: Tensor | None, traits: Traits) -> None:
+    def __init__(self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits) -> None:
         self.anchors = anchors
         self.candidates = anchors if candidates is None else candidates
         self.same = candidates is None
@@ -84,7 +84,7 @@ class DifferenceCloud(Cloud):
     """
 
     def __init__(
-        self, anchors: Tensor, candidates: Tensor | None, traits: Traits, kernels: RowKernels
+        self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits, kernels: RowKernels
     ) -> None:
         super().__init__(anchors, candidates, traits)
         self._kernels = kernels
@@ -121,7 +121,7 @@ class ProductCloud(Cloud):
     """Distances and their gradient by matrix products, but of near pairs by differences."""
 
     def __init__(
-        self, anchors: Tensor, candidates: Tensor | None, traits: Traits, kernels: RowKernels
+        self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits, kernels: RowKernels
     ) -> None:
         super().__init__(anchors, candidates, traits)
         self._kernels = kernels

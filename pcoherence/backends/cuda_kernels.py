@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..spec import LossSpec
 from .pipeline import Batch, Results
-from .points import TRAITS, Prepared, Side, Traits
+from .points import TRAITS, MetricTraits, Prepared, Side
 from .row_kernels import Rows, Units
 
 
@@ -38,7 +38,7 @@ class CudaRowKernels:
                 "temperatures; use method='scan' or 'auto', or a higher temperature"
             )
 
-    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: Traits) -> Prepared:
+    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits) -> Prepared:
         """See RowKernels: four launches, five with candidates of their own."""
 
         def side(x: Tensor) -> Side:
@@ -73,7 +73,7 @@ class CudaRowKernels:
         begin: int,
         same: bool,
         first: Tensor,
-        traits: Traits,
+        traits: MetricTraits,
         order_only: bool,
     ) -> Tensor:
         """See RowKernels. Returns one bit for each pair, int32 [b, ceil(n / 32)]."""
@@ -119,7 +119,12 @@ class CudaRowKernels:
         return sums
 
     def anchors(
-        self, spec: LossSpec, rows: Rows, units: Units, stored: Traits | None, spare: Tensor | None
+        self,
+        spec: LossSpec,
+        rows: Rows,
+        units: Units,
+        stored: MetricTraits | None,
+        spare: Tensor | None,
     ) -> Tensor:
         """See RowKernels: one launch."""
         losses = rows.student.new_empty(rows.student.shape[0], dtype=torch.float64)
@@ -144,7 +149,12 @@ class CudaRowKernels:
         return False
 
     def difference_distances(
-        self, out: Tensor, anchors: Tensor, candidates: Tensor, traits: Traits, order_only: bool
+        self,
+        out: Tensor,
+        anchors: Tensor,
+        candidates: Tensor,
+        traits: MetricTraits,
+        order_only: bool,
     ) -> None:
         """Not asked for."""
         raise NotImplementedError

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..inputs import candidates
 from ..spec import LossSpec
 from .clouds import DifferenceCloud, ProductCloud
-from .points import TRAITS, Traits
+from .points import TRAITS, MetricTraits
 from .row_kernels import RowKernels, Rows, Units
 
 BLOCK_BYTES = 32 << 20
@@ -38,7 +38,7 @@ Each block adds to the gradient of all candidates, 8 bytes a feature in float32:
 The product that is added takes 10 ps with 256 rows and at 50 TFLOP/s.
 """
 
-PLAIN = Traits(directions=False, root=False, factor=1.0, chain=1.0)
+PLAIN = MetricTraits(directions=False, root=False, factor=1.0, chain=1.0)
 """Of distances that are given: V is the gradient with respect to them."""
 
 

@@ -26,7 +26,7 @@ SLAB_ELEMENTS = 1 << 22
 """Features that are held in float64 at a time while they are prepared: 32 MiB."""
 
 
-class Traits(NamedTuple):
+class MetricTraits(NamedTuple):
     """How a metric comes from |a - b|^2 of the points or of their directions.
 
     The distance is factor |a - b|^2, or with `root` |a - b|. The gradient with respect to features
@@ -41,9 +41,9 @@ class Traits(NamedTuple):
 
 
 TRAITS = {
-    "euclidean": Traits(directions=False, root=True, factor=1.0, chain=1.0),
-    "sqeuclidean": Traits(directions=False, root=False, factor=1.0, chain=2.0),
-    "cosine": Traits(directions=True, root=False, factor=0.5, chain=1.0),
+    "euclidean": MetricTraits(directions=False, root=True, factor=1.0, chain=1.0),
+    "sqeuclidean": MetricTraits(directions=False, root=False, factor=1.0, chain=2.0),
+    "cosine": MetricTraits(directions=True, root=False, factor=0.5, chain=1.0),
 }
 """The metrics that row kernels know; others come as blocks of distances."""
 
@@ -103,7 +103,7 @@ def slabs(rows: int, width: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
-def wide(x: Tensor, traits: Traits) -> Tensor:
+def wide(x: Tensor, traits: MetricTraits) -> Tensor:
     """Points or directions in float64, [r, d]."""
     return x.double() / lengths(x) if traits.directions else x.double()
 

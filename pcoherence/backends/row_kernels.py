@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ..spec import LossSpec
-from .points import Prepared, Side, Traits
+from .points import MetricTraits, Prepared, Side
 
 
 class Rows(NamedTuple):
@@ -41,7 +41,7 @@ class RowKernels(Protocol):
     `near` is what the backend wants to remember of the pairs whose gradient leaves the products.
     """
 
-    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: Traits) -> Prepared:
+    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits) -> Prepared:
         """Points for products, see points.py; T [m, d], and [n, d] or the anchors."""
         ...
 
@@ -54,7 +54,7 @@ class RowKernels(Protocol):
         begin: int,
         same: bool,
         first: Tensor,
-        traits: Traits,
+        traits: MetricTraits,
         order_only: bool,
     ) -> Any:
         """out_ij = distance from products_ik = a_i . c_k, k = first_j; returns `near`.
@@ -95,7 +95,12 @@ class RowKernels(Protocol):
         ...
 
     def anchors(
-        self, spec: LossSpec, rows: Rows, units: Units, stored: Traits | None, spare: Tensor | None
+        self,
+        spec: LossSpec,
+        rows: Rows,
+        units: Units,
+        stored: MetricTraits | None,
+        spare: Tensor | None,
     ) -> Tensor:
         """Losses L_i without the coefficient, float64 [b].
 
@@ -127,7 +132,12 @@ class RowKernels(Protocol):
         ...
 
     def difference_distances(
-        self, out: Tensor, anchors: Tensor, candidates: Tensor, traits: Traits, order_only: bool
+        self,
+        out: Tensor,
+        anchors: Tensor,
+        candidates: Tensor,
+        traits: MetricTraits,
+        order_only: bool,
     ) -> None:
         """out_ij = distance(a_i, c_j) by differences, exactly equal for equal candidates.
 

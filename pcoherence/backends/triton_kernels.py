@@ -17,7 +17,7 @@ from ..kernels.tables import SERIES_DEGREE, hard_series, series
 from ..objectives import HUBER_DELTA, RESOLUTION, SPEARMAN_FLOOR
 from ..spec import LossSpec
 from .pipeline import block_rows
-from .points import Traits
+from .points import MetricTraits
 from .row_kernels import RowKernels, Rows, Units
 from .triton_points import PointKernels
 
@@ -202,7 +202,12 @@ class TritonRowKernels(PointKernels):
         return stats[1] * stats[0]
 
     def anchors(
-        self, spec: LossSpec, rows: Rows, units: Units, stored: Traits | None, spare: Tensor | None
+        self,
+        spec: LossSpec,
+        rows: Rows,
+        units: Units,
+        stored: MetricTraits | None,
+        spare: Tensor | None,
     ) -> Tensor:
         """See RowKernels. Statistics, ranks of both, objective, pullback, gradient: 7 launches.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import cdiv
 
 from ..kernels import distances, points, tuning
-from .points import NEARNESS, SAMPLE, Prepared, Side, Traits, first_identical
+from .points import NEARNESS, SAMPLE, MetricTraits, Prepared, Side, first_identical
 
 
 class NearTiles(NamedTuple):
@@ -25,7 +25,12 @@ class PointKernels:
     """The part of pcoherence.backends.row_kernels.RowKernels that is about points."""
 
     def difference_distances(
-        self, out: Tensor, anchors: Tensor, candidates: Tensor, traits: Traits, order_only: bool
+        self,
+        out: Tensor,
+        anchors: Tensor,
+        candidates: Tensor,
+        traits: MetricTraits,
+        order_only: bool,
     ) -> None:
         """See RowKernels. Grid: one program for 32 x 32 pairs."""
         b, n = out.shape
@@ -45,7 +50,7 @@ class PointKernels:
             num_warps=t.distance_warps,
         )
 
-    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: Traits) -> Prepared:
+    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits) -> Prepared:
         """See RowKernels. Two launches, or three with other candidates; torch sorts the hashes."""
         everyone = anchors if candidates is None else candidates
         n, width = everyone.shape
@@ -102,7 +107,7 @@ class PointKernels:
         begin: int,
         same: bool,
         first: Tensor,
-        traits: Traits,
+        traits: MetricTraits,
         order_only: bool,
     ) -> NearTiles:
         """See RowKernels. Reads and writes the block once: 2 x 32 MiB, 20 us."""

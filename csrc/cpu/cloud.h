@@ -12,7 +12,7 @@
 namespace pcoherence {
 
 template <class T>
-struct FeatureInput {
+struct GivenPoints {
   const T* anchors;     // [m, width]
   const T* candidates;  // [n, width], or null: the anchors themselves
   std::int64_t m, n, width;
@@ -23,13 +23,13 @@ struct FeatureInput {
 // Neither changes the order of distances; together they keep the products from cancelling and from overflowing.
 // For cityblock the features stay as they are.
 template <class T>
-class Features {
+class Cloud {
  public:
-  Features(const FeatureInput<T>& input, Runtime<T>& runtime);
+  Cloud(const GivenPoints<T>& input, Runtime<T>& runtime);
 
   const T* anchors() const { return anchors_; }
   const T* candidates() const { return candidates_; }
-  const FeatureInput<T>& input() const { return input_; }
+  const GivenPoints<T>& input() const { return input_; }
   MetricTraits traits() const { return pcoherence::traits(input_.metric); }
   bool same() const { return input_.candidates == nullptr; }
 
@@ -42,10 +42,10 @@ class Features {
   // All of them at once, where the candidates are the anchors: the upper triangle, mirrored. block [padded(n),
   // padded(n)]
   void symmetric_products(T* block, Runtime<T>& runtime) const;
-  // `order_only`: anything with the order of the distances will do. `close`: see RowKernels::finish_distances.
-  void distances(T* products, T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>* close) const;
+  // `order_only`: anything with the order of the distances will do. `near`: see RowKernels::finish_distances.
+  void distances(T* products, T* row, std::int64_t anchor, bool order_only, std::vector<std::int32_t>* near) const;
 
-  // Differences of the points as given, in the units of the prepared features: for pairs too close for those.
+  // Differences of the points as given, in the units of the prepared features: for pairs too near for those.
   Point<T> anchor(std::int64_t i) const { return {input_.anchors + i * input_.width, length(anchor_lengths_, i)}; }
   Point<T> candidate(std::int64_t j) const {
     return {given_candidates() + j * input_.width, length(lengths_of_candidates(), j)};
@@ -73,7 +73,7 @@ class Features {
     return lengths.empty() ? 1.0 : lengths[i];
   }
 
-  FeatureInput<T> input_;
+  GivenPoints<T> input_;
   T *anchors_ = nullptr, *candidates_ = nullptr;        // [m, width], [n, width]
   std::vector<double> anchor_norms_, candidate_norms_;  // [padded(m)], [padded(n)]: squared; the latter empty if same()
   std::vector<double> anchor_lengths_, candidate_lengths_;  // cosine: |x| as given, infinite for 0; else empty

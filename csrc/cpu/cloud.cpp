@@ -1,4 +1,4 @@
-#include "features.h"
+#include "cloud.h"
 
 #include <algorithm>
 #include <cmath>
@@ -86,7 +86,7 @@ class Sample {
 }  // namespace
 
 template <class T>
-Features<T>::Features(const FeatureInput<T>& input, Runtime<T>& runtime) : input_(input) {
+Cloud<T>::Cloud(const GivenPoints<T>& input, Runtime<T>& runtime) : input_(input) {
   if (!traits().products) {
     anchors_ = const_cast<T*>(input.anchors);
     candidates_ = same() ? anchors_ : const_cast<T*>(input.candidates);
@@ -114,7 +114,7 @@ Features<T>::Features(const FeatureInput<T>& input, Runtime<T>& runtime) : input
 // does not move it, rounded to a power of two near the spread of one coordinate: then x - centre is exact for data on
 // a lattice (integers, quantised or binary features), and distances that tie exactly still do.
 template <class T>
-void Features<T>::choose_centre() {
+void Cloud<T>::choose_centre() {
   const T* x = same() ? input_.anchors : input_.candidates;
   const bool directions = traits().directions;
   double spread = 0;
@@ -139,8 +139,8 @@ void Features<T>::choose_centre() {
 }
 
 template <class T>
-void Features<T>::prepare(const T* from, T* to, std::vector<double>& norms, std::vector<double>& lengths,
-                          std::int64_t rows, Runtime<T>& runtime) const {
+void Cloud<T>::prepare(const T* from, T* to, std::vector<double>& norms, std::vector<double>& lengths,
+                       std::int64_t rows, Runtime<T>& runtime) const {
   const std::vector<double> zero(input_.width, 0.0);
   runtime.parallel_for(rows, 1 + kGrain / (input_.width + 1), [&](std::int64_t begin, std::int64_t end, int) {
     for (std::int64_t i = begin; i < end; ++i) {
@@ -155,7 +155,7 @@ void Features<T>::prepare(const T* from, T* to, std::vector<double>& norms, std:
 // Matrix products may round differently for different columns, so equal candidates are found by value: by the value
 // given, since the prepared ones may have lost a difference far smaller than the centre.
 template <class T>
-void Features<T>::find_duplicates(Runtime<T>& runtime) {
+void Cloud<T>::find_duplicates(Runtime<T>& runtime) {
   const std::int64_t width = input_.width;
   const std::vector<double> zero(width, 0.0);
   const auto copy = [&](std::int32_t i, std::vector<T>& to) {
@@ -186,7 +186,7 @@ void Features<T>::find_duplicates(Runtime<T>& runtime) {
 }
 
 template <class T>
-void Features<T>::products(T* block, std::int64_t begin, std::int64_t rows, Runtime<T>& runtime) const {
+void Cloud<T>::products(T* block, std::int64_t begin, std::int64_t rows, Runtime<T>& runtime) const {
   if (traits().products)
     runtime.multiply_nt(block, padded(input_.n), anchors_ + begin * input_.width, candidates_, rows, input_.n,
                         input_.width);
@@ -201,7 +201,7 @@ static_assert(kMinSlab % kSymmetricStrip == 0);
 constexpr std::int64_t kCachedBytes = 16 << 20;
 
 template <class T>
-void Features<T>::symmetric_products(T* block, Runtime<T>& runtime) const {
+void Cloud<T>::symmetric_products(T* block, Runtime<T>& runtime) const {
   const std::int64_t n = input_.n, ld = padded(n), width = input_.width;
   const std::int64_t rows = std::clamp(n / 8 / kSymmetricStrip * kSymmetricStrip, kMinSlab, kMaxSlab);
   const bool beyond_cache = ld * ld * static_cast<std::int64_t>(sizeof(T)) > kCachedBytes;
@@ -218,9 +218,9 @@ void Features<T>::symmetric_products(T* block, Runtime<T>& runtime) const {
 }
 
 template <class T>
-void Features<T>::distances(T* products, T* row, std::int64_t anchor, bool order_only,
-                            std::vector<std::int32_t>* close) const {
-  if (close != nullptr) close->clear();
+void Cloud<T>::distances(T* products, T* row, std::int64_t anchor, bool order_only,
+                         std::vector<std::int32_t>* near) const {
+  if (near != nullptr) near->clear();
   if (!traits().products) {
     kernels().of<T>().cityblock_distances(row, anchors_ + anchor * input_.width, candidates_, input_.n, input_.width);
     return;
@@ -239,12 +239,12 @@ void Features<T>::distances(T* products, T* row, std::int64_t anchor, bool order
   task.candidate_lengths = lengths_of_candidates().empty() ? nullptr : lengths_of_candidates().data();
   task.unit = scale_ * scale_;
   task.width = input_.width;
-  kernels().of<T>().finish_distances(task, close);
+  kernels().of<T>().finish_distances(task, near);
   for (const auto& [candidate, original] : duplicates_) row[candidate] = row[original];
 }
 
 template <class T>
-void Features<T>::pull(T* gradient, const T* given, const std::vector<double>& lengths, std::int64_t rows) const {
+void Cloud<T>::pull(T* gradient, const T* given, const std::vector<double>& lengths, std::int64_t rows) const {
   const std::int64_t width = input_.width;
   for (std::int64_t i = 0; i < rows; ++i) {
     T* g = gradient + i * width;
@@ -260,7 +260,7 @@ void Features<T>::pull(T* gradient, const T* given, const std::vector<double>& l
   }
 }
 
-template class Features<float>;
-template class Features<double>;
+template class Cloud<float>;
+template class Cloud<double>;
 
 }  // namespace pcoherence
