@@ -31,6 +31,7 @@ struct Options {
   Method method = Method::automatic;
   double temperature = 0.1;
   double teacher_temperature = 0;  // 0: hard mid-ranks
+  double neighbourhood = 0;        // 0: weights as given
 
   constexpr bool soft_teacher() const { return teacher_temperature > 0; }
 };
@@ -62,6 +63,7 @@ void for_each_option(Options& options, F&& f) {
   f("scale", kScaleNames, options.scale);
   f("objective", kObjectiveNames, options.objective);
   f("method", kMethodNames, options.method);
+  f("neighbourhood", Number{}, options.neighbourhood);
   f("metric", kMetricNames, options.metric);
   f("teacher_metric", kMetricNames, options.teacher_metric);
 }
@@ -97,6 +99,8 @@ inline Options unpacked(std::string_view packed, double temperature, double teac
     });
     if (!known) throw std::invalid_argument("options: unknown part '" + std::string(part) + "'");
   }
+  if (!(options.neighbourhood >= 0))
+    throw std::invalid_argument("neighbourhood: expected 0 or more, got " + std::to_string(options.neighbourhood));
   return options;
 }
 

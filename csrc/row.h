@@ -10,20 +10,24 @@
 //   each(g, n, f)                  f(k) for every k < n at which such elements begin
 //   each_candidate(g, row, f)      f(k, w), w the weights
 //   each_value(g, row, from, f)    f(k, v, w), v the values `from` [n], which become the row's
-//   sum_each(g, n, f)              sum of f(k) over single elements k, in float64
+//   each_element(g, n, f)          f(k) for every single element
+//   sum_each(g, n, f)              sum of f(k) over single elements, in float64
 //   by_memory(g, p, f)             f(p), compiled for the memory that p points to
 //   total(g, sum)  total(g, a, b, c)  extremes(g, low, high, sum)  of all elements
 //   weigh(g, row)                  the weights' statistics
+//   reweigh(g, row, weights)       the same of others [n], which become the row's
 //   hard_ranks(g, row, stats, want_ties, out, work)
 //
 // A Row has values, weights, n, and once the sums are there: position(k), in temperatures from any origin; place(k),
 // the same for get()'s elements, in row.unit() temperatures.
 //
 // A Workplace has memory for the stages of a row, and the methods:
-//   take(n, others)                memory [n]; of what is fast only if that many others, which need it more, fit too
-//   values(given, n)               where stats() puts the row's values; a copy of a workplace takes the same memory
-//   again pullback(sums, residuals, n)   the sums' pullback, in place or not method, most_bins, Grid, Scan, Pairs,
-//   run<Sums>(g, row, low, high, scale, f)
+//   take(n, others)                memory [n]; fast if that many others, which need it more, would be so, too. A copy
+//                                  of a workplace takes the same memory again
+//   values(given, n)               where stats() puts the row's values
+//   pullback(sums, residuals, n)   of the sums, in place or not
+//   near_ranks(g, count, near)     see rerank() in anchor.h
+//   run<Sums>(g, row, low, high, scale, f)   with Sums one of Grid, Scan, Pairs; method, most_bins
 #pragma once
 
 #include <cmath>

@@ -62,7 +62,8 @@ def residual_slope(x, OBJECTIVE: tl.constexpr, DELTA: tl.constexpr, RESOLUTION: 
 def objective(
     ranks,  # T [rows, n] in: F^S (cross_entropy: R^S); out, with GRADIENT: d loss / d F (g / W)
     teacher,  # T [rows, n] F^T (cross_entropy: R^T)
-    weights,  # T [n]
+    weights,
+    weight_stride,
     self_index,
     student_stats,
     teacher_stats,
@@ -93,7 +94,7 @@ def objective(
         for k0 in range(0, n, BN):
             k = (k0 + tl.arange(0, BN))[None, :]
             at = r[:, None] * n + k
-            w = load_weights(weights, 0, self_index, r, k, rows, n).to(tl.float64)
+            w = load_weights(weights, weight_stride, self_index, r, k, rows, n).to(tl.float64)
             ours += tl.sum(w * tl.load(ranks + at, mask=live & (k < n), other=0.0), 1)
             theirs += tl.sum(w * tl.load(teacher + at, mask=live & (k < n), other=0.0), 1)
         our_mean = (ours / weight).to(T)[:, None]
@@ -104,7 +105,7 @@ def objective(
         for k0 in range(0, n, BN):
             k = (k0 + tl.arange(0, BN))[None, :]
             at = r[:, None] * n + k
-            w = load_weights(weights, 0, self_index, r, k, rows, n)
+            w = load_weights(weights, weight_stride, self_index, r, k, rows, n)
             x = tl.load(ranks + at, mask=live & (k < n), other=0.0) - our_mean
             y = tl.load(teacher + at, mask=live & (k < n), other=0.0) - their_mean
             our_square += tl.sum((w * x * x).to(tl.float64), 1)
@@ -124,7 +125,7 @@ def objective(
             for k0 in range(0, n, BN):
                 k = (k0 + tl.arange(0, BN))[None, :]
                 at = r[:, None] * n + k
-                w = load_weights(weights, 0, self_index, r, k, rows, n)
+                w = load_weights(weights, weight_stride, self_index, r, k, rows, n)
                 x = tl.load(ranks + at, mask=live & (k < n), other=0.0) - our_mean
                 y = tl.load(teacher + at, mask=live & (k < n), other=0.0) - their_mean
                 tl.store(ranks + at, w * (x * by_ours - y * by_theirs), mask=live & (k < n))
@@ -132,7 +133,7 @@ def objective(
         for k0 in range(0, n, BN):
             k = (k0 + tl.arange(0, BN))[None, :]
             at = r[:, None] * n + k
-            w = load_weights(weights, 0, self_index, r, k, rows, n)
+            w = load_weights(weights, weight_stride, self_index, r, k, rows, n)
             x = tl.load(ranks + at, mask=live & (k < n), other=0.0)
             x -= tl.load(teacher + at, mask=live & (k < n), other=0.0)
             if OBJECTIVE == "cross_entropy":
@@ -155,7 +156,8 @@ def objective(
 def store_gradient(
     distances,  # T [rows, n] in: the student's; out: V, see RowKernels.anchors
     g,  # T [rows, n] gradient w.r.t. positions
-    weights,  # T [n]
+    weights,  # those of the scale
+    weight_stride,
     self_index,
     coefficients,  # T [rows]
     student_stats,
@@ -197,7 +199,7 @@ def store_gradient(
         k = (k0 + tl.arange(0, BN))[None, :]
         at = r[:, None] * n + k
         d = tl.load(distances + at, mask=live & (k < n), other=0.0)
-        w = load_weights(weights, 0, self_index, r, k, rows, n)
+        w = load_weights(weights, weight_stride, self_index, r, k, rows, n)
         pulled = tl.load(g + at, mask=live & (k < n), other=0.0)
         v = pulled * per_g + w * per_w
         if ROOT:

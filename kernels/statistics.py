@@ -103,6 +103,37 @@ def row_stats(
 
 
 @triton.jit
+def near_weights(
+    ranks,  # T [rows, n] in: F^T under the weights; out: the weights in the neighbourhood
+    weights,
+    weight_stride,
+    self_index,
+    offset,  # T [] h / (h + 1/2)
+    slope,  # T [] 1 / (h + 1/2)
+    totals,  # float64 [rows] out: their sums
+    rows,
+    n,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """w_k / (1 + F_k / h), times 1 + 1 / (2 h), on which nothing depends; grid [rows / BR]."""
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = (r < rows)[:, None]
+    total = tl.zeros([BR], tl.float64)
+    base = tl.load(offset)
+    per_rank = tl.load(slope)
+    for k0 in range(0, n, BN):
+        k = (k0 + tl.arange(0, BN))[None, :]
+        at = ranks + r[:, None] * n + k
+        w = load_weights(weights, weight_stride, self_index, r, k, rows, n)
+        f = tl.load(at, mask=live & (k < n), other=0.0)
+        near = tl.where(w > 0, w / tl.where(w > 0, base + per_rank * f, 1.0), 0.0)
+        total += tl.sum(near.to(tl.float64), 1)
+        tl.store(at, near, mask=live & (k < n))
+    tl.store(totals + r, total, mask=r < rows)
+
+
+@triton.jit
 def positions(v, stats, r, rows):
     """Distances T [BR, BK] -> positions; none outside EXTENT but of weight 0, or infinite."""
     low = load_stat(stats, LOW, r, rows).to(v.dtype)[:, None]

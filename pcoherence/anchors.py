@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import objectives
-from .inputs import LossInputs, check_generator, refuse_recomputation
+from .inputs import LossInputs, check_generator, refuse_recomputation, rows_of
 from .spec import LossSpec
 
 
@@ -69,7 +69,7 @@ def sample(spec: LossSpec, inputs: LossInputs, generator: torch.Generator | None
             inputs.teacher[index],
             inputs.teacher if square else inputs.teacher_candidates,
             weights[index] * (m / k),
-            inputs.candidate_weights,
+            rows_of(inputs.candidate_weights, index),
             None if inputs.self_index is None else inputs.self_index[index],
         ),
         index,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from . import distances
-from .inputs import LossInputs, candidates, inputs_outside_inference
+from .inputs import LossInputs, candidates, inputs_outside_inference, rows_of
 from .metrics import evenly_spaced, ordered_distances
 from .spec import LossSpec, Metric
+from .weights import mid_ranks, near_weights, pair_weights
 
 MAX_ANCHORS = 256
 """Anchors looked at, evenly spread over the batch."""
@@ -31,6 +32,8 @@ so that half of the pairs that are wrong lie where the gradient is large."""
 
 class Diagnosis(NamedTuple):
     """What `PerceptionCoherenceLoss.diagnose` found; with z = (d_ij - d_ik) / temperature.
+
+    Pairs are drawn by the candidates' weights, in the neighbourhood if the loss has one.
 
     Attributes:
         loss: the loss itself.
@@ -151,12 +154,14 @@ def _draw(spec: LossSpec, inputs: LossInputs) -> tuple[Tensor, _Pairs]:
         "teacher_metric",
     )
     index = None if inputs.self_index is None else inputs.self_index[rows]
-    weights = distances.pair_weights(student, inputs.candidate_weights, index)
+    weights = pair_weights(student, rows_of(inputs.candidate_weights, rows), index)
     student = distances.scaled(student, weights, spec.scale)
     used = weights.sum(1) > 0  # an anchor that has nobody to compare says nothing
     if not bool(used.any()):
         raise ValueError("candidate_weights: expected an anchor with weighted candidates; got none")
     student, teacher, weights = student[used], teacher[used], weights[used]
+    if spec.neighbourhood is not None:
+        weights = near_weights(mid_ranks(teacher, weights), weights, spec.neighbourhood)
     generator = torch.Generator(student.device).manual_seed(0)
     j, k = (
         torch.multinomial(weights, PAIRS, replacement=True, generator=generator) for _ in range(2)

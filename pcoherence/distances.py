@@ -83,19 +83,6 @@ def pairwise(a: Tensor, b: Tensor, metric: Metric, argument: str = "metric") -> 
     return result.to(a.dtype)
 
 
-def pair_weights(
-    like: Tensor, candidate_weights: Tensor | None, self_index: Tensor | None
-) -> Tensor:
-    """w_ik [m, n], shaped as `like`: candidate_weights[k], but 0 where k is anchor i itself."""
-    m, n = like.shape
-    weights = like.new_ones(n) if candidate_weights is None else candidate_weights
-    weights = weights.expand(m, n)
-    if self_index is None:
-        return weights
-    is_self = torch.arange(n, device=like.device) == self_index[:, None]
-    return weights.masked_fill(is_self, 0.0)
-
-
 def safe_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The numerator over the denominator; the numerator itself where the denominator is 0."""
     return numerator / torch.where(denominator == 0, 1.0, denominator)

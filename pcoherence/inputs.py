@@ -23,13 +23,28 @@ class LossInputs(NamedTuple):
     teacher: Tensor  # [m, dt]
     teacher_candidates: Tensor | None  # [n, dt]
     anchor_weights: Tensor | None  # [m]
-    candidate_weights: Tensor | None  # [n]
+    candidate_weights: Tensor | None  # [n] or [m, n]
     self_index: Tensor | None  # int64 [m]
 
 
 def candidates(points: Tensor, given: Tensor | None) -> Tensor:
     """The candidates [n, d]: those given, or the anchors themselves."""
     return points if given is None else given
+
+
+def rows_of(candidate_weights: Tensor | None, anchors: Tensor | slice) -> Tensor | None:
+    """The weights [n] or [m, n] as some of the anchors see them."""
+    by_anchor = candidate_weights is not None and candidate_weights.ndim == 2
+    return candidate_weights[anchors] if by_anchor else candidate_weights  # type: ignore[index]
+
+
+def check_common_weights(inputs: LossInputs, what: str) -> None:
+    """Raise ValueError where weights differ by anchor, and `what` adds candidates to theirs."""
+    if inputs.candidate_weights is not None and inputs.candidate_weights.ndim == 2:
+        raise ValueError(
+            f"candidate_weights: expected shape [n] with {what}, which adds candidates; "
+            f"got {tuple(inputs.candidate_weights.shape)}"
+        )
 
 
 def prepare_inputs(
@@ -58,7 +73,9 @@ def prepare_inputs(
     m = student.shape[0]
     n = candidates(student, student_candidates).shape[0]
     check_weights("anchor_weights", anchor_weights, (m,), student)
-    check_weights("candidate_weights", candidate_weights, (n,), student)
+    by_anchor = isinstance(candidate_weights, Tensor) and candidate_weights.ndim == 2
+    shape = (m, n) if by_anchor else (n,)
+    check_weights("candidate_weights", candidate_weights, shape, student)
     index = _resolve_self_index(self_index, student, n, square=student_candidates is None)
     return inputs_outside_inference(
         LossInputs(

@@ -17,12 +17,13 @@ from .bank import CandidateBank
 from .inputs import (
     LossInputs,
     candidates,
+    check_common_weights,
     check_enough_candidates,
     prepare_inputs,
     prepare_values,
     refuse_recomputation,
 )
-from .spec import BACKENDS, METHODS, LossSpec, Metric, check_flag, check_name, check_temperature
+from .spec import BACKENDS, METHODS, LossSpec, Metric, check_flag, check_name, check_positive
 
 FIXED = frozenset(field.name for field in dataclasses.fields(LossSpec)) - {"temperature"}
 """Options that a `PerceptionCoherenceLoss` keeps for life: other parts of it follow from them."""
@@ -39,6 +40,7 @@ def perception_coherence_loss(
     self_index: Tensor | str | None = "auto",
     temperature: float = 0.1,
     teacher_temperature: float | None = None,
+    neighbourhood: float | None = None,
     metric: Metric = "euclidean",
     teacher_metric: Metric | None = None,
     scale: str = "anchor",
@@ -76,11 +78,14 @@ def perception_coherence_loss(
         student_candidates: [n, ds], n >= 2; None: the batch itself.
         teacher_candidates: [n, dt]; given with student_candidates or not at all.
         anchor_weights: [m], any real dtype, >= 0, constant; None: ones. 0 marks padding.
-        candidate_weights: [n], likewise.
+        candidate_weights: w_j [n], or [m, n] where they differ by anchor; likewise.
         self_index: int64 [m], the candidate that is the anchor itself and is left out, or -1 for
             none. "auto": 0..m-1 without given candidates, otherwise None (nobody is left out).
         temperature: student's tau > 0, in units of the scaled distance.
         teacher_temperature: teacher's tau > 0; None: hard ranks.
+        neighbourhood: h > 0: near candidates count more, w_ij = w_j / (1 + F_ij / h), F_ij in
+            (0, 1) the teacher's hard mid-rank under w_j: the weight of the nearest is whole, and
+            has halved at the share h of candidates. Only `scale` keeps w_j. None: w_ij = w_j.
         metric: "euclidean", "sqeuclidean", "cosine", "cityblock", or a callable
             (a [m, d], b [n, d]) -> [m, n]. Its parameters get gradients too.
         teacher_metric: likewise, without gradients; None: the same as `metric`.
@@ -110,6 +115,7 @@ def perception_coherence_loss(
     spec = LossSpec(
         temperature=temperature,
         teacher_temperature=teacher_temperature,
+        neighbourhood=neighbourhood,
         metric=metric,
         teacher_metric=teacher_metric,
         scale=scale,
@@ -157,6 +163,7 @@ class PerceptionCoherenceLoss(nn.Module):
         *,
         temperature: float = 0.1,
         teacher_temperature: float | None = None,
+        neighbourhood: float | None = None,
         metric: Metric = "euclidean",
         teacher_metric: Metric | None = None,
         scale: str = "anchor",
@@ -173,6 +180,7 @@ class PerceptionCoherenceLoss(nn.Module):
         self._spec = LossSpec(
             temperature=temperature,
             teacher_temperature=teacher_temperature,
+            neighbourhood=neighbourhood,
             metric=metric,
             teacher_metric=teacher_metric,
             scale=scale,
@@ -317,6 +325,7 @@ class PerceptionCoherenceLoss(nn.Module):
                     "student_candidates: expected None with gather=True, which makes the "
                     "candidates; a CandidateBank adds more"
                 )
+            check_common_weights(inputs, "gather=True")
             if self.bank is not None:
                 self.bank.check(inputs.student, inputs.teacher)
             _select(self.spec, inputs)  # which may refuse, before anyone waits
@@ -375,7 +384,7 @@ def soft_rank(
     Raises:
         TypeError, ValueError, RuntimeError: as `perception_coherence_loss`.
     """
-    check_temperature("temperature", temperature)
+    check_positive("temperature", temperature)
     check_name("method", method, METHODS)
     check_name("backend", backend, BACKENDS)
     values, weights = prepare_values(values, weights)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .inputs import at_least_float32
 from .metrics import coherence, evenly_spaced, ordered_distances
-from .spec import Metric, check_metrics
+from .spec import Metric, check_metrics, check_positive
+from .weights import mid_ranks, near_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +31,7 @@ def rank_agreement(
     *,
     metric: Metric = "euclidean",
     teacher_metric: Metric | None = None,
+    neighbourhood: float | None = None,
 ) -> Figure:
     """Draw, seen from every point, each student's ranks of the others against the teacher's.
 
@@ -42,6 +43,8 @@ def rank_agreement(
         teacher: [n, dt]. Of more than 2,048 points, as many are shown, evenly spread.
         metric: a name or a callable, as in `perception_coherence_loss`.
         teacher_metric: likewise; None: the same.
+        neighbourhood: as in `perception_coherence_loss`: near candidates count more, and take
+            more room on both axes.
 
     Returns:
         A matplotlib figure. It needs no display; `figure.savefig("ranks.png")` writes it.
@@ -51,6 +54,8 @@ def rank_agreement(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     check_metrics(metric, teacher_metric)
+    if neighbourhood is not None:
+        check_positive("neighbourhood", neighbourhood)
     theirs = metric if teacher_metric is None else teacher_metric
     if not isinstance(students, (Tensor, Mapping)):
         raise TypeError(
@@ -66,15 +71,20 @@ def rank_agreement(
         name: coherence(student, teacher, metric=metric, teacher_metric=teacher_metric).spearman
         for name, student in named.items()
     }
-    across = _rank_shares(teacher, theirs, "teacher_metric")
+    distances = _distances(teacher, theirs, "teacher_metric")
+    weights = torch.ones_like(distances)
+    if neighbourhood is not None:
+        weights = near_weights(mid_ranks(distances, weights), weights, neighbourhood)
+    counted = (weights / weights.sum(1, keepdim=True)).numpy().ravel()
+    across = mid_ranks(distances, weights).numpy().ravel()
     figure = Figure(figsize=(5 * len(named) + 0.6, 5), layout="constrained")
     panels = figure.subplots(1, len(named), sharey=True, squeeze=False)[0]
     # What a cell would hold if the student's ranks had nothing to do with the teacher's.
-    chance = across.size / CELLS**2
+    chance = counted.sum() / CELLS**2
     for axes, (name, student) in zip(panels, named.items(), strict=True):
-        up = _rank_shares(student, metric, "metric")
+        up = mid_ranks(_distances(student, metric, "metric"), weights).numpy().ravel()
         counts, x_edges, y_edges = np.histogram2d(
-            across.ravel(), up.ravel(), bins=CELLS, range=[[0, 1], [0, 1]]
+            across, up, bins=CELLS, range=[[0, 1], [0, 1]], weights=counted
         )
         density = np.maximum(counts.T / chance, LOWEST)
         image = axes.pcolormesh(x_edges, y_edges, density, norm=LogNorm(LOWEST, HIGHEST))
@@ -90,18 +100,13 @@ def rank_agreement(
 
 
 @torch.no_grad()
-def _rank_shares(points: Tensor, metric: Metric, argument: str) -> NDArray[np.float64]:
-    """For every point, the ranks of the others by distance, [n, n - 1], scaled to (0, 1)."""
+def _distances(points: Tensor, metric: Metric, argument: str) -> Tensor:
+    """For every point, the distances to the others or what has their order, float64 [n, n - 1]."""
     n = points.shape[0]
     points = at_least_float32(points[evenly_spaced(n, MAX_POINTS, points.device)])
-    full = ordered_distances(points, points, metric, argument).cpu()
-    others = (
-        full[~torch.eye(len(full), dtype=torch.bool, device="cpu")].view(len(full), -1).contiguous()
-    )
-    ordered = others.sort(1).values
-    # Mid-ranks: halfway between the first and the last place that a value could take.
-    places = [torch.searchsorted(ordered, others, right=right) for right in (False, True)]
-    return np.asarray((places[0] + places[1]).double() / (2 * others.shape[1]))
+    full = ordered_distances(points, points, metric, argument).cpu().double()
+    others = full[~torch.eye(len(full), dtype=torch.bool, device="cpu")]
+    return others.view(len(full), -1)
 
 
 def _matplotlib() -> tuple[type, type]:

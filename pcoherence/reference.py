@@ -17,7 +17,8 @@ from .inputs import (
     prepare_inputs,
     prepare_values,
 )
-from .spec import BACKENDS, METHODS, LossSpec, Metric, check_name, check_temperature
+from .spec import BACKENDS, METHODS, LossSpec, Metric, check_name, check_positive
+from .weights import in_neighbourhood, pair_weights
 
 __all__ = ["perception_coherence_loss", "soft_rank"]
 
@@ -34,13 +35,14 @@ def evaluate(spec: LossSpec, inputs: LossInputs) -> Tensor:
             spec.resolved_teacher_metric,
             "teacher_metric",
         )
-    weights = distances.pair_weights(student, inputs.candidate_weights, inputs.self_index)
+    drawn = pair_weights(student, inputs.candidate_weights, inputs.self_index)
+    # The scale keeps the weights as given: a temperature means the same in any neighbourhood.
     # Hard ranks do not depend on the scale: leaving it out keeps near-ties from rounding to ties.
     teacher_scale = "none" if spec.teacher_temperature is None else spec.scale
     losses = objectives.FUNCTIONS[spec.objective](
-        distances.scaled(student, weights, spec.scale),
-        distances.scaled(teacher, weights, teacher_scale),
-        weights,
+        distances.scaled(student, drawn, spec.scale),
+        distances.scaled(teacher, drawn, teacher_scale),
+        in_neighbourhood(teacher, drawn, spec.neighbourhood),
         spec.temperature,
         spec.teacher_temperature,
     )
@@ -58,6 +60,7 @@ def perception_coherence_loss(
     self_index: Tensor | str | None = "auto",
     temperature: float = 0.1,
     teacher_temperature: float | None = None,
+    neighbourhood: float | None = None,
     metric: Metric = "euclidean",
     teacher_metric: Metric | None = None,
     scale: str = "anchor",
@@ -72,6 +75,7 @@ def perception_coherence_loss(
     spec = LossSpec(
         temperature=temperature,
         teacher_temperature=teacher_temperature,
+        neighbourhood=neighbourhood,
         metric=metric,
         teacher_metric=teacher_metric,
         scale=scale,
@@ -103,7 +107,7 @@ def soft_rank(
     backend: str = "auto",
 ) -> Tensor:
     """As `pcoherence.soft_rank`; `method` and `backend` are checked, not used."""
-    check_temperature("temperature", temperature)
+    check_positive("temperature", temperature)
     check_name("method", method, METHODS)
     check_name("backend", backend, BACKENDS)
     values, weights = prepare_values(values, weights)

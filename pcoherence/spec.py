@@ -32,7 +32,7 @@ def check_name(argument: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{argument}: expected one of {', '.join(known)}; got {value!r}")
 
 
-def check_temperature(argument: str, value: object) -> None:
+def check_positive(argument: str, value: object) -> None:
     """Raise unless `value` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         kind = type(value).__name__
@@ -83,6 +83,8 @@ class LossSpec:
     Attributes:
         temperature: student's tau > 0, in units of the scaled distance.
         teacher_temperature: teacher's tau; None ranks the teacher hard (ties count 1/2).
+        neighbourhood: share of candidates, nearest first, at which weights have halved; None: no
+            weight depends on the rank.
         metric: student's distance, a name from METRICS or a callable.
         teacher_metric: teacher's distance; None means the same as `metric`.
         scale: what distances are divided by: the mean of an anchor's, or nothing.
@@ -98,6 +100,7 @@ class LossSpec:
 
     temperature: float = 0.1
     teacher_temperature: float | None = None
+    neighbourhood: float | None = None
     metric: Metric = "euclidean"
     teacher_metric: Metric | None = None
     scale: str = "anchor"
@@ -108,9 +111,11 @@ class LossSpec:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        check_temperature("temperature", self.temperature)
+        check_positive("temperature", self.temperature)
         if self.teacher_temperature is not None:
-            check_temperature("teacher_temperature", self.teacher_temperature)
+            check_positive("teacher_temperature", self.teacher_temperature)
+        if self.neighbourhood is not None:
+            check_positive("neighbourhood", self.neighbourhood)
         check_metrics(self.metric, self.teacher_metric)
         check_name("scale", self.scale, SCALES)
         check_name("objective", self.objective, OBJECTIVES)
@@ -156,7 +161,7 @@ class LossSpec:
         for part in packed.split(",") if packed else ():
             name, _, text = part.partition("=")
             if name in ROW_OPTIONS:
-                options[name] = type(ROW_OPTIONS[name])(text)
+                options[name] = text if isinstance(ROW_OPTIONS[name], str) else float(text)
             elif name in ("metric", "teacher_metric"):
                 options[name] = text
             else:
@@ -179,4 +184,5 @@ ROW_OPTIONS: dict[str, Any] = {
     for field in dataclasses.fields(LossSpec)
     if field.name not in TEMPERATURES | OF_DISTANCES | OF_A_CALL
 }
-"""The options that the kernels of a row are asked for, and their defaults: strings or floats."""
+"""The options that the kernels of a row are asked for, and their defaults: a string, or for a number
+a float or None."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import distances
 from .inputs import at_least_float32, check_points, check_same_length, outside_inference
-from .spec import check_count, check_flag, check_name, check_temperature
+from .spec import check_count, check_flag, check_name, check_positive
 
 SOLVERS = ("exact", "sinkhorn")
 
@@ -143,7 +143,7 @@ def _check_options(
     check_name("solver", solver, SOLVERS)
     check_name("cost", cost, COSTS)
     check_flag("standardize", standardize)
-    check_temperature("regularization", regularization)
+    check_positive("regularization", regularization)
     check_count("max_iterations", iterations)
 
 

@@ -87,10 +87,13 @@ def evaluate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
-def problem(n: int, rectangular: bool, weighted: bool, seed: int = 0) -> tuple[list[Tensor], Any]:
+def problem(
+    n: int, rectangular: bool, weighted: bool, seed: int = 0, by_anchor: bool = False
+) -> tuple[list[Tensor], Any]:
     """Leaves and constants: n candidates, half as many anchors where rectangular.
 
-    Every candidate has weight; anchors are the candidates before them, or nobody.
+    Every candidate has weight, perhaps another for each anchor; anchors are the candidates before
+    them, or nobody.
     """
     m = max(1, n // 2) if rectangular else n
     leaves = [make_case("gaussian", m, 5, seed=seed + n)]
@@ -102,7 +105,8 @@ def problem(n: int, rectangular: bool, weighted: bool, seed: int = 0) -> tuple[l
         constants["self_index"] = torch.arange(m) - 1  # -1: nobody; 0: the first
     if weighted:
         constants["anchor_weights"] = torch.rand(m, generator=generator, dtype=torch.float64)
-        constants["candidate_weights"] = torch.rand(n, generator=generator, dtype=torch.float64)
+        shape = (m, n) if by_anchor else (n,)
+        constants["candidate_weights"] = torch.rand(shape, generator=generator, dtype=torch.float64)
     return leaves, constants
 
 
@@ -112,11 +116,12 @@ def compare(found: Found, truth: Found, tolerance: float = 1e-9) -> None:
         assert relative_error(ours, theirs, 0.1) <= tolerance
 
 
-LEVELS = (OBJECTIVES, METRICS, SCALES, (None, 0.3), (False, True), (False, True))
+WEIGHTS = ("none", "of candidates", "of pairs")
+LEVELS = (OBJECTIVES, METRICS, SCALES, (None, 0.3), (None, 0.2), (False, True), WEIGHTS)
 
 
 @on_all_paths(
-    "objective, metric, scale, soft, rectangular, weighted",
+    "objective, metric, scale, soft, neighbourhood, rectangular, weights",
     covering(*LEVELS, strength=3),
     covering(*LEVELS),
 )
@@ -125,12 +130,14 @@ def test_options(
     metric: str,
     scale: str,
     soft: float | None,
+    neighbourhood: float | None,
     rectangular: bool,
-    weighted: bool,
+    weights: str,
     evaluate: Evaluate,
 ) -> None:
     """Any three, or two; features are of unlike scales, and so are the temperatures."""
-    leaves, constants = problem(17, rectangular, weighted)
+    weighted = weights != "none"
+    leaves, constants = problem(17, rectangular, weighted, by_anchor=weights == "of pairs")
     leaves = [7 * leaf for leaf in leaves]
     constants = {k: 0.2 * v if k.startswith("teacher") else v for k, v in constants.items()}
     temperatures = {"temperature": 0.1, "teacher_temperature": soft}
@@ -142,6 +149,7 @@ def test_options(
         }
     options = {"objective": objective, "metric": metric, "scale": scale, **temperatures}
     options["reduction"] = "none" if weighted else "sum"
+    options["neighbourhood"] = neighbourhood
     compare(evaluate(leaves, constants, **options), reference(leaves, constants, **options))
 
 

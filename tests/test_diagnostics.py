@@ -59,6 +59,26 @@ def test_estimates_equal_all_pairs(metric: str, scale: str, temperature: float) 
     assert low <= 2 * found.suggested_temperature <= high
 
 
+def test_a_neighbourhood_is_looked_at() -> None:
+    """A student that has the far half wrong: hardly anything is, to whom the near ones count."""
+    teacher = torch.linspace(0, 1, N, dtype=torch.float64)[:, None] ** 2
+    student = teacher.clone()
+    student[N // 2 :] = teacher[N // 2 :].flip(0)
+    first = torch.eye(N)[0]
+    found = [
+        PerceptionCoherenceLoss(neighbourhood=h).diagnose(student, teacher, anchor_weights=first)
+        for h in (None, 0.01)
+    ]
+    # Pairs j != k of the 23 others under weights 1 / (1 + (j + 1/2) / 23 / h), far ones wrong.
+    place = (torch.arange(N - 1) + 0.5).double() / (N - 1)
+    for result, weights in zip(found, (torch.ones(N - 1), 1 / (1 + place / 0.01)), strict=True):
+        pair = (weights[:, None] * weights).fill_diagonal_(0)
+        far = place > place[N // 2 - 2]
+        expected = pair[far][:, far].sum() / pair.sum()
+        assert result.misordered == pytest.approx(expected.item(), abs=5 * 0.5 / PAIRS**0.5)
+    assert found[1].misordered < found[0].misordered / 4
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_loss_and_gradient_scale(objective: str) -> None:
     student, teacher = (t.double() for t in batch())

@@ -62,7 +62,12 @@ def check(backend: str, leaves: list[Tensor], constants: dict[str, Any], **optio
 
 
 def problem(
-    n: int, dtype: torch.dtype, rectangular: bool, weighted: bool, seed: int = 0
+    n: int,
+    dtype: torch.dtype,
+    rectangular: bool,
+    weighted: bool,
+    seed: int = 0,
+    by_anchor: bool = False,
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Leaves and constants: n candidates, and fewer anchors when rectangular."""
     m = max(1, n // 2) if rectangular else n
@@ -80,15 +85,20 @@ def problem(
         constants["self_index"] = torch.where(index % 3 == 0, -1, index)
     if weighted:
         constants["anchor_weights"] = torch.rand(m, generator=generator, dtype=dtype)
-        constants["candidate_weights"] = torch.rand(n, generator=generator, dtype=dtype)
-        constants["candidate_weights"][:: max(3, n // 4)] = 0
+        shape = (m, n) if by_anchor else (n,)
+        constants["candidate_weights"] = torch.rand(shape, generator=generator, dtype=dtype)
+        constants["candidate_weights"][..., :: max(3, n // 4)] = 0
     return leaves, constants
 
 
 @pytest.mark.parametrize(
-    ("objective", "scale", "metric", "teacher_temperature", "rectangular", "weighted", "dtype"),
+    (
+        *("objective", "scale", "metric", "teacher_temperature", "neighbourhood", "rectangular"),
+        *("weights", "dtype"),
+    ),
     covering(
-        *(OBJECTIVES, SCALES, METRICS, (None, 0.2), (False, True), (False, True), DTYPES),
+        *(OBJECTIVES, SCALES, METRICS, (None, 0.2), (None, 0.1), (False, True)),
+        *(("none", "of candidates", "of pairs"), DTYPES),
         strength=3,
     ),
 )
@@ -98,11 +108,14 @@ def test_options(
     scale: str,
     metric: str,
     teacher_temperature: float | None,
+    neighbourhood: float | None,
     rectangular: bool,
-    weighted: bool,
+    weights: str,
     dtype: torch.dtype,
 ) -> None:
-    leaves, constants = problem(17, dtype, rectangular, weighted)
+    leaves, constants = problem(
+        17, dtype, rectangular, weights != "none", by_anchor=weights == "of pairs"
+    )
     for reduction in REDUCTIONS:
         check(
             cpu_backend,
@@ -112,6 +125,7 @@ def test_options(
             scale=scale,
             metric=metric,
             teacher_temperature=teacher_temperature,
+            neighbourhood=neighbourhood,
             reduction=reduction,
         )
 

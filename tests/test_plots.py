@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pcoherence import plots
 from pcoherence.testing import make_case
+from pcoherence.weights import mid_ranks
 
 
 def density(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
@@ -55,11 +56,28 @@ def test_ranks_are_exact_beside_an_outlier_and_with_ties() -> None:
     points = make_case("gaussian", 60, 3)
     points[7] = 1e8
     points[9] = points[8]
-    shares = plots._rank_shares(points, "euclidean", "metric")
+    distances = plots._distances(points, "euclidean", "metric")
+    shares = mid_ranks(distances, torch.ones_like(distances))
     for i in range(60):
         apart = (points - points[i]).norm(dim=1)
         expected = (rankdata(apart[torch.arange(60) != i]) - 0.5) / 59
         np.testing.assert_allclose(shares[i], expected, atol=1e-7)
+
+
+def test_a_neighbourhood_has_more_room() -> None:
+    """Chance stays flat; an exchange among the nearest moves more of the picture."""
+    points, other = make_case("gaussian", 400, 6, seed=1), make_case("gaussian", 400, 6, seed=2)
+    flat = density(points, other, neighbourhood=0.1)
+    assert flat.mean() == pytest.approx(1, abs=0.01)
+    assert flat.std() < 0.3
+    same = density(points, 3 * points, neighbourhood=0.1)
+    assert (same.argmax(1) == torch.arange(plots.CELLS)).all()
+    near = torch.cat([points, points + 1e-3 * torch.randn(400, 6, dtype=torch.float64)])
+    off = [
+        (x > plots.LOWEST).sum() - plots.CELLS
+        for x in (density(near, near.roll(400, 0), neighbourhood=h) for h in (None, 0.01))
+    ]
+    assert off[1] > off[0]
 
 
 def test_a_callable_sees_the_dtype_given() -> None:

@@ -95,7 +95,12 @@ def test_ranks_sum_to_half_the_weight(temperature: float | None) -> None:
 
 
 def naive_loss(
-    student: np.ndarray, teacher: np.ndarray, objective: str, tau: float, teacher_tau: float | None
+    student: np.ndarray,
+    teacher: np.ndarray,
+    objective: str,
+    tau: float,
+    teacher_tau: float | None,
+    neighbourhood: float | None,
 ) -> float:
     """The definition by loops: euclidean, scale "anchor", self excluded, unit weights."""
     m, delta = len(student), objectives.HUBER_DELTA
@@ -109,26 +114,37 @@ def naive_loss(
         z = (s[:, None] - s[None, :]) / tau
         step = 0.5 * (np.sign(t[:, None] - t[None, :]) + 1)
         target = 1 / (1 + np.exp(-(t[:, None] - t[None, :]) / teacher_tau)) if teacher_tau else step
-        ours, theirs = (1 / (1 + np.exp(-z))).mean(1), target.mean(1)
+        w = np.ones(len(others))
+        if neighbourhood is not None:
+            w = 1 / (1 + (rankdata(t) - 0.5) / len(t) / neighbourhood)
+        w /= w.sum()
+        pair = w[:, None] * w[None, :]
+        ours, theirs = (1 / (1 + np.exp(-z))) @ w, target @ w
         r = ours - theirs
         p = np.clip(target, 1e-300, 1)
         q = np.clip(1 - target, 1e-300, 1)
         entropy = -(target * np.log(p) + (1 - target) * np.log(q))
         by_name = {
-            "mse": (r**2).mean(),
-            "l1": np.abs(r).mean(),
-            "huber": np.where(abs(r) <= delta, r**2 / 2, delta * (abs(r) - delta / 2)).mean(),
-            "spearman": 1 - np.corrcoef(ours, theirs)[0, 1],
-            "cross_entropy": (np.log1p(np.exp(z)) - target * z - entropy).mean(),
+            "mse": w @ r**2,
+            "l1": w @ np.abs(r),
+            "huber": w @ np.where(abs(r) <= delta, r**2 / 2, delta * (abs(r) - delta / 2)),
+            "spearman": 1 - weighted_correlation(ours, theirs, w),
+            "cross_entropy": (pair * (np.log1p(np.exp(z)) - target * z - entropy)).sum(),
         }
         losses.append(by_name[objective])
     return float(np.mean(losses))
 
 
+def weighted_correlation(a: np.ndarray, b: np.ndarray, w: np.ndarray) -> float:
+    covariance = np.cov(a, b, aweights=w)
+    return float(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("teacher_temperature", [None, 0.3])
+@pytest.mark.parametrize("neighbourhood", [None, 0.02, 0.5])
 def test_loss_equals_the_definition_by_loops(
-    objective: str, teacher_temperature: float | None
+    objective: str, teacher_temperature: float | None, neighbourhood: float | None
 ) -> None:
     student, teacher = make_case("gaussian", 11, 3, seed=3), make_case("lattice", 11, 2, seed=4)
     found = reference.perception_coherence_loss(
@@ -136,9 +152,11 @@ def test_loss_equals_the_definition_by_loops(
         teacher,
         temperature=0.2,
         teacher_temperature=teacher_temperature,
+        neighbourhood=neighbourhood,
         objective=objective,
     )
-    expected = naive_loss(student.numpy(), teacher.numpy(), objective, 0.2, teacher_temperature)
+    options = objective, 0.2, teacher_temperature, neighbourhood
+    expected = naive_loss(student.numpy(), teacher.numpy(), *options)
     assert found.item() == pytest.approx(expected, rel=1e-11)
 
 

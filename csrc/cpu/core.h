@@ -54,6 +54,10 @@ void each_value(const Core<T>&, const Row<T>& row, const T* from, F&& f) {
   for (int k = 0; k < row.n; k += lanes_v<T>) f(k, load(from + k), load(row.weights + k));
 }
 template <class T, class F>
+void each_element(const Core<T>&, int n, F&& f) {
+  for (int k = 0; k < n; ++k) f(k);
+}
+template <class T, class F>
 double sum_each(const Core<T>&, int n, F&& f) {
   double sum = 0;
   for (int k = 0; k < n; ++k) sum += f(k);
@@ -77,6 +81,26 @@ Extremes<T> extremes(const Core<T>&, vec_t<T> low, vec_t<T> high, const Sum& sum
 }
 template <class T>
 Weighed weigh(const Core<T>&, const Row<T>& row) {
+  return row.weighed;
+}
+// Of weights that are not all alike.
+template <class T>
+Weighed weigh(const T* weights, int n) {
+  ivec_t<T> count{};
+  Sum total;
+  for (int k = 0; k < n; k += lanes_v<T>) {
+    const auto w = load(weights + k);
+    count -= w > vec_t<T>{};
+    total.add(w);
+  }
+  Weighed result{total.total(), 0, false};
+  for (int i = 0; i < lanes_v<T>; ++i) result.count += static_cast<int>(count[i]);
+  return result;
+}
+template <class T>
+Weighed reweigh(const Core<T>&, Row<T>& row, const T* weights) {
+  row.weights = weights;
+  row.weighed = weigh(weights, row.n);
   return row.weighed;
 }
 

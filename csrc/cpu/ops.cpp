@@ -96,9 +96,9 @@ void check_matrix(const Tensor& t, const char* name) {
   check(t.is_cpu(), name, ": expected a CPU tensor");
 }
 
-void check_vector(const OptionalTensor& t, const char* name, std::int64_t size, ScalarType type) {
+void check_vector(const OptionalTensor& t, const char* name, std::int64_t size, ScalarType type, int dimensions = 1) {
   if (!t) return;
-  check(t->dim() == 1 && t->size(0) == size, name, ": expected one value for each of ", size);
+  check(t->dim() == dimensions && t->numel() == size, name, ": expected one value for each of ", size);
   check(t->is_contiguous() && t->is_cpu() && t->scalar_type() == type, name,
         ": expected a contiguous CPU tensor of the features' dtype (self_index: int64)");
 }
@@ -159,6 +159,7 @@ struct Inputs {
   bool distances;
 
   ScalarType type() const { return student.scalar_type(); }
+  bool by_anchor() const { return candidate_weights && candidate_weights->dim() == 2; }  // [m, n]
   std::int64_t m() const { return student.size(0); }
   std::int64_t n() const {
     return distances ? student.size(1) : student_candidates ? student_candidates->size(0) : m();
@@ -178,7 +179,10 @@ struct Inputs {
     check(m() == 0 || n() >= 2, "student: expected at least 2 candidates, got ", n());
     check(n() < kMaxCandidates, "student: expected fewer than 2^30 candidates, got ", n());
     check_vector(coefficients, "coefficients", m(), type());
-    check_vector(candidate_weights, "candidate_weights", n(), type());
+    if (by_anchor())
+      check(candidate_weights->size(0) == m() && candidate_weights->size(1) == n(),
+            "candidate_weights: expected one value for each of ", n(), ", or for each of ", m(), " times ", n());
+    check_vector(candidate_weights, "candidate_weights", by_anchor() ? m() * n() : n(), type(), by_anchor() ? 2 : 1);
     check_vector(self_index, "self_index", m(), ScalarType::Long);
     check_self_index(self_index, n());
   }
@@ -202,7 +206,8 @@ struct Inputs {
   template <class T>
   void run(const Options& options, Results<T>& results) const {
     check_weights<T>(candidate_weights, "candidate_weights");
-    const Weighting<T> weights{data<T>(coefficients), data<T>(candidate_weights), data<std::int64_t>(self_index)};
+    const Weighting<T> weights{data<T>(coefficients), data<T>(candidate_weights), by_anchor(),
+                               data<std::int64_t>(self_index)};
     if (m() == 0) {
       const std::int64_t size = results.gradient_candidates ? student_candidates->numel() : 0;
       std::fill_n(results.gradient_candidates, size, T(0));

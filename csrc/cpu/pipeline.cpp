@@ -20,13 +20,28 @@ std::int64_t block_rows(std::int64_t m, std::int64_t n) {
   return std::min(m, std::clamp(fits, kMinBlock, kMaxBlock));
 }
 
+// The candidates' weights as the kernels want them, the same for all anchors or not.
 template <class T>
-CandidateWeights<T> padded_weights(const T* given, std::int64_t n, Runtime<T>& runtime) {
-  T* weights = runtime.allocate(padded(n));
-  for (std::int64_t k = 0; k < n; ++k) weights[k] = given ? given[k] : T(1);
-  std::fill(weights + n, weights + padded(n), T(0));
-  return candidate_weights<T>(weights, n);
-}
+class PaddedWeights {
+ public:
+  PaddedWeights(const Weighting<T>& given, std::int64_t n, Runtime<T>& runtime) : given_(given), n_(n) {
+    if (!given.by_anchor) common_ = pad(given.candidates, runtime.allocate(padded(n)));
+  }
+  CandidateWeights<T> of(std::int64_t anchor, Workspace& ws) const {
+    return given_.by_anchor ? pad(given_.candidates + anchor * n_, ws.weights.need<T>(padded(n_))) : common_;
+  }
+
+ private:
+  CandidateWeights<T> pad(const T* from, T* to) const {
+    for (std::int64_t k = 0; k < n_; ++k) to[k] = from ? from[k] : T(1);
+    std::fill(to + n_, to + padded(n_), T(0));
+    return candidate_weights<T>(to, n_);
+  }
+
+  const Weighting<T>& given_;
+  std::int64_t n_;
+  CandidateWeights<T> common_;
+};
 
 template <class T>
 class Coherence {
@@ -38,7 +53,7 @@ class Coherence {
         runtime_(runtime),
         student_(student, runtime),
         teacher_(teacher, runtime),
-        candidates_(padded_weights(weights.candidates, student.n, runtime)),
+        candidates_(weights, student.n, runtime),
         team_(runtime.threads()),
         m_(student.m),
         n_(student.n),
@@ -71,7 +86,8 @@ class Coherence {
                                .chain_root = student_.chain_root(),
                                .student_unit = student_.unit(),
                                .teacher_unit = teacher_.unit()};
-        outcomes[i] = kernels().of<T>().anchor(options_, candidates_, row, weights_.excluded(begin + i), ws);
+        outcomes[i] =
+            kernels().of<T>().anchor(options_, candidates_.of(begin + i, ws), row, weights_.excluded(begin + i), ws);
       });
       for (std::int64_t i = 0; i < count; ++i) {
         if (outcomes[i].status != Status::ok) return outcomes[i].status;
@@ -104,7 +120,7 @@ class Coherence {
   const Weighting<T>& weights_;
   Runtime<T>& runtime_;
   Cloud<T> student_, teacher_;
-  CandidateWeights<T> candidates_;
+  PaddedWeights<T> candidates_;
   Team team_;
   std::int64_t m_, n_;
   bool symmetric_;  // the candidates are the anchors, and all distances are held at once
@@ -126,7 +142,7 @@ template <class T>
 Status coherence_from_distances(const Options& options, const T* student, const T* teacher, std::int64_t m,
                                 std::int64_t n, const Weighting<T>& weights, Results<T>& results, Runtime<T>& runtime) {
   T* gradient = results.gradient_anchors;
-  const auto candidates = padded_weights(weights.candidates, n, runtime);
+  const PaddedWeights<T> candidates(weights, n, runtime);
   Team team(runtime.threads());
   const std::int64_t ld = padded(n);
   std::vector<Outcome> outcomes(m);
@@ -142,7 +158,7 @@ Status coherence_from_distances(const Options& options, const T* student, const 
                          .teacher = copy(ws.teacher, teacher),
                          .gradient = gradient != nullptr ? row : nullptr,
                          .coefficient = weights.coefficient(i)};
-    outcomes[i] = kernels().of<T>().anchor(options, candidates, a, weights.excluded(i), ws);
+    outcomes[i] = kernels().of<T>().anchor(options, candidates.of(i, ws), a, weights.excluded(i), ws);
     if (gradient != nullptr) std::copy(row, row + n, gradient + i * n);
   });
   for (std::int64_t i = 0; i < m; ++i) {

@@ -12,8 +12,9 @@ inline constexpr std::int64_t kMaxBlock = 512;
 
 template <class T>
 struct Weighting {
-  const T* coefficients = nullptr;     // [m] of L_i in the total, or null: ones
-  const T* candidates = nullptr;       // [n] or null
+  const T* coefficients = nullptr;  // [m] of L_i in the total, or null: ones
+  const T* candidates = nullptr;    // [n], or [m, n] with `by_anchor`, or null: ones
+  bool by_anchor = false;
   const std::int64_t* self = nullptr;  // [m] candidate excluded, -1 for none, or null
 
   std::int64_t excluded(std::int64_t i) const { return self != nullptr ? self[i] : -1; }

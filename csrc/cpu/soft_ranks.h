@@ -14,21 +14,6 @@ void fill_row(T* row, T value, std::int64_t n) {
   for (std::int64_t k = 0; k < n; ++k) row[k] = value;
 }
 
-// Of rows whose weights are not all alike.
-template <class T>
-Weighed weigh(const T* weights, int n) {
-  ivec_t<T> count{};
-  Sum total;
-  for (int k = 0; k < n; k += lanes_v<T>) {
-    const auto w = load(weights + k);
-    count -= w > vec_t<T>{};
-    total.add(w);
-  }
-  Weighed result{total.total(), 0, false};
-  for (int i = 0; i < lanes_v<T>; ++i) result.count += static_cast<int>(count[i]);
-  return result;
-}
-
 // ---------------------------------------------------------------- soft ranks
 
 // Memory and methods for one row at a time (see ../row.h).
@@ -58,6 +43,24 @@ struct Workplace {
     T* out = take(n);
     sums.pullback(residuals, out);
     return out;
+  }
+
+  // Rows of a call have one count, or two: computed again where it is another.
+  template <class Near>
+  const T* near_ranks(const Core<T>&, int count, const Near& near) {
+    if (ws.near_count == count && ws.near_offset == double(near.offset)) return static_cast<const T*>(ws.near_table);
+    T* table = ws.near.template need<T>(count);
+    ws.near_table = table;
+    ws.near_count = count;
+    ws.near_offset = double(near.offset);
+    const auto weight = [&](int place) { return 1 / near((place + 0.5) / count); };
+    double total = 0, before = 0;
+    for (int place = 0; place < count; ++place) total += weight(place);
+    for (int place = 0; place < count; ++place) {
+      table[place] = static_cast<T>((before + weight(place) / 2) / total);
+      before += weight(place);
+    }
+    return table;
   }
 
   template <class Sums, class F>

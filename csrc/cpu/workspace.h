@@ -56,8 +56,13 @@ class Buffer {
 
 // Of one thread.
 struct Workspace {
-  static constexpr int kRows = 6;                         // one more than an anchor or a row of soft ranks takes
+  static constexpr int kRows = 6;    // one more than an anchor takes
+  Buffer near;                       // see Workplace::near_ranks
+  const void* near_table = nullptr;  // [near_count]
+  int near_count = 0;
+  double near_offset = 0;
   Buffer student, teacher;                                // [n], distances that may not be overwritten
+  Buffer weights;                                         // [n], of an anchor that has its own
   Buffer rows[kRows];                                     // [n], handed out in this order
   Buffer bins, locals, moments, replicas, fields, carry;  // grid
   Buffer items, items_swap, histogram;                    // radix sort

@@ -18,13 +18,14 @@ struct RowTask {
   const T* student;                           // [rows, n] distances
   const T* teacher;                           // [rows, n] distances, or for hard ranks anything in the same order
   const double *student_unit, *teacher_unit;  // [1] a distance in the metric = unit * the distance here; or null: 1
-  const T* weights;                           // [n] of the candidates, or null: ones
-  const std::int64_t* self;                   // [rows] candidate excluded, -1 for none; or null
-  const T* coefficients;                      // [rows] c_i, or null: ones
-  double chain;     // what a gradient w.r.t. a distance is multiplied by before it is stored, ...
-  bool chain_root;  // ... and with this divided by the distance (0 where that is 0)
-  T* gradient;      // [rows, n] of c_i L_i, or null: losses alone. May be `student`
-  double* losses;   // [rows] L_i
+  const T* weights;                           // [n] of the candidates, [rows, n] with `by_anchor`, or null: ones
+  bool by_anchor;
+  const std::int64_t* self;  // [rows] candidate excluded, -1 for none; or null
+  const T* coefficients;     // [rows] c_i, or null: ones
+  double chain;              // what a gradient w.r.t. a distance is multiplied by before it is stored, ...
+  bool chain_root;           // ... and with this divided by the distance (0 where that is 0)
+  T* gradient;               // [rows, n] of c_i L_i, or null: losses alone. May be `student`
+  double* losses;            // [rows] L_i
 };
 
 // Memory of one group for a task's row of n.
@@ -48,7 +49,8 @@ PCOH_DEVICE void anchor_row(G& g, const RowTask<T>& task, std::int64_t r, Arena 
                        .chain_root = task.chain_root,
                        .student_unit = task.student_unit != nullptr ? *task.student_unit : 1.0,
                        .teacher_unit = task.teacher_unit != nullptr ? *task.teacher_unit : 1.0};
-  const Row<T> row{task.weights, task.n, task.self != nullptr ? static_cast<int>(task.self[r]) : -1};
+  const T* weights = task.weights + (task.by_anchor ? begin : 0);
+  const Row<T> row{weights, task.n, task.self != nullptr ? static_cast<int>(task.self[r]) : -1};
   const Outcome result = anchor(g, task.options, a, row, Workplace<T, G>(task.sums, arena));
   report(g, result.status, task.sums);
   if (g.thread() == 0) task.losses[r] = result.loss;

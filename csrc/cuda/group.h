@@ -320,6 +320,10 @@ PCOH_DEVICE void each_value(G& g, const Row<T>& row, const T* from, F f) {
 }
 
 template <class G, class F>
+PCOH_DEVICE void each_element(const G& g, int n, F f) {
+  each(g, n, f);
+}
+template <class G, class F>
 PCOH_DEVICE double sum_each(G& g, int n, F f) {
   double sum = 0;
   each(g, n, [&](int k) { sum += f(k); });
@@ -379,6 +383,11 @@ PCOH_APART Weighed weigh(G& g, const Row<T>& row) {
   });
   seen = reduce(g, seen, MergeWeights{});
   return {seen.sum, seen.count, seen.least == seen.most};
+}
+template <class G, class T>
+PCOH_DEVICE Weighed reweigh(G& g, Row<T>& row, const T* weights) {
+  row.weights = weights;
+  return weigh(g, row);
 }
 
 // t >= 0, or t * factor, rounded to an integer without the conversion unit, which takes 8 times as long as an addition.

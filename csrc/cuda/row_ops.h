@@ -63,7 +63,8 @@ struct RowArguments {
     t.gradient = stored.wanted ? like.out<T>(student, "student", b * count) : nullptr;
     t.student = like.in<T>(student, "student", b * count);
     t.teacher = like.in<T>(teacher, "teacher", b * count);
-    t.weights = like.in<T>(weights, "weights", count);
+    t.by_anchor = weights && weights->dim() == 2;
+    t.weights = like.in<T>(weights, "weights", t.by_anchor ? b * count : count);
     t.self = like.in<std::int64_t>(self, "self_index", b);
     t.coefficients = like.in<T>(coefficients, "coefficients", b);
     t.chain = stored.chain;

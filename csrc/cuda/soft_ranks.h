@@ -96,6 +96,17 @@ struct Workplace {
     return residuals;
   }
 
+  template <class Near>
+  PCOH_DEVICE const T* near_ranks(G& g, int count, const Near& near) {
+    T* table = Arena(arena).template take<T>(count);
+    const auto weight = [=](int place) { return 1 / near((place + 0.5) / count); };
+    const double all = sum_each(g, count, weight);
+    running_sums(g, count, weight,
+                 [&](int place, double before) { table[place] = static_cast<T>((before + weight(place) / 2) / all); });
+    g.sync();
+    return table;
+  }
+
   // Apart, so that what the caller holds does not take registers from the loops.
   template <class Sums, class F>
   PCOH_APART void run(G& g, Row<T>& row, T low, T high, const Scaling& scale, F& f) {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import distances, objectives
-from ..inputs import LossInputs, candidates
+from ..inputs import LossInputs, candidates, rows_of
 from ..ops import Operators
 from ..spec import LossSpec, Metric
 
@@ -38,7 +38,7 @@ def loss(ops: Operators, spec: LossSpec, inputs: LossInputs) -> Tensor:
             raise RuntimeError(CHANGED)
         student, teacher = _distances(spec, inputs, begin, end)
         index = None if inputs.self_index is None else inputs.self_index[begin:end].contiguous()
-        candidate_weights = inputs.candidate_weights
+        candidate_weights = rows_of(inputs.candidate_weights, slice(begin, end))
         if candidate_weights is not None:
             candidate_weights = candidate_weights.contiguous()
         part = coefficients[begin:end].contiguous()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Operators
-from ..spec import LossSpec, check_name, check_temperature
+from ..spec import LossSpec, check_name, check_positive
 from .operators import Ported, objection
 from .pipeline import Batch, Results, from_distances, from_features
 from .row_kernels import RowKernels
@@ -126,7 +126,7 @@ class Implementation:
             _check_tensor("weights", weights, values, shape)
         if upstream is not None:
             _check_tensor("upstream", upstream, values, tuple(values.shape))
-        check_temperature("temperature", temperature)
+        check_positive("temperature", temperature)
         check_name("method", method, tuple(self._ported["method"]))
         if values.numel() == 0:
             return torch.empty_like(values)
@@ -161,11 +161,16 @@ class Implementation:
         elif batch.student_candidates is not None and batch.teacher_candidates is not None:
             n = batch.student_candidates.shape[0]
             _check_size("teacher_candidates", 0, batch.teacher_candidates, n)
-        for name, size in (("coefficients", m), ("candidate_weights", n), ("self_index", m)):
+        weights = batch.candidate_weights
+        by_anchor = weights is not None and weights.ndim == 2
+        for name, shape, dtype in (
+            ("coefficients", (m,), None),
+            ("candidate_weights", (m, n) if by_anchor else (n,), None),
+            ("self_index", (m,), torch.int64),
+        ):
             tensor = getattr(batch, name)
             if tensor is not None:
-                dtype = torch.int64 if name == "self_index" else None
-                _check_tensor(name, tensor, batch.student, (size,), dtype)
+                _check_tensor(name, tensor, batch.student, shape, dtype)
         if m > 0 and n < 2:
             raise ValueError(f"student: expected at least 2 candidates; got {n}")
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import candidates
+from ..inputs import candidates, rows_of
 from ..spec import LossSpec
 from .clouds import DifferenceCloud, ProductCloud
 from .points import TRAITS, MetricTraits
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
     teacher: Tensor  # T [m, dt]; or distances [m, n]
     teacher_candidates: Tensor | None  # T [n, dt]
     coefficients: Tensor | None  # T [m]: the total is sum_i coefficients_i L_i; None: ones
-    candidate_weights: Tensor | None  # T [n]; None: ones
+    candidate_weights: Tensor | None  # T [n] or [m, n]; None: ones
     self_index: Tensor | None  # int64 [m]; None: nobody
 
     @property
@@ -64,7 +64,8 @@ class Batch(NamedTuple):
             None if tensor is None else tensor[begin:end]
             for tensor in (self.coefficients, self.self_index)
         )
-        return Rows(student, teacher, self.candidate_weights, self_index, coefficients)
+        weights = rows_of(self.candidate_weights, slice(begin, end))
+        return Rows(student, teacher, weights, self_index, coefficients)
 
 
 class Results(NamedTuple):

@@ -20,7 +20,7 @@ class Rows(NamedTuple):
 
     student: Tensor  # T [b, n]: distances; where a gradient is wanted it is left here
     teacher: Tensor  # T [b, n]: distances, or for hard ranks anything in the same order
-    weights: Tensor | None  # T [n]: w_k of the candidates; None: ones
+    weights: Tensor | None  # T [n] or [b, n]: w_k of the candidates; None: ones
     self_index: Tensor | None  # int64 [b]: the candidate that is left out, or -1; None: nobody
     coefficients: Tensor | None  # T [b]: c_i, by which the gradient is multiplied; None: ones
 

@@ -26,6 +26,7 @@ PORTED: Ported = {
     "scale": ("anchor", "none"),
     "objective": ("mse", "l1", "huber", "cross_entropy", "spearman"),
     "method": ("auto", "scan", "pairs"),
+    "neighbourhood": (),
 }
 """What the kernels of kernels/ know of options."""
 

@@ -193,6 +193,37 @@ def _row_stats(
     return stats
 
 
+def _in_neighbourhood(
+    teacher: _Values, method: str, neighbourhood: float, spare: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weights T [rows, n] that fall with the teacher's hard rank, and their sums float64 [rows]."""
+    values = teacher.values
+    count, n = values.shape
+    t = tuning.tiles(values.dtype, values.is_cuda)
+    near = torch.empty_like(values)
+    stats = _row_stats(teacher, "none", 1.0, None)
+    _Sums(teacher, stats, method, True, spare).ranks(near, "mean")
+    totals = stats.new_empty(count)
+    statistics.near_weights[cdiv(count, t.row_rows),](
+        near,
+        *teacher.weighting,
+        values.new_full((), neighbourhood / (neighbourhood + 0.5)),
+        values.new_full((), 1 / (neighbourhood + 0.5)),
+        totals,
+        count,
+        n,
+        BR=t.row_rows,
+        BN=t.row_columns,
+        num_warps=t.row_warps,
+    )
+    return near, totals
+
+
+def _reweighed(stats: Tensor, totals: Tensor) -> Tensor:
+    """The statistics with other sums of weights."""
+    return torch.cat([totals[None], stats[1:]])
+
+
 class TritonRowKernels(PointKernels):
     """pcoherence.backends.row_kernels.RowKernels."""
 
@@ -211,7 +242,7 @@ class TritonRowKernels(PointKernels):
     ) -> Tensor:
         """See RowKernels. Statistics, ranks of both, objective, pullback, gradient: 7 launches.
 
-        With the scan 4 more and two sorts.
+        With the scan 4 more and two sorts; with a neighbourhood the teacher is ranked twice.
         """
         student, teacher, weights, self_index, coefficients = rows
         count, n = student.shape
@@ -225,6 +256,12 @@ class TritonRowKernels(PointKernels):
         theirs_scale, tau = ("none", 1.0) if hard else (spec.scale, spec.temperatures[1])
         teacher_stats = _row_stats(theirs, theirs_scale, tau, None if hard else units.teacher)
         student_stats = _row_stats(ours, spec.scale, spec.temperature, units.student)
+        drawn, drawn_stats = ours, student_stats  # with the weights of the scale
+        if spec.neighbourhood is not None:
+            near, totals = _in_neighbourhood(theirs, method, spec.neighbourhood, spare)
+            ours, theirs = ours._replace(weights=near), theirs._replace(weights=near)
+            student_stats = _reweighed(student_stats, totals)
+            teacher_stats = _reweighed(teacher_stats, totals)
 
         teacher_ranks = torch.empty_like(teacher)
         sums = _Sums(theirs, teacher_stats, method, hard, spare)
@@ -244,8 +281,7 @@ class TritonRowKernels(PointKernels):
         objectives.objective[grid](
             ranks,
             teacher_ranks,
-            ours.weights,
-            ours.self_index,
+            *ours.weighting,
             student_stats,
             teacher_stats,
             crosses,
@@ -273,10 +309,9 @@ class TritonRowKernels(PointKernels):
             objectives.store_gradient[grid](
                 student,
                 g,
-                ours.weights,
-                ours.self_index,
+                *drawn.weighting,
                 coefficients,
-                student_stats,
+                drawn_stats,
                 teacher_stats,
                 count,
                 n,

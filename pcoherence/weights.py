@@ -1,0 +1,53 @@
+"""How much a candidate counts for an anchor, plainly: w_ij [m, n]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .distances import safe_ratio
+from .soft_ranks import distribution
+
+
+def pair_weights(
+    like: Tensor, candidate_weights: Tensor | None, self_index: Tensor | None
+) -> Tensor:
+    """Those given, [n] or [m, n], shaped as `like` [m, n]; 0 where j is anchor i itself."""
+    m, n = like.shape
+    weights = like.new_ones(n) if candidate_weights is None else candidate_weights
+    weights = weights.expand(m, n)
+    if self_index is None:
+        return weights
+    is_self = torch.arange(n, device=like.device) == self_index[:, None]
+    return weights.masked_fill(is_self, 0.0)
+
+
+def mid_ranks(distances: Tensor, weights: Tensor) -> Tensor:
+    """Hard mid-ranks in (0, 1) under the weights, as `distribution` defines them, by sorting.
+
+    distances, weights [m, n] -> float64 [m, n]; 0 where all weights are 0.
+    """
+    ordered, order = distances.sort(1)
+    before = functional.pad(weights.gather(1, order).double().cumsum(1), (1, 0))
+    low, high = (
+        before.gather(1, torch.searchsorted(ordered, distances, right=right))
+        for right in (False, True)
+    )
+    return safe_ratio((low + high) / 2, before[:, -1:])
+
+
+def in_neighbourhood(teacher: Tensor, weights: Tensor, neighbourhood: float | None) -> Tensor:
+    """w_ij / (1 + F^T_ij / h), F^T the teacher's hard mid-ranks in (0, 1) under w; None: w.
+
+    h is the share of candidates, nearest first, at which a weight has halved. teacher (distances),
+    weights [m, n] -> [m, n].
+    """
+    if neighbourhood is None:
+        return weights
+    return near_weights(distribution(teacher, weights, None), weights, neighbourhood)
+
+
+def near_weights(ranks: Tensor, weights: Tensor, neighbourhood: float) -> Tensor:
+    """w_ij / (1 + F_ij / h) from ranks F in (0, 1), [m, n]."""
+    return weights / (1.0 + ranks / neighbourhood)
