@@ -257,8 +257,7 @@ class CandidateBank(nn.Module):
             self.reset_parameters()
             return
         if absent:
-            # With strict=False no points, rather than some that never were.
-            self.reset_parameters()
+            # As torch does with what is missing: the bank stays as it is, and is never mixed.
             missing_keys += [prefix + name for name in absent]
             if strict and absent == list(POINTS):
                 error_messages.append(NO_POINTS.format(prefix, count))

@@ -328,12 +328,18 @@ def test_parts_of_a_bank_are_missing_keys_or_no_points(left_out: str) -> None:
     for make in (lambda: CandidateBank(8), known):
         state = trained(make()).state_dict()
         del state[f"bank.{left_out}"]
-        with pytest.raises(RuntimeError, match=rf"Missing key.*bank\.{left_out}"):
-            PerceptionCoherenceLoss(bank=make()).load_state_dict(state)
         other = trained(make())
+        before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+        for incomplete in (state, {}):
+            with pytest.raises(RuntimeError, match=rf"Missing key.*bank\.{left_out}"):
+                other.load_state_dict(incomplete)
         found = other.load_state_dict(state, strict=False)
         assert found.missing_keys == [f"bank.{left_out}"]
-        assert len(other.bank) == 0
+        assert other.state_dict().keys() == before.keys()
+        assert all(torch.equal(other.state_dict()[name], before[name]) for name in before)
+        fresh = PerceptionCoherenceLoss(bank=make())
+        fresh.load_state_dict(state, strict=False)
+        assert len(fresh.bank) == 0
 
 
 def test_a_saved_bank_without_points_empties_another() -> None:
