@@ -19,14 +19,6 @@ PCOH_INLINE Scaling scaling(Scale scale, const Stats<T>& s, double temperature, 
   return scaling(s.low, s.high, by_mean ? s.mean : 1, (by_mean ? 1 : unit) / temperature);
 }
 
-template <class T>
-PCOH_INLINE Stats<T> reweighed(Stats<T> s, const Weighed& weighed) {
-  s.weight = weighed.total;
-  s.count = weighed.count;
-  s.uniform = weighed.uniform;
-  return s;
-}
-
 // ---------------------------------------------------------------- neighbourhood
 
 // w_j / (1 + F_j / h) = h w_j / (h + F_j), but for a factor, on which nothing depends: so chosen that no h under- or
@@ -80,9 +72,10 @@ PCOH_DEVICE Status teacher_ranks(G& g, const Options& options, double unit, Row&
     near_weights(g, row, divisor, out, near);
     g.sync();
     // A pair that ties would add 2 / count to 1.
-    const bool distinct = s.uniform && ties * s.count <= s.weight * s.weight * (1 + 1.0 / s.count);
+    const bool distinct = s.uniform && ties * s.count <= s.total * s.total * (1 + 1.0 / s.count);
     const int count = s.count;
-    s = reweighed(s, reweigh(g, row, near));
+    row.weights = near;
+    static_cast<Weighed&>(s) = weigh(g, row);
     ranked = distinct && !options.soft_teacher();
     if (ranked) {
       rerank(g, row.n, count, divisor, out, work);
@@ -99,12 +92,12 @@ PCOH_DEVICE Status teacher_ranks(G& g, const Options& options, double unit, Row&
     return Status::ok;
   }
   const Scaling scale = scaling(options.scale, s, options.teacher_temperature, unit);
-  const T per_weight = static_cast<T>(1 / s.weight);
+  const T per_weight = static_cast<T>(1 / s.total);
   return with_sums(g, row, s.low, s.high, scale, work, [&](auto& sums) {
     sums.ranks(out);
     g.sync();
     each(g, row.n, [&](int k) { G::put(out, k, G::get(out, k) * per_weight); });
-    if (cross_entropy) entropy = sums.softplus_total() - s.weight * linear_part(g, row, out, 0);
+    if (cross_entropy) entropy = sums.softplus_total() - s.total * linear_part(g, row, out, 0);
   });
 }
 
@@ -122,7 +115,7 @@ PCOH_APART double store_gradient(G& g, const Options& options, const AnchorRow<T
     by_memory(g, pull, [&](const T* from) {
       each(g, row.n, [&](int k) { sum.add(G::get(from, k) * factor * positions.place(k)); });
     });
-    through_mean = -a.coefficient * total(g, sum) * positions.unit() / (s.weight * s.mean);
+    through_mean = -a.coefficient * total(g, sum) * positions.unit() / (s.total * s.mean);
   }
   const T per_pull = static_cast<T>(a.coefficient * scale.per_distance * a.chain);
   const T per_weight = static_cast<T>(through_mean * a.chain);
@@ -146,20 +139,22 @@ PCOH_APART double store_gradient(G& g, const Options& options, const AnchorRow<T
 // Rows of memory that anchor() takes from its workplace: from the first to the last, then for the teacher's stage, and
 // for the student's, which may use the teacher's again.
 inline constexpr int kKeptRows = 2, kTeacherRows = 1, kStudentRows = 2;
+inline constexpr int kAnchorRows = kKeptRows + (kTeacherRows > kStudentRows ? kTeacherRows : kStudentRows);
 
-// row: of the candidates, without values.
+// row: of the candidates, without values; weighed: its weights.
 template <class T, class G, class Row, class Workplace>
-PCOH_APART Outcome anchor(G& g, const Options& options, const AnchorRow<T>& a, Row row, Workplace work) {
+PCOH_APART Outcome anchor(G& g, const Options& options, const AnchorRow<T>& a, Row row, const Weighed& weighed,
+                          Workplace work) {
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   const int n = row.n;
-  const Weighed weighed = weigh(g, row);
   if (!(weighed.total > 0)) return give_up(g, a, n, 0);  // nobody to compare: the anchor contributes nothing
   const bool cross_entropy = options.objective == Objective::cross_entropy;
 
-  T* teacher = work.take(n, kTeacherRows + kStudentRows);  // it is touched twice, all else again and again
+  // The teacher's ranks are touched twice, all else again and again: they are the first to leave fast memory.
+  T* teacher = work.take(n, kAnchorRows - 1);
   T* near = options.neighbourhood > 0 ? work.take(n, kStudentRows) : nullptr;
   Row ranked = row;  // with the weights of ranks and objective; `row` keeps those of the scale
-  Weighed counted = weighed;
+  Weighed counted;   // under those
   double entropy = 0;
   {
     Workplace stage = work;
@@ -168,14 +163,15 @@ PCOH_APART Outcome anchor(G& g, const Options& options, const AnchorRow<T>& a, R
     if (!t.finite) return give_up(g, a, n, nan);
     const Status status = teacher_ranks(g, options, a.teacher_unit, ranked, t, near, teacher, entropy, stage);
     if (status != Status::ok) return give_up(g, a, n, nan, status);
-    counted = {t.weight, t.count, t.uniform};
+    counted = t;
     g.sync();  // the stage's memory is used again
   }
 
   row.values = ranked.values = work.values(a.student, n);
   const Stats<T> drawn = stats(g, row, a.student, weighed);
   if (!drawn.finite) return give_up(g, a, n, nan);
-  const Stats<T> s = reweighed(drawn, counted);
+  Stats<T> s = drawn;
+  static_cast<Weighed&>(s) = counted;
   T* ranks = work.take(n);
   const Scaling scale = scaling(options.scale, s, options.temperature, a.student_unit);
   Outcome result;
@@ -183,16 +179,16 @@ PCOH_APART Outcome anchor(G& g, const Options& options, const AnchorRow<T>& a, R
     sums.ranks(ranks);
     g.sync();
     const T* pull = ranks;
-    T factor = static_cast<T>(1 / s.weight);  // of `pull`, to be the gradient w.r.t. positions
+    T factor = static_cast<T>(1 / s.total);  // of `pull`, to be the gradient w.r.t. positions
     if (cross_entropy) {
       const int levels = s.uniform && !options.soft_teacher() ? 2 * s.count : 0;  // ties share a half
-      result.loss = (sums.softplus_total() - s.weight * linear_part(g, ranked, teacher, levels) - entropy) /
-                    (s.weight * s.weight);
+      result.loss =
+          (sums.softplus_total() - s.total * linear_part(g, ranked, teacher, levels) - entropy) / (s.total * s.total);
       each_candidate(g, ranked,
                      [&](int k, auto w) { G::put(ranks, k, w * (G::get(ranks, k) * factor - G::get(teacher, k))); });
       factor *= 2;
     } else {
-      result.loss = objective(g, options.objective, ranked, teacher, s.weight, ranks);
+      result.loss = objective(g, options.objective, ranked, teacher, s.total, ranks);
       if (a.gradient != nullptr) pull = work.pullback(sums, ranks, n);
     }
     g.sync();

@@ -9,14 +9,14 @@
 // and beside it
 //   each(g, n, f)                  f(k) for every k < n at which such elements begin
 //   each_candidate(g, row, f)      f(k, w), w the weights
-//   each_value(g, row, from, f)    f(k, v, w), v the values `from` [n], which become the row's
+//   each_value(g, row, from, f)    f(k, v, w), v the values `from` [n], which go to row.values if those lie elsewhere
 //   each_element(g, n, f)          f(k) for every single element
 //   sum_each(g, n, f)              sum of f(k) over single elements, in float64
 //   by_memory(g, p, f)             f(p), compiled for the memory that p points to
 //   total(g, sum)  total(g, a, b, c)  extremes(g, low, high, sum)  of all elements
 //   weigh(g, row)                  the weights' statistics
-//   reweigh(g, row, weights)       the same of others [n], which become the row's
 //   hard_ranks(g, row, stats, want_ties, out, work)
+//                                  F_j into out [n]; returns sum_jk w_j w_k [v_j = v_k], or without want_ties anything
 //
 // A Row has values, weights, n, and once the sums are there: position(k), in temperatures from any origin; place(k),
 // the same for get()'s elements, in row.unit() temperatures.
@@ -52,40 +52,33 @@ struct Triple {
 // ---------------------------------------------------------------- statistics
 
 template <class T>
-struct Stats {
-  double weight, mean;  // W, and sum_k w_k v_k / W
-  T low, high;          // over weights > 0
-  int count;            // of weights > 0
-  bool uniform;         // all weights > 0 are equal
+struct Stats : Weighed {
+  double mean;  // sum_k w_k v_k / W
+  T low, high;  // over weights > 0
   bool finite;
 };
 
-// Of the row's candidates with values `from` [n], which become the row's.
+// Of the row's candidates with values `from` [n].
 template <class T, class G, class Row>
 PCOH_APART Stats<T> stats(G& g, const Row& row, const T* from, const Weighed& weighed) {
   constexpr T inf = std::numeric_limits<T>::infinity();
   const auto above = G::all(inf), below = G::all(-inf), zero = G::all(T(0));
   auto low = above, high = below;
   typename G::Sum product;
-  each_value(g, row, from, [&](int k, auto v, auto w) {
+  each_value(g, row, from, [&](int, auto v, auto w) {
     const auto least = w > zero ? v : above, most = w > zero ? v : below;
     low = least < low ? least : low;  // a comparison with NaN is false: `product` shows it
     high = most > high ? most : high;
     product.add(w * v);  // 0 * NaN shows, as it does in the reference
   });
   const Extremes<T> found = extremes(g, low, high, product);
-  return {weighed.total,
-          weighed.total > 0 ? found.sum / weighed.total : 0,
-          found.low,
-          found.high,
-          weighed.count,
-          weighed.uniform,
+  return {weighed, weighed.total > 0 ? found.sum / weighed.total : 0, found.low, found.high,
           std::isfinite(found.sum) && std::isfinite(double(found.high) - double(found.low))};
 }
 
 // ---------------------------------------------------------------- kernel sums
 
-template <class T, class Workplace>
+template <class Workplace>
 PCOH_DEVICE Method choose(const Workplace& work, double range, int n) {
   if (work.method != Method::automatic) return work.method;
   const double bins = range / kBinWidth;
@@ -96,9 +89,9 @@ PCOH_DEVICE Method choose(const Workplace& work, double range, int n) {
 // Calls f(sums) with the kernel sums of a row, whose positions are there then. low, high: of the values that count.
 template <class T, class G, class Row, class Workplace, class F>
 PCOH_DEVICE Status with_sums(G& g, Row& row, T low, T high, const Scaling& scale, Workplace& work, F f) {
-  switch (choose<T>(work, scale.range, row.n)) {
+  switch (choose(work, scale.range, row.n)) {
     case Method::grid:
-      // As the grid rounds it.
+      // As the grid of a GPU rounds it.
       if (!(static_cast<T>(scale.range / kBinWidth) < T(work.most_bins))) return Status::too_many_bins;
       work.template run<typename Workplace::Grid>(g, row, low, high, scale, f);
       break;

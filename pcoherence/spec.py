@@ -184,5 +184,7 @@ ROW_OPTIONS: dict[str, Any] = {
     for field in dataclasses.fields(LossSpec)
     if field.name not in TEMPERATURES | OF_DISTANCES | OF_A_CALL
 }
-"""The options that the kernels of a row are asked for, and their defaults: a string, or for a number
-a float or None."""
+"""The options that the kernels of a row are asked for, and their defaults.
+
+That is a string, or for a number a float or None.
+"""

@@ -30,10 +30,11 @@ def test_option_names() -> None:
     """C++ knows the same names in the same order; metrics may still have to be ported."""
     known = importlib.import_module("pcoherence._C").options()
     assert set(known) == {*spec.ROW_OPTIONS, "metric", "teacher_metric"}
-    # A number, or None for none.
-    assert not any(
-        isinstance(spec.ROW_OPTIONS[name], str) for name, names in known.items() if not names
-    )
+    defaults = importlib.import_module("pcoherence._C").constants()
+    for name, names in known.items():
+        if not names:  # a number; 0 stands for None
+            assert defaults[name] == (spec.ROW_OPTIONS[name] or 0.0)
+    assert defaults["temperature"] == spec.LossSpec().temperature
     default = spec.LossSpec()
     assert all(names[0] == getattr(default, name) for name, names in known.items()
                if names and name != "teacher_metric")  # fmt: skip

@@ -99,14 +99,15 @@ def but(tensor: torch.Tensor, position: int, value: float) -> torch.Tensor:
 WRONG: list[tuple[Call, str, Any]] = [
     *((f, "candidate_weights", w) for f in LOSSES
       for w in (SIX[:5], torch.ones(7), but(SIX, 5, -1), but(SIX, 0, torch.nan),
-                but(SIX, 5, torch.inf), SIX.double(), torch.ones(12)[::2], SIX[:, None])),
+                but(SIX, 5, torch.inf), SIX.double(), torch.ones(12)[::2], SIX[:, None],
+                torch.ones(6, 5), torch.ones(4, 6), torch.ones(5, 6)[None], -torch.ones(5, 6))),
     *((f, "coefficients", torch.ones(n)) for f in LOSSES for n in (4, 6)),
     *((f, "self_index", i) for f in (*LOSSES, agreement)
       for i in (torch.arange(5) + 2, torch.arange(5) - 2, torch.arange(4),
                 torch.arange(5, dtype=torch.int32))),
     *((f, "temperature", t) for f in (*LOSSES, *RANKS) for t in (0.0, -1.0)),
-    *((f, "teacher_temperature", -1.0) for f in LOSSES),
-    *((f, name, "?") for f in LOSSES for name in ("scale", "objective", "method")),
+    *((f, name, -1.0) for f in LOSSES for name in ("teacher_temperature", "neighbourhood")),
+    *((f, name, "?") for f in LOSSES for name in ("scale", "objective", "method", "neighbourhood")),
     *((f, name, "?") for f in FEATURES for name in ("metric", "teacher_metric")),
     *((f, "method", "?") for f in RANKS),
     *((f, "options", o) for f in LOSSES for o in ("?", "?=1", "metric")),

@@ -7,30 +7,27 @@
 namespace pcoherence::PCOH_ISA {
 namespace {
 
-// The candidates of an anchor: all but `self`.
+// An anchor and the candidates but for `self`.
 template <class T>
-Row<T> row_of(const CandidateWeights<T>& c, std::int64_t self, Workplace<T>& work) {
-  const int n = static_cast<int>(padded(c.n));
-  if (self < 0) return {c.weights, n, c.weighed};
-  T* weights = work.take(n);
-  std::memcpy(weights, c.weights, sizeof(T) * n);
-  weights[self] = 0;
-  if (!c.weighed.uniform) return {weights, n, weigh(weights, n)};
-  Weighed weighed = c.weighed;
-  if (c.weights[self] > 0) {
-    weighed.total = weighed.total / weighed.count * (weighed.count - 1);
-    --weighed.count;
-  }
-  return {weights, n, weighed};
-}
-
-template <class T>
-Outcome anchor_of(const Options& options, const CandidateWeights<T>& c, const AnchorRow<T>& a, std::int64_t self,
-                  Workspace& ws) {
+Outcome anchor_row(const Options& options, const CandidateWeights<T>& c, const AnchorRow<T>& a, std::int64_t self,
+                   Workspace& ws) {
   Core<T> core;
   Workplace<T> work{options.method, ws};
-  const Row<T> row = row_of(c, self, work);
-  return anchor(core, options, a, row, work);
+  Row<T> row{c.weights, static_cast<int>(padded(c.n))};
+  Weighed weighed = c.weighed;
+  if (self >= 0) {
+    T* weights = work.take(row.n);
+    std::memcpy(weights, c.weights, sizeof(T) * row.n);
+    weights[self] = 0;
+    row.weights = weights;
+    if (!weighed.uniform) {
+      weighed = weigh(core, row);
+    } else if (c.weights[self] > 0) {
+      weighed.total = weighed.total / weighed.count * (weighed.count - 1);
+      --weighed.count;
+    }
+  }
+  return anchor(core, options, a, row, weighed, work);
 }
 
 }  // namespace

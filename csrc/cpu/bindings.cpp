@@ -126,7 +126,9 @@ PYBIND11_MODULE(_C, m) {
                                              {"series degree float32", kSeriesDegree<float>},
                                              {"series degree float64", kSeriesDegree<double>},
                                              {"anchors of a block", kMaxBlock},
-                                             {"pool bytes", kPoolBytes}};
+                                             {"pool bytes", kPoolBytes},
+                                             {"neighbourhood", Options{}.neighbourhood},
+                                             {"temperature", Options{}.temperature}};
       },
       "Constants that Python states too, or that tests go by.");
   m.def(

@@ -24,7 +24,6 @@ template <class T>
 struct Row {
   const T* weights;  // [n], the anchor's own candidate excluded by weight 0
   int n;
-  Weighed weighed;
   const T* values = nullptr;  // [n], finite
   T low = 0;                  // smallest value that counts
   Scaling scale{};
@@ -81,27 +80,20 @@ Extremes<T> extremes(const Core<T>&, vec_t<T> low, vec_t<T> high, const Sum& sum
 }
 template <class T>
 Weighed weigh(const Core<T>&, const Row<T>& row) {
-  return row.weighed;
-}
-// Of weights that are not all alike.
-template <class T>
-Weighed weigh(const T* weights, int n) {
+  const vec_t<T> zero{}, inf = splat(std::numeric_limits<T>::infinity());
+  vec_t<T> least = inf, most = zero;
   ivec_t<T> count{};
   Sum total;
-  for (int k = 0; k < n; k += lanes_v<T>) {
-    const auto w = load(weights + k);
-    count -= w > vec_t<T>{};
+  for (int k = 0; k < row.n; k += lanes_v<T>) {
+    const auto w = load(row.weights + k);
+    count -= w > zero;
+    least = vmin(select(w > zero, w, inf), least);
+    most = vmax(w, most);
     total.add(w);
   }
-  Weighed result{total.total(), 0, false};
+  Weighed result{total.total(), 0, min_lane(least) == max_lane(most)};
   for (int i = 0; i < lanes_v<T>; ++i) result.count += static_cast<int>(count[i]);
   return result;
-}
-template <class T>
-Weighed reweigh(const Core<T>&, Row<T>& row, const T* weights) {
-  row.weights = weights;
-  row.weighed = weigh(weights, row.n);
-  return row.weighed;
 }
 
 }  // namespace pcoherence::PCOH_ISA

@@ -17,16 +17,16 @@ template <class T>
 class FeatureGradient {
  public:
   // anchors [m, width], candidates [n, width]: where the gradients go, null where not wanted.
-  FeatureGradient(const Cloud<T>& features, T* anchors, T* candidates, bool symmetric, Runtime<T>& runtime)
-      : features_(features),
+  FeatureGradient(const Cloud<T>& cloud, T* anchors, T* candidates, bool symmetric, Runtime<T>& runtime)
+      : cloud_(cloud),
         runtime_(runtime),
-        n_(features.input().n),
-        width_(features.input().width),
+        n_(cloud.input().n),
+        width_(cloud.input().width),
         symmetric_(symmetric),
         anchors_(anchors),
         candidates_(candidates) {
-    if (anchors != nullptr && features.same() && !symmetric) candidates_ = runtime.allocate(n_ * width_);
-    if (anchors_ != nullptr) std::fill(anchors_, anchors_ + features.input().m * width_, T(0));
+    if (anchors != nullptr && cloud.same() && !symmetric) candidates_ = runtime.allocate(n_ * width_);
+    if (anchors_ != nullptr) std::fill(anchors_, anchors_ + cloud.input().m * width_, T(0));
     if (candidates_ != nullptr) {
       std::fill(candidates_, candidates_ + n_ * width_, T(0));
       column_sums_.assign(n_, 0.0);
@@ -36,7 +36,7 @@ class FeatureGradient {
   // block [rows, padded(n)]: V; row_sums [rows]; near: pairs kept out of the products, by row.
   void add(T* block, const double* row_sums, std::int64_t begin, std::int64_t rows,
            const std::vector<std::vector<std::int32_t>>& near, Team& team) {
-    if (!features_.traits().products) {
+    if (!cloud_.traits().products) {
       add_signs(block, begin, rows, team);
       return;
     }
@@ -51,7 +51,7 @@ class FeatureGradient {
     }
     if (anchors_ != nullptr) add_anchors(block, sums, begin, rows);
     if (candidates_ != nullptr) {
-      runtime_.accumulate_tn(candidates_, block, ld, features_.anchors() + begin * width_, rows, n_, width_);
+      runtime_.accumulate_tn(candidates_, block, ld, cloud_.anchors() + begin * width_, rows, n_, width_);
       add_column_sums(block, rows, team);
     }
   }
@@ -59,15 +59,15 @@ class FeatureGradient {
   // After the last block.
   void finish() {
     if (candidates_ == nullptr) return;
-    if (features_.traits().products) {
-      const T* c = features_.candidates();
+    if (cloud_.traits().products) {
+      const T* c = cloud_.candidates();
       for (std::int64_t j = 0; j < n_; ++j) {
         const T sum = static_cast<T>(column_sums_[j]);
         for (std::int64_t f = 0; f < width_; ++f)
           candidates_[j * width_ + f] = sum * c[j * width_ + f] - candidates_[j * width_ + f];
       }
     }
-    if (features_.same())
+    if (cloud_.same())
       for (std::int64_t i = 0; i < n_ * width_; ++i) anchors_[i] += candidates_[i];
   }
 
@@ -85,8 +85,8 @@ class FeatureGradient {
 
   void add_anchors(const T* block, const std::vector<double>& sums, std::int64_t begin, std::int64_t rows) {
     if (products_ == nullptr) products_ = runtime_.allocate(rows * width_);  // the first block is the largest
-    runtime_.multiply_nn(products_, block, padded(n_), features_.candidates(), rows, n_, width_);
-    const T* x = features_.anchors() + begin * width_;
+    runtime_.multiply_nn(products_, block, padded(n_), cloud_.candidates(), rows, n_, width_);
+    const T* x = cloud_.anchors() + begin * width_;
     T* out = anchors_ + begin * width_;
     for (std::int64_t i = 0; i < rows; ++i) {
       const T sum = static_cast<T>(sums[i]);
@@ -118,10 +118,10 @@ class FeatureGradient {
     team.run(runtime_, (width_ + slice - 1) / slice, 1, [&](std::int64_t s, Workspace&) {
       const std::int64_t end = std::min(width_, (s + 1) * slice);
       for (const Pair& p : pairs) {
-        const Point<T> a = features_.anchor(p.anchor), c = features_.candidate(p.candidate);
+        const Point<T> a = cloud_.anchor(p.anchor), c = cloud_.candidate(p.candidate);
         for (std::int64_t f = s * slice; f < end; ++f) {
           const double difference = double(a.x[f]) / a.length - double(c.x[f]) / c.length;
-          const T pull = static_cast<T>(double(p.value) * difference * features_.scale());
+          const T pull = static_cast<T>(double(p.value) * difference * cloud_.scale());
           if (anchors_ != nullptr) anchors_[p.anchor * width_ + f] += pull;
           if (candidates_ != nullptr) candidates_[p.candidate * width_ + f] += pull;
           if (symmetric_) anchors_[p.candidate * width_ + f] -= pull;
@@ -145,19 +145,18 @@ class FeatureGradient {
   void add_signs(const T* block, std::int64_t begin, std::int64_t rows, Team& team) {
     const auto& accumulate = kernels().of<T>().accumulate_signs;
     const std::int64_t ld = padded(n_);
-    const T* x = features_.anchors() + begin * width_;
+    const T* x = cloud_.anchors() + begin * width_;
     if (anchors_ != nullptr)
       team.run(runtime_, rows, 1, [&](std::int64_t i, Workspace&) {
-        accumulate(anchors_ + (begin + i) * width_, x + i * width_, features_.candidates(), block + i * ld, 1, n_,
-                   width_);
+        accumulate(anchors_ + (begin + i) * width_, x + i * width_, cloud_.candidates(), block + i * ld, 1, n_, width_);
       });
     if (candidates_ != nullptr)
       team.run(runtime_, n_, 1, [&](std::int64_t j, Workspace&) {
-        accumulate(candidates_ + j * width_, features_.candidates() + j * width_, x, block + j, ld, rows, width_);
+        accumulate(candidates_ + j * width_, cloud_.candidates() + j * width_, x, block + j, ld, rows, width_);
       });
   }
 
-  const Cloud<T>& features_;
+  const Cloud<T>& cloud_;
   Runtime<T>& runtime_;
   std::int64_t n_, width_;
   bool symmetric_;

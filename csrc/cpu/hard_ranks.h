@@ -27,7 +27,7 @@ double hard_ranks_sorted(const Row<T>& row, const Stats<T>& s, T* out, Workspace
     double group = 0;
     int end = i;
     for (; end < row.n && items[end].key == items[i].key; ++end) group += double(row.weights[items[end].index]);
-    const T f = static_cast<T>((below + group / 2) / s.weight);
+    const T f = static_cast<T>((below + group / 2) / s.total);
     for (; i < end; ++i) out[items[i].index] = f;
     below += group;
     ties += group * group;
@@ -144,7 +144,7 @@ bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, T* out, double& t
   if (want_ties) {
     double pairs = s.count;
     for (int i = 0; i < lanes; ++i) pairs += double(equal[i]);
-    const double weight = s.weight / s.count;
+    const double weight = s.total / s.count;
     ties = pairs * weight * weight;
   }
   for (int k = 0; k < n; ++k) out[k] = rank[position[k]];

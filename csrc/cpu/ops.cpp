@@ -199,7 +199,7 @@ struct Inputs {
   }
 
   template <class T>
-  GivenPoints<T> features(const Tensor& anchors, const OptionalTensor& candidates, Metric metric) const {
+  GivenPoints<T> points(const Tensor& anchors, const OptionalTensor& candidates, Metric metric) const {
     return {data<T>(anchors), data<T>(candidates), m(), n(), anchors.size(1), metric};
   }
 
@@ -218,8 +218,8 @@ struct Inputs {
       check_status(coherence_from_distances<T>(options, data<T>(student), data<T>(teacher), m(), n(), weights, results,
                                                runtime));
     else
-      check_status(coherence<T>(options, features<T>(student, student_candidates, options.metric),
-                                features<T>(teacher, teacher_candidates, options.teacher_metric), weights, results,
+      check_status(coherence<T>(options, points<T>(student, student_candidates, options.metric),
+                                points<T>(teacher, teacher_candidates, options.teacher_metric), weights, results,
                                 runtime));
   }
 };

@@ -104,16 +104,16 @@ class Coherence {
   }
 
  private:
-  static bool fits_symmetric(const Cloud<T>& features) {
-    const std::int64_t size = padded(features.input().n);
-    return features.same() && features.traits().products && size * size * sizeof(T) <= kSymmetricBytes;
+  static bool fits_symmetric(const Cloud<T>& cloud) {
+    const std::int64_t size = padded(cloud.input().n);
+    return cloud.same() && cloud.traits().products && size * size * sizeof(T) <= kSymmetricBytes;
   }
 
-  void products(const Cloud<T>& features, T* block, std::int64_t begin, std::int64_t rows) {
+  void products(const Cloud<T>& cloud, T* block, std::int64_t begin, std::int64_t rows) {
     if (symmetric_)
-      features.symmetric_products(block, runtime_);
+      cloud.symmetric_products(block, runtime_);
     else
-      features.products(block, begin, rows, runtime_);
+      cloud.products(block, begin, rows, runtime_);
   }
 
   const Options& options_;

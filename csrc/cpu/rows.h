@@ -106,7 +106,8 @@ struct RowKernels {
   // An anchor's arrays: [padded(n)]. self: the candidate that is excluded, or -1.
   Outcome (*anchor)(const Options&, const CandidateWeights<T>&, const AnchorRow<T>&, std::int64_t self, Workspace&);
   Status (*soft_rank)(const SoftRankRow<T>&, Workspace&);
-  // F_j into out [padded(n)]; returns sum_jk w_j w_k [v_j = v_k]. values [padded(n)], finite, some weight > 0.
+  // For tests: F_j into out [padded(n)]; returns sum_jk w_j w_k [v_j = v_k]. values [padded(n)], finite, some weight >
+  // 0.
   double (*hard_ranks)(const T* values, const CandidateWeights<T>&, T* out, Workspace&);
 };
 

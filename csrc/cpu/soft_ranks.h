@@ -76,7 +76,7 @@ struct Workplace {
 template <class T>
 double hard_ranks_of_row(const T* values, const CandidateWeights<T>& c, T* out, Workspace& ws) {
   Core<T> core;
-  Row<T> row{c.weights, static_cast<int>(padded(c.n)), c.weighed, values};
+  Row<T> row{c.weights, static_cast<int>(padded(c.n)), values};
   Workplace<T> work{Method::automatic, ws};
   return hard_ranks(core, row, stats(core, row, values, c.weighed), true, out, work);
 }
@@ -159,7 +159,7 @@ Status soft_rank(const SoftRankRow<T>& a, Workspace& ws) {
   const double per_value = 1 / a.temperature;
   const Scaling scale{per_value, (double(range.high) - double(range.low)) * per_value};
   Core<T> core;
-  Row<T> row{weights, n, {}, values};
+  Row<T> row{weights, n, values};
   return with_sums(core, row, range.low, range.high, scale, work, [&](auto& sums) {
     T* result = work.take(n);
     if (a.upstream == nullptr) {

@@ -56,7 +56,7 @@ class Buffer {
 
 // Of one thread.
 struct Workspace {
-  static constexpr int kRows = 6;    // one more than an anchor takes
+  static constexpr int kRows = 5;    // as many as an anchor takes
   Buffer near;                       // see Workplace::near_ranks
   const void* near_table = nullptr;  // [near_count]
   int near_count = 0;

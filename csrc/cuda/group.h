@@ -12,7 +12,7 @@
 //              swap_if(p, expected, v)                    atomic compare and swap; returns what was there
 //              in_fast(p), fast(p)                        whether p lies in fast memory; p, known to lie there: the
 //                                                         compiler then uses shorter addresses and instructions
-//              scratch()                                  kScratchBytes, fast, for the functions of this file
+//              scratch()                                  kScratchBytes, fast, until the next call that may use them
 #pragma once
 
 #include <cmath>
@@ -123,7 +123,7 @@ class Arena {
   PCOH_DEVICE V* take(std::int64_t count, std::int64_t reserve = 0) {
     const std::int64_t bytes = (count * std::int64_t(sizeof(V)) + 15) / 16 * 16;
     if (bytes + reserve <= fast_left_) return cut<V>(fast_, fast_left_, bytes);
-    if (bytes > slow_left_) PCOH_TRAP();  // the launcher's workspace_bytes() is wrong
+    if (bytes > slow_left_) PCOH_TRAP();  // task_bytes() is wrong
     return cut<V>(slow_, slow_left_, bytes);
   }
 
@@ -383,11 +383,6 @@ PCOH_APART Weighed weigh(G& g, const Row<T>& row) {
   });
   seen = reduce(g, seen, MergeWeights{});
   return {seen.sum, seen.count, seen.least == seen.most};
-}
-template <class G, class T>
-PCOH_DEVICE Weighed reweigh(G& g, Row<T>& row, const T* weights) {
-  row.weights = weights;
-  return weigh(g, row);
 }
 
 // t >= 0, or t * factor, rounded to an integer without the conversion unit, which takes 8 times as long as an addition.

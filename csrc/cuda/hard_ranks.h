@@ -86,7 +86,7 @@ PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s,
       pairs += equal;
     });
   });
-  const double weight = s.weight / s.count;
+  const double weight = s.total / s.count;
   ties = total(g, double(pairs)) * weight * weight;
   return true;
 }
@@ -113,7 +113,7 @@ PCOH_DEVICE double hard_ranks_sorted(G& g, const Row<T>& row, const Stats<T>& s,
   });
   sort(g, keys, items, n);
   running_sums(g, n, [&](int i) { return double(row.weight(items[i])); }, [&](int i, double sum) { before[i] = sum; });
-  if (g.thread() == 0) before[n] = s.weight;
+  if (g.thread() == 0) before[n] = s.total;
   g.sync();
   // The number of sorted values that come before v, or not after it.
   const auto place = [&](T v, bool or_equal) {
@@ -130,7 +130,7 @@ PCOH_DEVICE double hard_ranks_sorted(G& g, const Row<T>& row, const Stats<T>& s,
   each(g, n, [&](int i) {
     const T v = keys[i];
     const double below = before[place(v, false)], group = before[place(v, true)] - below;
-    out[items[i]] = static_cast<T>((below + group / 2) / s.weight);
+    out[items[i]] = static_cast<T>((below + group / 2) / s.total);
     ties += double(row.weight(items[i])) * group;
   });
   return total(g, ties);

@@ -1,5 +1,5 @@
 // The row kernels as operators of torch, through LibTorch's stable ABI: host checks, device guard, current stream.
-// pcoherence/backends/cuda.py calls them; nothing else does.
+// pcoherence/backends/cuda_kernels.py calls them.
 //
 // Conventions: tensors are contiguous, on one device, of one dtype T, float32 or float64, unless said otherwise; what
 // an operator writes is given to it. Nothing synchronises.

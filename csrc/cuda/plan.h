@@ -32,10 +32,10 @@ Plan plan_for(const Device& device, std::int64_t rows, std::int64_t n, Method me
   p.bins = method == Method::grid ? kMaxBins : kMostBins;
   p.reserve = kGridReserve;
   const std::int64_t row = row_bytes<T>(n);
-  const std::int64_t wanted = kScratchBytes + 4 * row + kGridReserve;
+  const std::int64_t wanted = kScratchBytes + kAnchorRows * row + kGridReserve;
   // Two blocks share a multiprocessor as long as the student's values and ranks stay in shared memory.
   const std::int64_t half = device.shared_per_multiprocessor / 2 - kSystemShared;
-  const bool halves = kMaxHalf<T> > 0 && kScratchBytes + 2 * row + kGridReserve <= half;
+  const bool halves = kMaxHalf<T> > 0 && kScratchBytes + kStudentRows * row + kGridReserve <= half;
   // As many as there are elements: of a short row everything is a wait that other warps can fill.
   const std::int64_t most_threads = halves ? kMaxHalf<T> : kMaxThreads<T>;
   p.threads = static_cast<int>(std::clamp<std::int64_t>((n + kWarp - 1) / kWarp * kWarp, kMinThreads, most_threads));
