@@ -196,6 +196,8 @@ def _integer_hint(argument: str, value: Tensor) -> str:
         return ""
     if value.ndim == 2 and value.shape[1] > 1:
         return f" (of quantised embeddings, take {argument}.float())"
+    if argument in ("values", "weights"):
+        return f" (take {argument}.float())"
     return " (embeddings, not class labels)"
 
 

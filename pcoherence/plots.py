@@ -116,6 +116,6 @@ def _matplotlib() -> tuple[type, type]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "plots: expected matplotlib; got no such package (pip install pcoherence[plot])"
+            "plots: expected matplotlib; got no such package (pip install 'pcoherence[plot]')"
         ) from error
     return Figure, LogNorm

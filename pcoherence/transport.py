@@ -82,7 +82,7 @@ def optimal_transport_loss(
         inf give NaN. No points give 0. Can be differentiated once.
 
     Raises:
-        ImportError: POT is not there (pip install pcoherence[transport]).
+        ImportError: POT is not there (pip install 'pcoherence[transport]').
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     _check_options(solver, regularization, cost, standardize, max_iterations)
@@ -190,7 +190,7 @@ def _pot() -> ModuleType:
     except ImportError as error:
         raise ImportError(
             "optimal_transport_loss: expected the POT library; got no such package "
-            "(pip install pcoherence[transport])"
+            "(pip install 'pcoherence[transport]')"
         ) from error
     module: ModuleType = ot
     return module

@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "pcoherence.adapters.lightning: expected lightning; got no such package "
-        "(pip install pcoherence[lightning])"
+        "(pip install 'pcoherence[lightning]')"
     ) from error
 
 from pcoherence.loss import PerceptionCoherenceLoss

@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "pcoherence.adapters.metric_learning: expected pytorch-metric-learning; got no such "
-        "package (pip install pcoherence[metric-learning])"
+        "package (pip install 'pcoherence[metric-learning]')"
     ) from error
 
 from pcoherence.loss import PerceptionCoherenceLoss

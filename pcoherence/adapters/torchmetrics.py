@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "pcoherence.adapters.torchmetrics: expected torchmetrics; got no such package "
-        "(pip install pcoherence[torchmetrics])"
+        "(pip install 'pcoherence[torchmetrics]')"
     ) from error
 
 from pcoherence.inputs import FLOAT_DTYPES, check_points, check_same_length

@@ -145,7 +145,7 @@ class CudaRowKernels:
         return losses
 
     def takes_differences(self, method: str, n: int) -> bool:
-        """Never: small batches are small_rows(), in large ones products cost less."""
+        """Never: small batches are `small`, in large ones products cost less."""
         return False
 
     def difference_distances(
