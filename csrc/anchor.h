@@ -147,7 +147,16 @@ PCOH_APART Outcome anchor(G& g, const Options& options, const AnchorRow<T>& a, R
                           Workplace work) {
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   const int n = row.n;
-  if (!(weighed.total > 0)) return give_up(g, a, n, 0);  // nobody to compare: the anchor contributes nothing
+  if (!(weighed.total > 0)) {  // nobody to compare: the anchor contributes nothing, but NaN shows
+    const auto finite = [&](const T* distances) {
+      row.values = Workplace(work).values(distances, n);
+      const bool found = stats(g, row, distances, weighed).finite;
+      g.sync();
+      return found;
+    };
+    const bool theirs = finite(a.teacher), ours = finite(a.student);
+    return give_up(g, a, n, theirs && ours ? 0 : nan);
+  }
   const bool cross_entropy = options.objective == Objective::cross_entropy;
 
   // The teacher's ranks are touched twice, all else again and again: they are the first to leave fast memory.

@@ -5,7 +5,7 @@
 //   all(x)                         x for every element that is treated at a time: a vector, or x
 //   get(p, k)  put(p, k, v)        these elements of an array
 //   sync()                         memory written before is seen after
-//   Sum                            add(v): sums in float64
+//   Sum                            add(v), add_product(v, w): sums in float64, where no product of floats overflows
 // and beside it
 //   each(g, n, f)                  f(k) for every k < n at which such elements begin
 //   each_candidate(g, row, f)      f(k, w), w the weights
@@ -69,11 +69,11 @@ PCOH_APART Stats<T> stats(G& g, const Row& row, const T* from, const Weighed& we
     const auto least = w > zero ? v : above, most = w > zero ? v : below;
     low = least < low ? least : low;  // a comparison with NaN is false: `product` shows it
     high = most > high ? most : high;
-    product.add(w * v);  // 0 * NaN shows, as it does in the reference
+    product.add_product(w, v);  // 0 * NaN shows, as it does in the reference
   });
   const Extremes<T> found = extremes(g, low, high, product);
   return {weighed, weighed.total > 0 ? found.sum / weighed.total : 0, found.low, found.high,
-          std::isfinite(found.sum) && std::isfinite(double(found.high) - double(found.low))};
+          std::isfinite(found.sum) && (weighed.count == 0 || std::isfinite(double(found.high) - double(found.low)))};
 }
 
 // ---------------------------------------------------------------- kernel sums

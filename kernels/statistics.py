@@ -92,8 +92,8 @@ def row_stats(
     else:
         factor = tl.where(factor * spread <= MAX_RANGE, factor, MAX_RANGE / spread)
         extent = factor * spread
-        finite = (tl.abs(total) < float("inf")) & (tl.abs(spread) < float("inf"))
-        state = tl.where(some, tl.where(finite, 1.0, float("nan")), 0.0)
+        finite = (tl.abs(total) < float("inf")) & ((tl.abs(spread) < float("inf")) | (weight == 0))
+        state = tl.where(finite, tl.where(some, 1.0, 0.0), float("nan"))
     tl.store(stats + WEIGHT * rows + r, weight, mask=live)
     tl.store(stats + MEAN * rows + r, mean, mask=live)
     tl.store(stats + LOW * rows + r, low, mask=live)

@@ -125,7 +125,8 @@ def spearman(
     floor = (SPEARMAN_FLOOR * torch.finfo(a.dtype).eps) ** 2
     constant = (variance_a <= floor) | (variance_b <= floor)
     deviation = torch.where(constant, 1.0, variance_a * variance_b).sqrt()
-    correlation = torch.where(constant, 0.0, _mean(a * b, weights) / deviation)
+    nothing = 0.0 * (variance_a + variance_b).detach()  # NaN stays NaN
+    correlation = torch.where(constant, nothing, _mean(a * b, weights) / deviation)
     return torch.where(weights.sum(1) == 0, 0.0, 1.0 - correlation)
 
 

@@ -234,6 +234,24 @@ def test_weights_have_no_unit(objective: str, unit: float, evaluate: Evaluate) -
     compare(found, reference(leaves, constants, **options), 1e-5)
 
 
+@on_all_paths(
+    "metric, unit",
+    [("euclidean", 1e10), ("euclidean", 1e15), ("cityblock", 1e18)],
+    [("euclidean", 1e10)],
+)
+def test_large_weights_of_large_distances(metric: str, unit: float, evaluate: Evaluate) -> None:
+    """Their product, which only the mean needs, is larger than any float32."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 9, 3, generator=generator)
+    for leaf, other in ((student, unit * teacher), (unit * student, teacher)):
+        given = {"teacher": other, "candidate_weights": torch.full((9,), 1e20)}
+        found = evaluate([leaf], given, metric=metric)
+        wide = {name: tensor.double() for name, tensor in given.items()}
+        loss, (gradient,) = reference([leaf.double()], wide, metric=metric)
+        assert relative_error(found[0], loss) < 5e-6
+        assert relative_error(found[1][0], gradient) < 1e-4  # of one draw, nine points
+
+
 BAD = (math.nan, math.inf, -math.inf)
 
 
@@ -271,13 +289,13 @@ def test_what_is_not_finite_shows_where_it_is_seen(
 def test_weights_do_not_hide_what_is_not_finite(
     objective: str, bad: float, evaluate: Evaluate
 ) -> None:
-    """A candidate of NaN or inf makes every anchor NaN, also where it has weight 0."""
+    """A candidate of NaN or inf makes every anchor NaN, also where it, or all, have weight 0."""
     leaves, constants = problem(17, True, False)
     options = {"objective": objective, "reduction": "none"}
-    for weight in (1.0, 0.0):
+    for weight, others in ((1.0, 1.0), (0.0, 1.0), (0.0, 0.0)):
         candidates = leaves[1].clone()
         candidates[11, 2] = bad
-        weights = torch.ones(17, dtype=torch.float64)
+        weights = torch.full((17,), others, dtype=torch.float64)
         weights[11] = weight
         given = constants | {"candidate_weights": weights}
         losses, gradients = evaluate([leaves[0], candidates], given, **options)

@@ -118,6 +118,11 @@ struct Sum {
     b += high_half(v);
   }
   void add(vec_t<double> v) { a += v; }
+  void add_product(vec_t<float> v, vec_t<float> w) {
+    a += low_half(v) * low_half(w);
+    b += high_half(v) * high_half(w);
+  }
+  void add_product(vec_t<double> v, vec_t<double> w) { a += v * w; }
   double total() const { return sum_lanes(a + b); }
 };
 

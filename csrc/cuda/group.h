@@ -36,6 +36,10 @@ struct Sum {
   PCOH_DEVICE void add(T v) {
     value += double(v);
   }
+  template <class T>
+  PCOH_DEVICE void add_product(T v, T w) {
+    value += double(v) * double(w);
+  }
 };
 
 // For code that vectors run, too (../row.h): here an element is treated at a time.
