@@ -19,6 +19,19 @@ PCOH_INLINE Scaling scaling(Scale scale, const Stats<T>& s, double temperature, 
   return scaling(s.low, s.high, by_mean ? s.mean : 1, (by_mean ? 1 : unit) / temperature);
 }
 
+// A row without weight: nobody to compare. It contributes nothing, but NaN shows.
+template <class T, class G, class Row, class Workplace>
+PCOH_APART Outcome nobody(G& g, const AnchorRow<T>& a, Row row, const Weighed& weighed, const Workplace& work) {
+  const auto finite = [&](const T* distances) {
+    row.values = Workplace(work).values(distances, row.n);
+    const bool found = stats(g, row, distances, weighed).finite;
+    g.sync();
+    return found;
+  };
+  const bool theirs = finite(a.teacher), ours = finite(a.student);
+  return give_up(g, a, row.n, theirs && ours ? 0 : std::numeric_limits<double>::quiet_NaN());
+}
+
 // ---------------------------------------------------------------- neighbourhood
 
 // w_j / (1 + F_j / h) = h w_j / (h + F_j), but for a factor, on which nothing depends: so chosen that no h under- or
@@ -35,6 +48,18 @@ struct NearDivisor {
   }
 };
 
+// By place: the weight in the neighbourhood, and the rank under such weights if everybody has a place of his own.
+template <class T>
+struct NearPlace {
+  T weight, rank;
+};
+// Of `count` candidates, places as twice_place() numbers them.
+template <class T>
+struct NearTable {
+  const NearPlace<T>* places;  // [2 count - 1], or null: there is none
+  double total;                // of the weights
+};
+
 // ranks [n]: F^T under the row's weights.
 template <class T, class G, class Row>
 PCOH_APART void near_weights(G& g, const Row& row, const NearDivisor<T>& near, const T* ranks, T* out) {
@@ -45,59 +70,125 @@ PCOH_APART void near_weights(G& g, const Row& row, const NearDivisor<T>& near, c
   });
 }
 
-// Hard ranks of `count` candidates under equal weights, no two alike -> those under near weights, in place: of each, by
-// its place, what weighs before it and half of its own.
-template <class T, class G, class Workplace>
-PCOH_APART void rerank(G& g, int n, int count, const NearDivisor<T>& near, T* ranks, Workplace& work) {
-  const T* table = work.near_ranks(g, count, near);
-  each_element(g, n, [&](int k) {
-    const int place = static_cast<int>(ranks[k] * T(count));
-    ranks[k] = table[place < count ? place : count - 1];  // of weight 0: any
+// Up to this many candidates of equal weights, T tells apart twice their hard ranks, which are whole numbers.
+template <class T>
+inline constexpr int kWholeRanks = sizeof(T) == 4 ? 1 << 20 : 1 << 28;
+
+// 2 F count for the hard rank F of a candidate, less 1: from 0 to 2 count - 2; of weight 0 any of them.
+template <class T>
+PCOH_DEVICE int twice_place(T rank, int count) {
+  const int twice = static_cast<int>(rank * T(2 * count) - T(0.5));
+  return twice < 2 * count - 2 ? twice : 2 * count - 2;
+}
+
+// Equal weights, whose hard ranks are plain [n]: weights and ranks in the neighbourhood, by counting who is at each
+// place. Returns what the weights are, and adds up w_j w_k of candidates that tie, themselves included.
+template <class T, class Rank, class G, class Row, class Workplace>
+PCOH_APART Weighed count_near(G& g, const Row& row, const Weighed& weighed, const NearDivisor<T>& near,
+                              const NearTable<T>& table, const T* plain, T* weights, Rank* out, double& ties,
+                              Workplace& work) {
+  const int count = weighed.count, places = 2 * count - 1;
+  Workplace own = work;
+  int* here = own.template take<int>(places);
+  double* before = own.template take<double>(places);
+  each_element(g, places, [&](int i) { here[i] = 0; });
+  g.sync();
+  each_element(g, row.n, [&](int k) {
+    if (row.weight(k) > 0) g.add(&here[twice_place(plain[k], count)], 1);
   });
+  g.sync();
+  const T weight = static_cast<T>(weighed.total / count);
+  const NearPlace<T>* known = table.places;
+  const auto at = [=](int i) {
+    return known != nullptr ? weight * known[i].weight : weight / near(T(i + 1) / T(2 * count));
+  };
+  const auto mass = [=](int i) { return here[i] > 0 ? double(here[i]) * double(at(i)) : 0.0; };
+  running_sums(g, places, mass, [&](int i, double sum) { before[i] = sum; });
+  g.sync();
+  const double all = before[places - 1] + mass(places - 1);
+  ties = sum_each(g, places, [&](int i) { return mass(i) * mass(i); });
+  each_element(g, row.n, [&](int k) {
+    const int i = twice_place(plain[k], count);
+    weights[k] = row.weight(k) > 0 ? at(i) : T(0);
+    out[k] = static_cast<Rank>((before[i] + mass(i) / 2) / all);
+  });
+  return {all, count, false};
+}
+
+// The same without counting: where nobody ties every place is taken once, whatever the row.
+template <class T, class G, class Row>
+PCOH_APART Weighed look_up_near(G& g, const Row& row, const Weighed& weighed, const NearTable<T>& table, const T* plain,
+                                T* weights, T* out) {
+  const T weight = static_cast<T>(weighed.total / weighed.count);
+  each_element(g, row.n, [&](int k) {
+    const NearPlace<T> place = table.places[twice_place(plain[k], weighed.count)];
+    weights[k] = row.weight(k) > 0 ? weight * place.weight : T(0);
+    out[k] = place.rank;
+  });
+  return {double(weight) * table.total, weighed.count, false};
 }
 
 // ---------------------------------------------------------------- the teacher
 
-// F^T under the row's weights, into `out`; `entropy`, for cross_entropy: sum_jk w_j w_k H(P_jk). With a neighbourhood
-// the row's weights become those, in `near_weights` [n], and s what they make of it.
-template <class T, class G, class Row, class Workplace>
-PCOH_DEVICE Status teacher_ranks(G& g, const Options& options, double unit, Row& row, Stats<T>& s, T* near, T* out,
-                                 double& entropy, Workplace& work) {
+// What a pair of candidates that ties takes from the weights of a neighbourhood h, as the table has them, relative to
+// their sum: the weights at two neighbouring places, less twice that between them, is a second difference. `ties`:
+// sum_jk w_j w_k of those that tie.
+PCOH_INLINE bool hardly_ties(const Weighed& weighed, double ties, double h) {
+  const double count = weighed.count, pairs = ties * count * count / (weighed.total * weighed.total) - count;
+  if (pairs < 1) return true;
+  const double second = 2 / (h * h * count * count), sum = count * h * std::log1p(1 / h);
+  return pairs * (std::sqrt(pairs) + 2) / 24 * second < 0x1p-26 * sum;  // a quarter of float32's epsilon
+}
+
+// F^T under the row's weights, into out [n]: T, or double for cross_entropy, and then its `entropy`, sum_jk w_j w_k
+// H(P_jk). near [n] or null: where the weights of the neighbourhood go, which become the row's, with s what they make
+// of it. plain: [n] to work in, or `out`.
+template <class T, class Rank, class G, class Row, class Workplace>
+PCOH_APART Status teacher_ranks(G& g, const Options& options, double unit, Row& row, Stats<T>& s, T* near, T* plain,
+                                Rank* out, double& entropy, Workplace& work) {
   const bool cross_entropy = options.objective == Objective::cross_entropy;
-  bool ranked = false;
   if (near != nullptr) {
     const NearDivisor<T> divisor(options.neighbourhood);
-    const double ties = hard_ranks(g, row, s, true, out, work);
+    const NearTable<T> table = work.near_table(s.count, divisor);
+    double ties = hard_ranks(g, row, s, !cross_entropy && table.places != nullptr, plain, work);
     g.sync();
-    near_weights(g, row, divisor, out, near);
-    g.sync();
-    // A pair that ties would add 2 / count to 1.
-    const bool distinct = s.uniform && ties * s.count <= s.total * s.total * (1 + 1.0 / s.count);
-    const int count = s.count;
-    row.weights = near;
-    static_cast<Weighed&>(s) = weigh(g, row);
-    ranked = distinct && !options.soft_teacher();
-    if (ranked) {
-      rerank(g, row.n, count, divisor, out, work);
-      if (cross_entropy) {
-        typename G::Sum squares;
-        each_candidate(g, row, [&](int, auto w) { squares.add(w * w); });
-        entropy = kLog2 * total(g, squares);
+    bool ranked = s.uniform && s.count <= kWholeRanks<T>;
+    if (!ranked) {
+      near_weights(g, row, divisor, plain, near);
+      g.sync();
+      row.weights = near;
+      static_cast<Weighed&>(s) = weigh(g, row);
+    } else {
+      const bool known = !cross_entropy && table.places != nullptr &&
+                         (sizeof(T) == 4 ? hardly_ties(s, ties, options.neighbourhood)
+                                         : ties * s.count <= s.total * s.total * (1 + 1.0 / s.count));
+      Weighed found;
+      if constexpr (sizeof(Rank) == sizeof(T)) {
+        found = known ? look_up_near(g, row, s, table, plain, near, out)
+                      : count_near(g, row, s, divisor, table, plain, near, out, ties, work);
+      } else {
+        found = count_near(g, row, s, divisor, table, plain, near, out, ties, work);
       }
+      row.weights = near;
+      static_cast<Weighed&>(s) = found;
+      entropy = kLog2 * ties;
     }
+    g.sync();
+    if (ranked && !options.soft_teacher()) return Status::ok;
   }
-  if (ranked) return Status::ok;
   if (!options.soft_teacher()) {
     entropy = kLog2 * hard_ranks(g, row, s, cross_entropy, out, work);
     return Status::ok;
   }
   const Scaling scale = scaling(options.scale, s, options.teacher_temperature, unit);
-  const T per_weight = static_cast<T>(1 / s.total);
   return with_sums(g, row, s.low, s.high, scale, work, [&](auto& sums) {
-    sums.ranks(out);
+    sums.ranks(plain);
     g.sync();
-    each(g, row.n, [&](int k) { G::put(out, k, G::get(out, k) * per_weight); });
-    if (cross_entropy) entropy = sums.softplus_total() - s.total * linear_part(g, row, out, 0);
+    const Rank per_weight = static_cast<Rank>(1 / s.total);
+    each_element(g, row.n, [&](int k) { out[k] = Rank(plain[k]) * per_weight; });
+    g.sync();
+    if constexpr (sizeof(Rank) == sizeof(double))
+      if (cross_entropy) entropy = sums.cross_total(out, s.total);
   });
 }
 
@@ -136,74 +227,93 @@ PCOH_APART double store_gradient(G& g, const Options& options, const AnchorRow<T
   return G::sums_gradient ? total(g, stored) : 0;
 }
 
+// ---------------------------------------------------------------- both
+
 // Rows of memory that anchor() takes from its workplace: from the first to the last, then for the teacher's stage, and
-// for the student's, which may use the teacher's again.
+// for the student's, which may use the teacher's again. With cross_entropy one of doubles more.
 inline constexpr int kKeptRows = 2, kTeacherRows = 1, kStudentRows = 2;
 inline constexpr int kAnchorRows = kKeptRows + (kTeacherRows > kStudentRows ? kTeacherRows : kStudentRows);
+
+// What the teacher's stage leaves to the student's.
+template <class T>
+struct Kept {
+  T* ranks;         // [n] F^T
+  T* near;          // [n] weights in the neighbourhood, or null: without one
+  double* exact;    // [n] F^T for cross_entropy, or null
+  double entropy;   // sum_jk w_j w_k H(P_jk) for cross_entropy
+  Weighed weighed;  // what the weights of the ranks are
+};
+
+// row: of the candidates; it gets the weights of the ranks.
+template <class T, class G, class Row, class Workplace>
+PCOH_APART Status teacher_stage(G& g, const Options& options, const AnchorRow<T>& a, const Weighed& weighed, Row& row,
+                                Kept<T>& kept, Workplace work) {
+  row.values = work.values(a.teacher, row.n);
+  Stats<T> s = stats(g, row, a.teacher, weighed);
+  if (!s.finite) return Status::not_finite;
+  T *ranks = kept.ranks, *near = kept.near;
+  Status status;
+  if (double* exact = kept.exact; exact != nullptr) {
+    status = teacher_ranks(g, options, a.teacher_unit, row, s, near, ranks, exact, kept.entropy, work);
+    g.sync();
+    each_element(g, row.n, [&](int k) { ranks[k] = static_cast<T>(exact[k]); });
+  } else {
+    status = teacher_ranks(g, options, a.teacher_unit, row, s, near, ranks, ranks, kept.entropy, work);
+  }
+  kept.weighed = s;
+  g.sync();  // the memory of this stage is used again
+  return status;
+}
+
+// row: with the weights of the scale; ranked: with those of ranks and objective.
+template <class T, class G, class Row, class Workplace>
+PCOH_APART Status student_stage(G& g, const Options& options, const AnchorRow<T>& a, const Weighed& weighed, Row& row,
+                                Row& ranked, const Kept<T>& kept, Outcome& result, Workplace work) {
+  const int n = row.n;
+  row.values = ranked.values = work.values(a.student, n);
+  const Stats<T> s = stats(g, row, a.student, weighed);
+  if (!s.finite) return Status::not_finite;
+  T* ranks = work.take(n);
+  const Scaling scale = scaling(options.scale, s, options.temperature, a.student_unit);
+  return with_sums(g, ranked, s.low, s.high, scale, work, [&](auto& sums) {
+    sums.ranks(ranks);
+    g.sync();
+    const double total = kept.weighed.total;
+    const T* pull = ranks;
+    T factor = static_cast<T>(1 / total);  // of `pull`, to be the gradient w.r.t. positions
+    if (kept.exact != nullptr) {
+      result.loss = (sums.cross_total(kept.exact, total) - kept.entropy) / (total * total);
+      const T* teacher = kept.ranks;
+      each_candidate(g, ranked,
+                     [&](int k, auto w) { G::put(ranks, k, w * (G::get(ranks, k) * factor - G::get(teacher, k))); });
+      factor *= 2;
+    } else {
+      result.loss = objective(g, options.objective, ranked, kept.ranks, total, ranks);
+      if (a.gradient != nullptr) pull = work.pullback(sums, ranks, n);
+    }
+    g.sync();
+    if (a.gradient != nullptr) result.stored = store_gradient(g, options, a, row, ranked, s, scale, pull, factor);
+  });
+}
 
 // row: of the candidates, without values; weighed: its weights.
 template <class T, class G, class Row, class Workplace>
 PCOH_APART Outcome anchor(G& g, const Options& options, const AnchorRow<T>& a, Row row, const Weighed& weighed,
                           Workplace work) {
-  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   const int n = row.n;
-  if (!(weighed.total > 0)) {  // nobody to compare: the anchor contributes nothing, but NaN shows
-    const auto finite = [&](const T* distances) {
-      row.values = Workplace(work).values(distances, n);
-      const bool found = stats(g, row, distances, weighed).finite;
-      g.sync();
-      return found;
-    };
-    const bool theirs = finite(a.teacher), ours = finite(a.student);
-    return give_up(g, a, n, theirs && ours ? 0 : nan);
-  }
-  const bool cross_entropy = options.objective == Objective::cross_entropy;
-
+  if (!(weighed.total > 0)) return nobody(g, a, row, weighed, work);
+  Kept<T> kept{};
   // The teacher's ranks are touched twice, all else again and again: they are the first to leave fast memory.
-  T* teacher = work.take(n, kAnchorRows - 1);
-  T* near = options.neighbourhood > 0 ? work.take(n, kStudentRows) : nullptr;
-  Row ranked = row;  // with the weights of ranks and objective; `row` keeps those of the scale
-  Weighed counted;   // under those
-  double entropy = 0;
-  {
-    Workplace stage = work;
-    ranked.values = stage.values(a.teacher, n);
-    Stats<T> t = stats(g, ranked, a.teacher, weighed);
-    if (!t.finite) return give_up(g, a, n, nan);
-    const Status status = teacher_ranks(g, options, a.teacher_unit, ranked, t, near, teacher, entropy, stage);
-    if (status != Status::ok) return give_up(g, a, n, nan, status);
-    counted = t;
-    g.sync();  // the stage's memory is used again
-  }
-
-  row.values = ranked.values = work.values(a.student, n);
-  const Stats<T> drawn = stats(g, row, a.student, weighed);
-  if (!drawn.finite) return give_up(g, a, n, nan);
-  Stats<T> s = drawn;
-  static_cast<Weighed&>(s) = counted;
-  T* ranks = work.take(n);
-  const Scaling scale = scaling(options.scale, s, options.temperature, a.student_unit);
+  kept.ranks = work.take(n, kAnchorRows - 1);
+  if (options.neighbourhood > 0) kept.near = work.take(n, kStudentRows);
+  if (options.objective == Objective::cross_entropy) kept.exact = work.template take<double>(n);
+  Row ranked = row;
   Outcome result;
-  const Status status = with_sums(g, ranked, s.low, s.high, scale, work, [&](auto& sums) {
-    sums.ranks(ranks);
-    g.sync();
-    const T* pull = ranks;
-    T factor = static_cast<T>(1 / s.total);  // of `pull`, to be the gradient w.r.t. positions
-    if (cross_entropy) {
-      const int levels = s.uniform && !options.soft_teacher() ? 2 * s.count : 0;  // ties share a half
-      result.loss =
-          (sums.softplus_total() - s.total * linear_part(g, ranked, teacher, levels) - entropy) / (s.total * s.total);
-      each_candidate(g, ranked,
-                     [&](int k, auto w) { G::put(ranks, k, w * (G::get(ranks, k) * factor - G::get(teacher, k))); });
-      factor *= 2;
-    } else {
-      result.loss = objective(g, options.objective, ranked, teacher, s.total, ranks);
-      if (a.gradient != nullptr) pull = work.pullback(sums, ranks, n);
-    }
-    g.sync();
-    if (a.gradient != nullptr) result.stored = store_gradient(g, options, a, row, ranked, drawn, scale, pull, factor);
-  });
-  return status == Status::ok ? result : give_up(g, a, n, nan, status);
+  Status status = teacher_stage(g, options, a, weighed, ranked, kept, work);
+  if (status == Status::ok) status = student_stage(g, options, a, weighed, row, ranked, kept, result, work);
+  if (status == Status::ok) return result;
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  return give_up(g, a, n, nan, status == Status::not_finite ? Status::ok : status);
 }
 
 }  // namespace pcoherence

@@ -3,7 +3,7 @@
 
 namespace pcoherence {
 
-enum class Status { ok, too_many_bins };
+enum class Status { ok, too_many_bins, not_finite };
 
 // Weights of a row's candidates.
 struct Weighed {

@@ -130,16 +130,4 @@ PCOH_APART double objective(G& g, Objective which, const Row& row, const T* teac
   return 0;
 }
 
-// Sum of w_j s_j (2 F_j - 1) over the row, s in temperatures: the linear part of cross_entropy, divided by W. What
-// softplus_total() leaves of it may be a small fraction. levels: where ranks are multiples of 1 / levels, their
-// rounding can be undone; otherwise 0.
-template <class T, class G, class Row>
-PCOH_APART double linear_part(G& g, const Row& row, const T* ranks, int levels) {
-  const double per_level = levels > 0 ? 1.0 / levels : 0.0;
-  return sum_each(g, row.n, [&](int k) {
-    const double rank = levels > 0 ? std::nearbyint(double(ranks[k]) * levels) * per_level : double(ranks[k]);
-    return double(row.weight(k)) * row.position(k) * (2 * rank - 1);
-  });
-}
-
 }  // namespace pcoherence

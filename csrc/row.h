@@ -5,6 +5,7 @@
 //   all(x)                         x for every element that is treated at a time: a vector, or x
 //   get(p, k)  put(p, k, v)        these elements of an array
 //   sync()                         memory written before is seen after
+//   add(p, v)                      *p += v, at once
 //   Sum                            add(v), add_product(v, w): sums in float64, where no product of floats overflows
 // and beside it
 //   each(g, n, f)                  f(k) for every k < n at which such elements begin
@@ -12,21 +13,33 @@
 //   each_value(g, row, from, f)    f(k, v, w), v the values `from` [n], which go to row.values if those lie elsewhere
 //   each_element(g, n, f)          f(k) for every single element
 //   sum_each(g, n, f)              sum of f(k) over single elements, in float64
+//   running_sums(g, n, load, store)  store(k, sum of load(j) over j < k), in float64
 //   by_memory(g, p, f)             f(p), compiled for the memory that p points to
 //   total(g, sum)  total(g, a, b, c)  extremes(g, low, high, sum)  of all elements
 //   weigh(g, row)                  the weights' statistics
 //   hard_ranks(g, row, stats, want_ties, out, work)
 //                                  F_j into out [n]; returns sum_jk w_j w_k [v_j = v_k], or without want_ties anything
 //
-// A Row has values, weights, n, and once the sums are there: position(k), in temperatures from any origin; place(k),
-// the same for get()'s elements, in row.unit() temperatures.
+// A Row has values, weights, n, and once the sums are there: place(k), get()'s positions in row.unit() temperatures.
+//
+// Sums of a row, s = its positions in temperatures, W = the sum of its weights, have
+//   ranks(out)                     R_j = sum_k w_k sigmoid(s_j - s_k)
+//   pullback(r, out)               r_l sum_k w_k slope(s_l - s_k) - w_l sum_j r_j slope(s_l - s_j)
+//   cross_total(F, W)              sum_jk w_j w_k softplus(s_j - s_k) - W sum_j w_j s_j (2 F_j - 1), of double F [n]:
+//   the
+//                                  cross entropy of comparisons that add up to the ranks F. With H_j = sum_k w_k
+//                                  step(s_j
+//                                  - s_k) it is sum_jk w_j w_k log(1 + exp(-|s_j - s_k|)) + 2 sum_j w_j s_j (H_j - W
+//                                  F_j): what cancels is subtracted as ranks, and what is left of softplus is at most
+//                                  log 2
 //
 // A Workplace has memory for the stages of a row, and the methods:
-//   take(n, others)                memory [n]; fast if that many others, which need it more, would be so, too. A copy
+//   take<V>(n, others)             memory [n], of T unless said otherwise; fast if that many others, which need it
+//   more, would be so, too. A copy
 //                                  of a workplace takes the same memory again
 //   values(given, n)               where stats() puts the row's values
 //   pullback(sums, residuals, n)   of the sums, in place or not
-//   near_ranks(g, count, near)     see rerank() in anchor.h
+//   near_table(count, divisor)     see look_up_near() in anchor.h
 //   run<Sums>(g, row, low, high, scale, f)   with Sums one of Grid, Scan, Pairs; method, most_bins
 #pragma once
 

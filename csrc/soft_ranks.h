@@ -3,7 +3,8 @@
 //
 //   sigmoid(t)  = 1 / (1 + exp(-t))                    R_j = sum_k w_k sigmoid(s_j - s_k)
 //   slope(t)    = sigmoid(t) sigmoid(-t)               derivative of sigmoid, even in t
-//   softplus(t) = log(1 + exp(t))                      cross_entropy's kernel
+//   softplus(t) = log(1 + exp(t))                      cross_entropy's kernel, of which the sums take what is left
+//                                                      without t * step(t): log(1 + exp(-|t|)), at most log 2
 #pragma once
 
 #include <cmath>

@@ -66,14 +66,16 @@ std::vector<long double> unit_interval_fit(F f, int n) {
   return result;
 }
 
-long double evaluate(Kernel kernel, long double t) {
+// Of two points whose bins differ by `difference`. softplus: less t times the step (1/2 within a bin) of that
+// difference, which is summed apart, so that what is summed here is small.
+long double evaluate(Kernel kernel, long double t, int difference) {
   switch (kernel) {
     case Kernel::sigmoid:
       return sigmoid(t);
     case Kernel::slope:
       return slope(t);
     case Kernel::softplus:
-      return softplus(t);
+      return difference == 0 ? softplus(t) - t / 2 : softplus(difference > 0 ? -t : t);
   }
   std::abort();  // not a value of the enumeration
 }
@@ -91,7 +93,7 @@ GridTable<T> build(Kernel kernel) {
     chebyshev_fit(
         [&](long double x) {
           by_node.push_back(chebyshev_fit(
-              [&](long double y) { return evaluate(kernel, kBinWidth * (difference + (x - y) / 2)); }, n));
+              [&](long double y) { return evaluate(kernel, kBinWidth * (difference + (x - y) / 2), difference); }, n));
           return 0.0L;
         },
         n);

@@ -197,7 +197,10 @@ class EmulatedGroup : public OneElement {
     if (!in_fast(p)) std::abort();  // a GPU would go to an address of something else
     return p;
   }
-  int add(int* p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+  template <class V>
+  V add(V* p, V v) {
+    return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
+  }
   void lower(int* p, int v) {
     for (int there = __atomic_load_n(p, __ATOMIC_RELAXED); v < there;)
       if (__atomic_compare_exchange_n(p, &there, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return;

@@ -175,7 +175,7 @@ def test_a_refused_teacher_is_left_as_it_was() -> None:
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "pcoherence.adapters.lightning")
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
-    with pytest.raises(ImportError, match=r"pip install pcoherence\[lightning\]"):
+    with pytest.raises(ImportError, match=r"pip install 'pcoherence\[lightning\]"):
         importlib.import_module("pcoherence.adapters.lightning")
 
 

@@ -204,7 +204,7 @@ def test_bad_arguments() -> None:
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "pcoherence.adapters.metric_learning")
     monkeypatch.setitem(sys.modules, "pytorch_metric_learning.distances", None)
-    with pytest.raises(ImportError, match=r"pip install pcoherence\[metric-learning\]"):
+    with pytest.raises(ImportError, match=r"pip install 'pcoherence\[metric-learning\]"):
         importlib.import_module("pcoherence.adapters.metric_learning")
 
 

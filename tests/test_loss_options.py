@@ -325,3 +325,50 @@ def test_distances_of_any_sign_and_size(objective: str, method: str, cpu_backend
     allowed = tolerances(torch.float32, (errors[0][0], errors[0][1]))
     assert errors[1][0] <= allowed[0]
     assert errors[1][1] <= allowed[1]
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-2, 1.0, 10.0])
+@pytest.mark.parametrize("student", ["equal", "near", "unlike"])
+@pytest.mark.parametrize("teacher", ["hard", "soft"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_value_of_cross_entropy(
+    weighted: bool, teacher: str, student: str, temperature: float, cpu_backend: str
+) -> None:
+    """A small difference of large sums, near agreement more so; errors pooled over draws."""
+    draws: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        y = make_case(("gaussian", "lattice", "duplicates")[seed % 3], 47, 4, seed=seed).float()
+        x = {
+            "equal": y,
+            "near": y + 0.01 * torch.randn(y.shape, generator=generator),
+            "unlike": make_case("gaussian", 47, 4, seed=seed + 10).float(),
+        }[student]
+        options: dict[str, Any] = {
+            "objective": "cross_entropy",
+            "temperature": temperature,
+            "teacher_temperature": temperature if teacher == "soft" else None,
+            "neighbourhood": 0.1 if seed % 2 else None,
+        }
+        weights = torch.rand(47, generator=generator) if weighted else None
+        wide = None if weights is None else weights.double()
+        truth = perception_coherence_loss(
+            x.double(), y.double(), backend="reference", candidate_weights=wide, **options
+        )
+        for backend, method in (
+            ("reference", "auto"),
+            *(
+                (cpu_backend, method)
+                for method in METHODS
+                if temperature > 1e-3 or method != "grid"
+            ),
+        ):
+            found = perception_coherence_loss(
+                x, y, backend=backend, method=method, candidate_weights=weights, **options
+            )
+            name = backend if backend == "reference" else method
+            draws.setdefault(name, []).append((relative_error(found, truth, 1e-2), 0.0))
+    brute_force = root_mean_square(draws.pop("reference"))[0]
+    for method, found_errors in draws.items():
+        error = root_mean_square(found_errors)[0]
+        assert error <= max(5e-6, 2 * brute_force), f"{method}: {error:.2e}, {brute_force:.2e}"

@@ -15,6 +15,7 @@ struct Core {
   static vec_t<T> get(const T* p, int k) { return load(p + k); }
   static void put(T* p, int k, vec_t<T> v) { store(p + k, v); }
   void sync() const {}
+  static void add(int* p, int v) { *p += v; }
 };
 
 // One row's candidates, n a multiple of the lane count. s = value / temperature. Sums go by differences of the values
@@ -58,9 +59,30 @@ void each_element(const Core<T>&, int n, F&& f) {
 }
 template <class T, class F>
 double sum_each(const Core<T>&, int n, F&& f) {
+  double sum[4] = {};  // an addition need not wait for the one before
+  int k = 0;
+  for (; k + 4 <= n; k += 4)
+    for (int i = 0; i < 4; ++i) sum[i] += f(k + i);
+  for (; k < n; ++k) sum[0] += f(k);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+template <class T, class Load, class Store>
+void running_sums(const Core<T>&, int n, Load&& load, Store&& store) {
   double sum = 0;
-  for (int k = 0; k < n; ++k) sum += f(k);
-  return sum;
+  int k = 0;
+  for (; k + 4 <= n; k += 4) {  // one addition of the four waits for those before
+    const double a = load(k), b = load(k + 1), c = load(k + 2), d = load(k + 3);
+    store(k, sum);
+    store(k + 1, sum + a);
+    store(k + 2, sum + (a + b));
+    store(k + 3, sum + ((a + b) + c));
+    sum += (a + b) + (c + d);
+  }
+  for (; k < n; ++k) {
+    const double own = load(k);
+    store(k, sum);
+    sum += own;
+  }
 }
 template <class T, class V, class F>
 void by_memory(const Core<T>&, V* p, F&& f) {

@@ -52,6 +52,7 @@ class Grid {
 
   void load(const Row<T>& row) {
     const int n = row.n;
+    row_ = row;
     n_ = n;
     bins_ = static_cast<int>(row.scale.range / kBinWidth) + 1;
     w_ = row.weights;
@@ -90,12 +91,23 @@ class Grid {
     evaluate(fields_, out);
   }
 
-  // sum_jk w_j w_k softplus(s_j - s_k): moments against coefficients, no gather.
-  double softplus_total() {
-    convolve(grid_table<T>(Kernel::softplus), moments_, fields_, Far::linear);
-    double total = far_total_;
+  // See cross_total() in ../row.h. Moments against coefficients, no gather; then, by the order of bins, the rest.
+  double cross_total(const double* ranks, double weight) {
+    convolve(grid_table<T>(Kernel::softplus), moments_, fields_, Far::nothing);
+    double total = 0;
     for (std::size_t i = 0; i < std::size_t(bins_) * order; ++i) total += double(moments_[i]) * double(fields_[i]);
-    return total;
+    double* below = ws_.mass.need<double>(bins_);
+    std::fill_n(below, bins_, 0.0);
+    for (int k = 0; k < n_; ++k) below[bin_[k]] += double(w_[k]);
+    double before = 0;
+    for (int b = 0; b < bins_; ++b) {
+      const double own = below[b];
+      below[b] = before + own / 2;
+      before += own;
+    }
+    double rest = 0;
+    for (int k = 0; k < n_; ++k) rest += double(w_[k]) * row_.position(k) * (below[bin_[k]] - weight * ranks[k]);
+    return total + 2 * rest;
   }
 
   // out[l] = r_l sum_k w_k slope(s_l - s_k) - w_l sum_j r_j slope(s_l - s_j)
@@ -140,8 +152,8 @@ class Grid {
       for (int i = 0; i < parts; ++i) part[i] += other.part[i] * factor;
     }
   };
-  // What kernel(t) is where t is beyond reach on the far left of a point: 0, 1, or t.
-  enum class Far { nothing, count, linear };
+  // What kernel(t) is where t is beyond reach on the far left of a point: 0 or 1.
+  enum class Far { nothing, count };
 
   // 1, x, x^2, ...
   static Terms powers(T x) {
@@ -190,8 +202,7 @@ class Grid {
   // field[b] = sum over bins b' within reach of table[b - b'] applied to moments[b'], and the far field.
   void convolve(const GridTable<T>& table, const T* moments, T* field, Far far) {
     constexpr int reach = GridTable<T>::bins_in_reach;
-    double count = 0, first = 0;  // of all bins below reach: sum of M_0; linear: sum of the points' positions
-    far_total_ = 0;
+    double count = 0;  // sum of M_0 of all bins below reach
     for (int b = 0; b < bins_; ++b) {
       Terms sum[2];
       const int begin = b > reach ? b - reach : 0, end = b + reach < bins_ ? b + reach + 1 : bins_;
@@ -204,17 +215,9 @@ class Grid {
         }
       }
       sum[0].add(sum[1], T(1));
-      if (far != Far::nothing && begin > 0) {
-        const T* m = moments + std::size_t(begin - 1) * order;
-        count += double(m[0]);
-        first += double(m[0]) * (begin - 1) + double(m[1]) / 2;
-        if (far == Far::count) {
-          sum[0].part[0][0] += T(count);
-        } else {  // sum_jk w_j w_k (t_j - t_k), kept out of the coefficients: it can dwarf them
-          const T* own = moments + std::size_t(b) * order;
-          const double own_first = double(own[0]) * b + double(own[1]) / 2;
-          far_total_ += kBinWidth * (own_first * count - double(own[0]) * first);
-        }
+      if (far == Far::count && begin > 0) {
+        count += double(moments[std::size_t(begin - 1) * order]);
+        sum[0].part[0][0] += T(count);
       }
       sum[0].store(field + std::size_t(b) * order);
     }
@@ -253,13 +256,13 @@ class Grid {
   }
 
   Workspace& ws_;
+  Row<T> row_{};
   int n_ = 0, bins_ = 0;
   const T* w_ = nullptr;
   std::int32_t* bin_ = nullptr;                         // [n]
   T* x_ = nullptr;                                      // [n], in [-1, 1]
   T *moments_ = nullptr, *residual_moments_ = nullptr;  // [bins, order]
   T *fields_ = nullptr, *residual_fields_ = nullptr;    // [bins, order]
-  double far_total_ = 0;
 };
 
 }  // namespace pcoherence::PCOH_ISA

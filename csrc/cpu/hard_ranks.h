@@ -19,15 +19,15 @@ struct CountVector<std::uint32_t> {
 
 // Any weights: sort, then running sums over groups of equal values.
 // Returns sum_jk w_j w_k [v_j = v_k].
-template <class T>
-double hard_ranks_sorted(const Row<T>& row, const Stats<T>& s, T* out, Workspace& ws) {
+template <class T, class Out>
+double hard_ranks_sorted(const Row<T>& row, const Stats<T>& s, Out* out, Workspace& ws) {
   const SortItem<T>* items = argsort(row.values, row.n, ws);
   double below = 0, ties = 0;
   for (int i = 0; i < row.n;) {
     double group = 0;
     int end = i;
     for (; end < row.n && items[end].key == items[i].key; ++end) group += double(row.weights[items[end].index]);
-    const T f = static_cast<T>((below + group / 2) / s.total);
+    const Out f = static_cast<Out>((below + group / 2) / s.total);
     for (; i < end; ++i) out[items[i].index] = f;
     below += group;
     ties += group * group;
@@ -92,8 +92,8 @@ inline constexpr int kBucketsPerValue = 2;
 // Equal weights: one pass into buckets of equal width, then every value is compared with its neighbours in bucket
 // order as far as the fullest bucket reaches. No branch depends on the data. I: holds every bucket's number.
 // False where a bucket is too crowded; with `want_ties`, `ties` receives sum_jk w_j w_k [v_j = v_k].
-template <bool want_ties, class I, class T>
-bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, T* out, double& ties, Workspace& ws) {
+template <bool want_ties, class I, class T, class Out>
+bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, Out* out, double& ties, Workspace& ws) {
   using V = vec_t<T>;
   constexpr int lanes = lanes_v<T>;
   typedef I Index __attribute__((vector_size(lanes_v<T> * sizeof(I))));
@@ -130,7 +130,9 @@ bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, T* out, double& t
 
   T* rank = ws.sorted_ranks.need<T>(n);
   const int window = fullest - 1, whole = s.count / lanes * lanes;
-  const T scale = T(0.5) / T(s.count);
+  // Twice the rank is a whole number: exact in T, and scaled at the end where more digits are wanted.
+  constexpr bool late = sizeof(Out) > sizeof(T);
+  const T scale = late ? T(1) : T(0.5) / T(s.count);
   ivec_t<T> iota{}, equal{};
   for (int i = 0; i < lanes; ++i) iota[i] = 2 * i + 1;
   for (int p = 0; p < n; p += lanes) {
@@ -147,20 +149,23 @@ bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, T* out, double& t
     const double weight = s.total / s.count;
     ties = pairs * weight * weight;
   }
-  for (int k = 0; k < n; ++k) out[k] = rank[position[k]];
+  if constexpr (late)
+    for (int k = 0; k < n; ++k) out[k] = Out(rank[position[k]]) * 0.5 / s.count;
+  else
+    for (int k = 0; k < n; ++k) out[k] = rank[position[k]];
   return true;
 }
 
 // Returns sum_jk w_j w_k [v_j = v_k] if want_ties, otherwise 0 or that.
-template <class T, class Workplace>
-double hard_ranks(const Core<T>&, const Row<T>& row, const Stats<T>& s, bool want_ties, T* out, Workplace& work) {
+template <class T, class Out, class Workplace>
+double hard_ranks(const Core<T>&, const Row<T>& row, const Stats<T>& s, bool want_ties, Out* out, Workplace& work) {
   double ties = 0;
   if (s.uniform && s.high > s.low) {
     const bool narrow = kBucketsPerValue * row.n + 32 < std::numeric_limits<std::uint16_t>::max();
-    const auto bucketed =
-        narrow ? want_ties ? hard_ranks_bucketed<true, std::uint16_t, T> : hard_ranks_bucketed<false, std::uint16_t, T>
-        : want_ties ? hard_ranks_bucketed<true, std::uint32_t, T>
-                    : hard_ranks_bucketed<false, std::uint32_t, T>;
+    const auto bucketed = narrow      ? want_ties ? hard_ranks_bucketed<true, std::uint16_t, T, Out>
+                                                  : hard_ranks_bucketed<false, std::uint16_t, T, Out>
+                          : want_ties ? hard_ranks_bucketed<true, std::uint32_t, T, Out>
+                                      : hard_ranks_bucketed<false, std::uint32_t, T, Out>;
     if (bucketed(row, s, out, ties, work.ws)) return ties;
   }
   return hard_ranks_sorted(row, s, out, work.ws);

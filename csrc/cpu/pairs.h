@@ -12,10 +12,10 @@ class Pairs {
   explicit Pairs(Workspace&) {}
 
   void load(const Row<T>& row) {
+    row_ = row;
     v_ = row.values;
     w_ = row.weights;
     n_ = row.n;
-    per_distance_ = row.scale.per_distance;
     // A tiny temperature's inverse may overflow T; times a difference of 0 it would be NaN.
     per_value_ = static_cast<T>(std::min(row.scale.per_distance, double(std::numeric_limits<T>::max())));
   }
@@ -31,21 +31,21 @@ class Pairs {
     }
   }
 
-  // softplus(t) = max(t, 0) + log(1 + exp(-|t|)): the first part in float64, since it can dwarf what is left of the sum
-  // after the linear part of cross_entropy.
-  double softplus_total() {
+  // See cross_total() in ../row.h. j itself apart: what cancels must not leave a rounding error behind.
+  double cross_total(const double* ranks, double weight) {
     double result = 0;
     for (int j = 0; j < n_; ++j) {
-      Sum sum;
-      double higher = 0;
-      for (int k = 0; k < n_; ++k) higher += double(w_[k]) * std::max(double(v_[j]) - double(v_[k]), 0.0);
+      Sum logs, below;
       for (int k = 0; k < n_; k += lanes) {
-        const V t = (v_[j] - load_at(v_, k)) * per_value_, z = decay(t);
+        const V v = load_at(v_, k), w = load_at(w_, k), z = decay((v_[j] - v) * per_value_);
         V log1p{};
         for (int m = kSeriesDegree<T> - 1; m >= 0; --m) log1p = (log1p + T(series<T>().softplus[m])) * z;
-        sum.add(load_at(w_, k) * log1p);
+        logs.add(select(lane_numbers() + k == ivec_t<T>{} + j, V{}, w * log1p));
+        const V half = splat<T>(0.5);
+        below.add(select(v < v_[j], w, select(v == v_[j], w * half, V{})));
       }
-      result += double(w_[j]) * (higher * per_distance_ + sum.total());
+      const double w = w_[j];
+      result += w * (logs.total() + w * kLog2 + 2 * row_.position(j) * (below.total() - weight * ranks[j]));
     }
     return result;
   }
@@ -53,8 +53,7 @@ class Pairs {
   // l itself is left out, as in the scan: it cancels, but contracted to a fused multiplication its rounding would stay,
   // where all other slopes are 0.
   void pullback(const T* r, T* out) {
-    ivec_t<T> iota{};
-    for (int i = 0; i < lanes; ++i) iota[i] = i;
+    const ivec_t<T> iota = lane_numbers();
     for (int l = 0; l < n_; ++l) {
       V sum{};
       for (int j = 0; j < n_; j += lanes) {
@@ -69,6 +68,11 @@ class Pairs {
  private:
   using V = vec_t<T>;
   static constexpr int lanes = lanes_v<T>;
+  static ivec_t<T> lane_numbers() {
+    ivec_t<T> iota{};
+    for (int i = 0; i < lanes; ++i) iota[i] = i;
+    return iota;
+  }
   static V load_at(const T* p, int k) { return PCOH_ISA::load(p + k); }
   static V decay(V t) { return exp_nonpositive<T>(select(t < V{}, t, -t)); }
   static double total(V v) {
@@ -78,8 +82,8 @@ class Pairs {
   }
 
   int n_ = 0;
-  double per_distance_ = 0;  // 1 / temperature, ...
-  T per_value_ = 0;          // ... and in T
+  T per_value_ = 0;  // 1 / temperature
+  Row<T> row_{};
   const T *v_ = nullptr, *w_ = nullptr;
 };
 

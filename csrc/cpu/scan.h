@@ -41,19 +41,18 @@ class Scan {
     }
   }
 
-  // Every pair once, from its upper end: softplus(t) + softplus(-t) = t + 2 log(1 + exp(-t)); k = j counts once.
-  double softplus_total() {
+  // See cross_total() in ../row.h. Of log(1 + exp(-|t|)) every pair counts from its upper end, twice; k = j once.
+  double cross_total(const double* ranks, double weight) {
     const Coefficients c = coefficients(series<T>().softplus, false);
     const Coefficients none{};
     double* logs = ws_.up.need<double>(row_.n);
     sweep(row_.weights, c, none, 1.0, logs);
-    double total = 0, count = 0, first = 0;
+    double total = 0, below = 0;
     for (int i = 0; i < row_.n; ++i) {
       const auto j = items_[i].index;
-      const double w = row_.weights[j], s = row_.position(j);
-      total += w * (s * count - first + 2 * logs[i] + w * kLog2);
-      count += w;
-      first += w * s;
+      const double w = row_.weights[j];
+      total += w * (2 * logs[i] + w * kLog2 + 2 * row_.position(j) * (below + w / 2 - weight * ranks[j]));
+      below += w;
     }
     return total;
   }

@@ -33,9 +33,10 @@ struct Workplace {
 
   int taken = 0;  // of the workspace's rows
 
-  T* take(int n, int = 0) {
+  template <class V = T>
+  V* take(int n, int = 0) {
     if (taken == Workspace::kRows) std::abort();
-    return ws.rows[taken++].template need<T>(n);
+    return ws.rows[taken++].template need<V>(n);
   }
   const T* values(const T* given, int) { return given; }  // they are read where they are
   template <class Sums>
@@ -45,22 +46,26 @@ struct Workplace {
     return out;
   }
 
-  // Rows of a call have one count, or two: computed again where it is another.
+  // Rows of a call have one count, or two: made again where it is another.
   template <class Near>
-  const T* near_ranks(const Core<T>&, int count, const Near& near) {
-    if (ws.near_count == count && ws.near_offset == double(near.offset)) return static_cast<const T*>(ws.near_table);
-    T* table = ws.near.template need<T>(count);
-    ws.near_table = table;
-    ws.near_count = count;
-    ws.near_offset = double(near.offset);
-    const auto weight = [&](int place) { return 1 / near((place + 0.5) / count); };
-    double total = 0, before = 0;
-    for (int place = 0; place < count; ++place) total += weight(place);
-    for (int place = 0; place < count; ++place) {
-      table[place] = static_cast<T>((before + weight(place) / 2) / total);
-      before += weight(place);
+  NearTable<T> near_table(int count, const Near& near) {
+    if (ws.near_count != count || ws.near_offset != double(near.offset)) {
+      auto* places = ws.near.template need<NearPlace<T>>(2 * count);
+      const auto weight = [&](double rank) { return 1 / near(rank); };
+      ws.near_total = 0;
+      for (int i = 0; i < count; ++i) ws.near_total += weight((i + 0.5) / count);
+      double before = 0;
+      for (int i = 0; i < count; ++i) {
+        const double own = weight((i + 0.5) / count), shared = weight((i + 1.0) / count);
+        places[2 * i] = {static_cast<T>(own), static_cast<T>((before + own / 2) / ws.near_total)};
+        places[2 * i + 1] = {static_cast<T>(shared), static_cast<T>((before + shared) / ws.near_total)};  // of two
+        before += own;
+      }
+      ws.near_table = places;
+      ws.near_count = count;
+      ws.near_offset = double(near.offset);
     }
-    return table;
+    return {static_cast<const NearPlace<T>*>(ws.near_table), ws.near_total};
   }
 
   template <class Sums, class F>

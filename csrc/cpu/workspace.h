@@ -56,18 +56,19 @@ class Buffer {
 
 // Of one thread.
 struct Workspace {
-  static constexpr int kRows = 5;    // as many as an anchor takes
-  Buffer near;                       // see Workplace::near_ranks
-  const void* near_table = nullptr;  // [near_count]
+  static constexpr int kRows = 6;  // as many as an anchor takes
+  Buffer near;                     // see Workplace::near_table
+  const void* near_table = nullptr;
   int near_count = 0;
-  double near_offset = 0;
-  Buffer student, teacher;                                // [n], distances that may not be overwritten
-  Buffer weights;                                         // [n], of an anchor that has its own
-  Buffer rows[kRows];                                     // [n], handed out in this order
-  Buffer bins, locals, moments, replicas, fields, carry;  // grid
-  Buffer items, items_swap, histogram;                    // radix sort
-  Buffer bucket, arrival, counts, sorted, sorted_ranks;   // hard ranks
-  Buffer steps, up, down;                                 // scan
+  double near_offset = 0, near_total = 0;
+  Buffer student, teacher;                                      // [n], distances that may not be overwritten
+  Buffer wide[3];                                               // double [n], see anchor_row_in_double()
+  Buffer weights;                                               // [n], of an anchor that has its own
+  Buffer rows[kRows];                                           // [n], handed out in this order
+  Buffer bins, locals, moments, replicas, fields, carry, mass;  // grid
+  Buffer items, items_swap, histogram;                          // radix sort
+  Buffer bucket, arrival, counts, sorted, sorted_ranks;         // hard ranks
+  Buffer steps, up, down;                                       // scan
 };
 
 }  // namespace pcoherence

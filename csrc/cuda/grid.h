@@ -32,10 +32,8 @@ class Grid {
     residual_moments_ = arena_.take<T>(bins_ * order);
     field_ = arena_.take<T>(bins_ * order);
     residual_field_ = arena_.take<T>(bins_ * order);
-    if (bins_ > reach) {
-      count_ = arena_.take<double>(bins_);
-      first_ = arena_.take<double>(bins_);
-    }
+    below_ = arena_.take<double>(bins_);
+    mass_ = arena_.take<double>(bins_);
     with_weights(row, [this](auto weight) { spread(weight, moments_); });
   }
 
@@ -44,7 +42,7 @@ class Grid {
     sum_far_moments();
     convolve(tables_.sigmoid, moments_, field_);
     if (bins_ > reach) {
-      for (int b = reach + 1 + g_.thread(); b < bins_; b += g_.threads()) field_[b * order] += T(count_[b - reach]);
+      for (int b = reach + 1 + g_.thread(); b < bins_; b += g_.threads()) field_[b * order] += T(below_[b - reach]);
       g_.sync();
     }
     if (fast_ && g_.in_fast(out))
@@ -53,19 +51,35 @@ class Grid {
       gather_ranks<false>(out);
   }
 
-  // sum_jk w_j w_k softplus(s_j - s_k): moments against coefficients, no gather. After ranks().
-  PCOH_APART double softplus_total() {
+  // See ../row.h. Moments against coefficients, no gather; then, by the order of bins, the rest. After ranks().
+  PCOH_APART double cross_total(const double* ranks, double weight) {
     g_.sync();  // the field of the ranks has been read
     convolve(tables_.softplus, moments_, field_);
     double sum = 0;
     for (int i = g_.thread(); i < bins_ * order; i += g_.threads()) sum += double(moments_[i]) * double(field_[i]);
-    // Beyond reach softplus(t) = t, summed apart from the coefficients: it can dwarf them.
-    for (int b = reach + 1 + g_.thread(); b < bins_; b += g_.threads()) {
-      const T* own = moments_ + b * order;
-      const double own_first = double(own[0]) * b + double(own[1]) / 2;
-      sum += unit * (own_first * count_[b - reach] - double(own[0]) * first_[b - reach]);
-    }
-    return total(g_, sum);
+    // Weights of bins as whole numbers, whose sum does not depend on the order of additions.
+    auto* share = reinterpret_cast<unsigned long long*>(mass_);
+    each(g_, bins_, [=](int b) { share[b] = 0; });
+    g_.sync();
+    const double parts = double(1ull << 60) / weight;
+    with_weights(row_, [&](auto w) {
+      each(g_, row_.n, [&](int k) {
+        g_.add(&share[local(row_.values[k]).bin], static_cast<unsigned long long>(double(w(k)) * parts + 0.5));
+      });
+    });
+    g_.sync();
+    const double per_part = 1 / parts;
+    const auto own = [=](int b) { return double(share[b]) * per_part; };
+    running_sums(g_, bins_, own, [this](int b, double before) { below_[b] = before; });
+    g_.sync();
+    double rest = 0;
+    with_weights(row_, [&](auto w) {
+      each(g_, row_.n, [&](int k) {
+        const int b = local(row_.values[k]).bin;
+        rest += double(w(k)) * double(row_.values[k]) * (below_[b] + own(b) / 2 - weight * ranks[k]);
+      });
+    });
+    return total(g_, sum + 2 * unit * rest);
   }
 
   // out[l] = r_l sum_k w_k slope(s_l - s_k) - w_l sum_j r_j slope(s_l - s_j); out may be r.
@@ -215,15 +229,12 @@ class Grid {
     return p;
   }
 
-  // count_[b], first_[b]: sum over bins before b of the moments, and of the points' positions in bins
+  // below_[b]: sum over bins before b of the moments
   PCOH_APART void sum_far_moments() {
     if (bins_ <= reach) return;
     running_sums(
         g_, bins_, [this](int b) { return double(moments_[b * order]); },
-        [this](int b, double sum) { count_[b] = sum; });
-    running_sums(
-        g_, bins_, [this](int b) { return double(moments_[b * order]) * b + double(moments_[b * order + 1]) / 2; },
-        [this](int b, double sum) { first_[b] = sum; });
+        [this](int b, double sum) { below_[b] = sum; });
     g_.sync();
   }
 
@@ -271,7 +282,7 @@ class Grid {
   Arena arena_;
   bool fast_;                                                  // the row and all of the grid lie in fast memory
   T *moments_, *residual_moments_, *field_, *residual_field_;  // [bins, order]
-  double *count_ = nullptr, *first_ = nullptr;                 // [bins] if some bins are beyond reach of others
+  double *below_, *mass_;                                      // [bins]
 };
 
 }  // namespace pcoherence::cuda

@@ -82,7 +82,10 @@ class CudaGroup : public OneElement {
     return p;
   }
   __device__ unsigned ballot(bool condition) const { return __ballot_sync(kAll, condition); }
-  __device__ int add(int* p, int v) const { return atomicAdd(p, v); }
+  template <class V>
+  __device__ V add(V* p, V v) const {
+    return atomicAdd(p, v);
+  }
   __device__ void lower(int* p, int v) const { atomicMin(p, v); }
   __device__ int swap_if(int* p, int expected, int v) const { return atomicCAS(p, expected, v); }
 
@@ -274,7 +277,6 @@ struct Row {
   double sums_unit = 1;
 
   PCOH_DEVICE T weight(int k) const { return k == self ? T(0) : weights ? weights[k] : T(1); }
-  PCOH_DEVICE double position(int k) const { return double(values[k]) * sums_unit; }
   PCOH_DEVICE T place(int k) const { return values[k]; }
   PCOH_DEVICE double unit() const { return sums_unit; }
 };

@@ -40,9 +40,9 @@ PCOH_DEVICE int start_buckets(G& g, int* counts, int n) {
 // Equal weights: buckets of equal width, one a value, then every value is compared with those of its bucket. Values
 // arrive in a bucket in any order, but what is counted does not depend on it. False where a bucket is too crowded.
 // values, counts, sorted: [n] each, the last two to work in.
-template <class T, class G>
+template <class T, class Out, class G>
 PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s, const T* values, int* counts,
-                                     T* sorted, T* out, double& ties) {
+                                     T* sorted, Out* out, double& ties) {
   const int n = row.n;
   const T per_unit = T(n) / (s.high - s.low);
   // 0 where high - low overflows.
@@ -67,7 +67,7 @@ PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s,
     });
   });
   g.sync();
-  const T scale = T(0.5) / T(s.count);
+  const Out scale = Out(0.5) / Out(s.count);
   int pairs = 0;  // at most kCrowded a value
   with_weights(row, [&](auto weight) {
     each(g, n, [&](int k) {
@@ -82,7 +82,7 @@ PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s,
         less += sorted[i] < v;
         equal += sorted[i] == v;
       }
-      out[k] = T(2 * (begin + less) + equal) * scale;
+      out[k] = Out(2 * (begin + less) + equal) * scale;
       pairs += equal;
     });
   });
@@ -91,8 +91,8 @@ PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s,
   return true;
 }
 
-template <class T, class G>
-PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s, T* out, double& ties, Arena arena) {
+template <class T, class Out, class G>
+PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s, Out* out, double& ties, Arena arena) {
   int* counts = arena.take<int>(row.n);
   T* sorted = arena.take<T>(row.n);
   if (g.in_fast(row.values) && g.in_fast(counts) && g.in_fast(sorted))
@@ -101,8 +101,8 @@ PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s,
 }
 
 // Any weights: sort, running sums of weights, and each value's place among them by bisection.
-template <class T, class G>
-PCOH_DEVICE double hard_ranks_sorted(G& g, const Row<T>& row, const Stats<T>& s, T* out, Arena arena) {
+template <class T, class Out, class G>
+PCOH_DEVICE double hard_ranks_sorted(G& g, const Row<T>& row, const Stats<T>& s, Out* out, Arena arena) {
   const int n = row.n;
   T* keys = arena.take<T>(n);
   std::int32_t* items = arena.take<std::int32_t>(n);
@@ -130,15 +130,15 @@ PCOH_DEVICE double hard_ranks_sorted(G& g, const Row<T>& row, const Stats<T>& s,
   each(g, n, [&](int i) {
     const T v = keys[i];
     const double below = before[place(v, false)], group = before[place(v, true)] - below;
-    out[items[i]] = static_cast<T>((below + group / 2) / s.total);
+    out[items[i]] = static_cast<Out>((below + group / 2) / s.total);
     ties += double(row.weight(items[i])) * group;
   });
   return total(g, ties);
 }
 
 // F_j into out [n]; returns sum_jk w_j w_k [v_j = v_k].
-template <class T, class G>
-PCOH_APART double hard_ranks(G& g, const Row<T>& row, const Stats<T>& s, bool, T* out, Workplace<T, G>& work) {
+template <class T, class Out, class G>
+PCOH_APART double hard_ranks(G& g, const Row<T>& row, const Stats<T>& s, bool, Out* out, Workplace<T, G>& work) {
   double ties = 0;
   if (s.uniform && s.high > s.low && hard_ranks_bucketed(g, row, s, out, ties, work.arena)) return ties;
   g.sync();  // the buckets' memory is used again

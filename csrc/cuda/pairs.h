@@ -34,11 +34,16 @@ class Pairs {
     });
   }
 
-  PCOH_APART double softplus_total() {
+  // See ../row.h. j itself apart: what cancels must not leave a rounding error behind.
+  PCOH_APART double cross_total(const double* ranks, double weight) {
     double result = 0;
     each(g_, n_, [&](int j) {
       const T s = s_[j];
-      result += double(w_[j]) * double(sum([=, this](int k) { return w_[k] * softplus(s - s_[k]); }));
+      const double w = w_[j];
+      const T logs = sum([=, this](int k) { return j == k ? T(0) : w_[k] * softplus(-std::abs(s - s_[k])); });
+      double below = 0;
+      for (int k = 0; k < n_; ++k) below += s_[k] < s ? double(w_[k]) : s_[k] == s ? double(w_[k]) / 2 : 0.0;
+      result += w * (double(logs) + w * kLog2 + 2 * double(s) * (below - weight * ranks[j]));
     });
     return total(g_, result);
   }

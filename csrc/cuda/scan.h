@@ -48,19 +48,17 @@ class Scan {
         [&](int i, double count) { out[items_[i]] = static_cast<T>(count + 0.5 * w(items_[i]) + up_[i]); });
   }
 
-  // Every pair once, from its upper end: softplus(t) + softplus(-t) = t + 2 log(1 + exp(-t)); k = j counts once.
-  PCOH_APART double softplus_total() {
+  // See ../row.h. Of log(1 + exp(-|t|)) every pair counts from its upper end, twice; k = j once.
+  PCOH_APART double cross_total(const double* ranks, double weight) {
     const auto w = [this](int k) { return double(row_.weight(k)); };
     sweep(w, tables_.softplus_series, false, 0.0, up_);
     double sum = 0;
     running_sums(
         g_, n_, [&](int i) { return w(items_[i]); },
-        [&](int i, double count) {
-          sum += w(items_[i]) * (double(s_[i]) * count + 2 * up_[i] + w(items_[i]) * kLog2);
+        [&](int i, double below) {
+          const double own = w(items_[i]), rest = below + own / 2 - weight * ranks[items_[i]];
+          sum += own * (2 * up_[i] + own * kLog2 + 2 * double(s_[i]) * rest);
         });
-    running_sums(
-        g_, n_, [&](int i) { return w(items_[i]) * double(s_[i]); },
-        [&](int i, double first) { sum -= w(items_[i]) * first; });
     return total(g_, sum);
   }
 

@@ -88,7 +88,10 @@ struct Workplace {
   PCOH_DEVICE Workplace(const Summation<T>& sums, const Arena& memory)
       : method(sums.method), most_bins(sums.most_bins), how(sums), arena(memory) {}
 
-  PCOH_DEVICE T* take(int n, int others = 0) { return arena.take<T>(n, others * row_bytes<T>(n) + how.reserve); }
+  template <class V = T>
+  PCOH_DEVICE V* take(int n, int others = 0) {
+    return arena.take<V>(n, others * row_bytes<T>(n) + how.reserve);
+  }
   PCOH_DEVICE T* values(const T*, int n) { return take(n); }
   template <class Sums>
   PCOH_DEVICE const T* pullback(Sums& sums, T* residuals, int) {
@@ -96,15 +99,10 @@ struct Workplace {
     return residuals;
   }
 
+  // None: a row would have to make its own, which takes as long as counting.
   template <class Near>
-  PCOH_DEVICE const T* near_ranks(G& g, int count, const Near& near) {
-    T* table = Arena(arena).template take<T>(count);
-    const auto weight = [=](int place) { return 1 / near((place + 0.5) / count); };
-    const double all = sum_each(g, count, weight);
-    running_sums(g, count, weight,
-                 [&](int place, double before) { table[place] = static_cast<T>((before + weight(place) / 2) / all); });
-    g.sync();
-    return table;
+  PCOH_DEVICE NearTable<T> near_table(int, const Near&) const {
+    return {};
   }
 
   // Apart, so that what the caller holds does not take registers from the loops.
