@@ -61,7 +61,7 @@ def residual_slope(x, OBJECTIVE: tl.constexpr, DELTA: tl.constexpr, RESOLUTION: 
 @triton.jit
 def objective(
     ranks,  # T [rows, n] in: F^S (cross_entropy: R^S); out, with GRADIENT: d loss / d F (g / W)
-    teacher,  # T [rows, n] F^T (cross_entropy: R^T)
+    teacher,  # T [rows, n] F^T (cross_entropy: float64, R^T)
     weights,
     weight_stride,
     self_index,
@@ -135,7 +135,7 @@ def objective(
             at = r[:, None] * n + k
             w = load_weights(weights, weight_stride, self_index, r, k, rows, n)
             x = tl.load(ranks + at, mask=live & (k < n), other=0.0)
-            x -= tl.load(teacher + at, mask=live & (k < n), other=0.0)
+            x -= tl.load(teacher + at, mask=live & (k < n), other=0.0).to(T)
             if OBJECTIVE == "cross_entropy":
                 u = 2.0 * x * per_weight
             else:

@@ -102,9 +102,9 @@ def pair_ranks(
     weight_stride,
     self_index,
     stats,
-    teacher,  # T [rows, n] R^T, read with TOTAL "cross"
+    teacher,  # float64 [rows, n] R^T, read with TOTAL "cross"
     series,  # T [2, M], see tables.py
-    out,  # T [rows, n]
+    out,  # T [rows, n], or float64 with TOTAL "entropy" and HARD
     totals,  # float64 [rows, tiles]: one number for each program
     rows,
     n,
@@ -123,17 +123,16 @@ def pair_ranks(
     TOTAL "cross": sum_j w_j [ sum_k w_k softplus(s_j - s_k) - s_j (2 R^T_j - W) ], the cross
     entropy of the teacher's comparisons times W^2; "entropy": the same of the ranks themselves.
     With H_j the hard rank, sum_jk w_j w_k max(s_j - s_k, 0) = sum_j w_j s_j (2 H_j - W), so that
-    what cancels is subtracted as ranks, not as products with s: counts, for hard ranks and equal
-    weights, which are exact.
+    what cancels is subtracted as ranks, in float64, not as products with s.
     """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     live = (r < rows)[:, None]
     j = (tl.program_id(1) * BJ + tl.arange(0, BJ))[None, :]
     v = tl.load(values + r[:, None] * n + j, mask=live & (j < n), other=0.0)
     s_j = v if HARD else positions(v, stats, r, rows)
-    rank = tl.zeros([BR, BJ], v.dtype)
+    rank = tl.zeros([BR, BJ], tl.float64 if HARD and TOTAL != "none" else v.dtype)
     logs = tl.zeros([BR, BJ], v.dtype)
-    higher = tl.zeros([BR, BJ], v.dtype)
+    higher = tl.zeros([BR, BJ], tl.float64)
     for k0 in range(0, n, BK):
         k = (k0 + tl.arange(0, BK))[None, :]
         v_k = tl.load(values + r[:, None] * n + k, mask=live & (k < n), other=0.0)
@@ -142,16 +141,16 @@ def pair_ranks(
         a = s_j[:, :, None]
         b = s_k[:, None, :]
         p, z = compare(a, b, HARD)
-        rank += tl.sum(w * p, 2)
+        rank += tl.sum((w * p).to(rank.dtype), 2)
         if TOTAL != "none":
             if HARD:
                 logs += tl.sum(w * z, 2)
             else:
                 logs += tl.sum(w * log1p_series(z, series + M, DEGREE), 2)
                 step = tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0))
-                higher += tl.sum(w * step, 2)
+                higher += tl.sum((w * step).to(tl.float64), 2)
     ranks = finished_ranks(rank.to(tl.float64), stats, r, rows, FINISH)
-    tl.store(out + r[:, None] * n + j, ranks.to(v.dtype), mask=live & (j < n))
+    tl.store(out + r[:, None] * n + j, ranks.to(out.dtype.element_ty), mask=live & (j < n))
     if TOTAL != "none":
         w_j = load_weights(weights, weight_stride, self_index, r, j, rows, n).to(tl.float64)
         if HARD:
@@ -160,8 +159,7 @@ def pair_ranks(
             expected = rank.to(tl.float64)
             if TOTAL == "cross":
                 expected = tl.load(teacher + r[:, None] * n + j, mask=live & (j < n), other=0.0)
-                expected = expected.to(tl.float64)
-            difference = higher.to(tl.float64) - expected
+            difference = higher - expected
             each = logs.to(tl.float64) + 2.0 * s_j.to(tl.float64) * difference
         total = tl.sum(w_j * each, 1)
         tl.store(totals + r * tiles + tl.program_id(1), total, mask=r < rows)
@@ -216,10 +214,10 @@ def scan_ranks(
     weight_stride,
     self_index,
     stats,
-    teacher,  # T [rows, n] R^T, not sorted; read with TOTAL "cross"
+    teacher,  # float64 [rows, n] R^T, not sorted; read with TOTAL "cross"
     series,  # T [2, M], see tables.py
-    partial,  # T [rows, n], sorted: from the walk up to the walk down
-    out,  # T [rows, n], not sorted; written by the walk down
+    partial,  # T or float64 [rows, n], sorted: from the walk up to the walk down
+    out,  # T or float64 [rows, n], not sorted; written by the walk down
     totals,  # float64 [rows, 2]: of the walk up, of the walk down
     rows,
     n,
@@ -266,14 +264,17 @@ def scan_ranks(
             up = tl.load(partial + r[:, None] * n + q, mask=live & inside, other=0.0)
             rank = up.to(tl.float64) - carried.to(tl.float64)
             ranks = finished_ranks(rank, stats, r, rows, FINISH)
-            tl.store(out + r[:, None] * n + k, ranks.to(T), mask=live & inside)
+            at = r[:, None] * n + k
+            tl.store(out + at, ranks.to(out.dtype.element_ty), mask=live & inside)
             if TOTAL == "entropy" and not HARD:
                 total -= tl.sum(2.0 * w.to(tl.float64) * s.to(tl.float64) * rank, 1)
         else:
             p, within = compare(s[:, :, None], s[:, None, :], HARD)
-            own_chunk = tl.sum(w[:, None, :] * p, 2)
+            exact = tl.float64 if HARD and TOTAL != "none" else T
+            own_chunk = tl.sum((w[:, None, :] * p).to(exact), 2)
             rank = count[:, None] + (own_chunk + carried).to(tl.float64)
-            tl.store(partial + r[:, None] * n + q, rank.to(T), mask=live & inside)
+            at = r[:, None] * n + q
+            tl.store(partial + at, rank.to(partial.dtype.element_ty), mask=live & inside)
             if TOTAL != "none":
                 if HARD:
                     logs = LOG_2 * tl.sum(w[:, None, :] * within, 2)
@@ -283,12 +284,12 @@ def scan_ranks(
                 each = logs.to(tl.float64)
                 if not HARD:
                     before = tl.where(lane[None, :] < lane[:, None], 1.0, 0.0)[None, :, :]
-                    higher = count[:, None] + tl.sum(w[:, None, :] * before, 2).to(tl.float64)
+                    higher = count[:, None] + tl.sum((w[:, None, :] * before).to(tl.float64), 2)
                     higher += 0.5 * w.to(tl.float64)
                     if TOTAL == "cross":
                         at = r[:, None] * n + k
                         expected = tl.load(teacher + at, mask=live & inside, other=0.0)
-                        higher -= expected.to(tl.float64)
+                        higher -= expected
                     each += 2.0 * s.to(tl.float64) * higher
                 total += tl.sum(w.to(tl.float64) * each, 1)
         last = tl.min(s, 1) if DOWN else tl.max(s, 1)

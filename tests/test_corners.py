@@ -460,3 +460,43 @@ def test_the_own_distance_is_not_hidden(weighted: bool, evaluate: Evaluate) -> N
     for given in ({"metric": metric, "teacher_metric": "euclidean"}, {"teacher_metric": metric}):
         losses, _ = evaluate([points], constants, reduction="none", **given)
         assert losses.isnan().all()
+
+
+AGREEING = ("equal", "near", "unlike")
+
+
+@on_all_paths(
+    "student, soft, weighted, neighbourhood",
+    covering(AGREEING, (False, True), (False, True), (None, 0.2)),
+    [("near", False, True, 0.2), ("near", True, False, None)],
+)
+def test_the_value_of_cross_entropy_in_float32(
+    student: str, soft: bool, weighted: bool, neighbourhood: float | None, evaluate: Evaluate
+) -> None:
+    """A small difference of large sums, near agreement more so; errors pooled over draws."""
+    errors = []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        y = make_case(("gaussian", "duplicates")[seed % 2], 33, 4, seed=seed).float()
+        x = {
+            "equal": y,
+            "near": y + 0.01 * torch.randn(y.shape, generator=generator),
+            "unlike": make_case("gaussian", 33, 4, seed=seed + 10).float(),
+        }[student]
+        options: dict[str, Any] = {"objective": "cross_entropy", "temperature": 0.01}
+        options |= {"teacher_temperature": 0.01 if soft else None, "neighbourhood": neighbourhood}
+        weights = torch.rand(33, generator=generator)
+        given = {"teacher": y} | ({"candidate_weights": weights} if weighted else {})
+        wide = {name: tensor.double() for name, tensor in given.items()}
+        truth = reference([x.double()], wide, **options)[0]
+        errors.append(
+            [
+                relative_error(found, truth, 1e-2)
+                for found in (
+                    evaluate([x], given, **options)[0],
+                    reference([x], given, **options)[0],
+                )
+            ]
+        )
+    ours, brute_force = torch.tensor(errors).square().mean(0).sqrt().tolist()
+    assert ours <= max(5e-6, 2 * brute_force)

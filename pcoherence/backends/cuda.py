@@ -21,7 +21,7 @@ from . import cpu
 from .cuda_kernels import CudaRowKernels
 from .device_operators import Implementation, register
 from .operators import OperatorBackend, Ported
-from .pipeline import Batch, Results
+from .pipeline import Batch, Results, wants_double
 from .points import TRAITS
 
 PORTED: Ported = {**cpu.PORTED, "metric": tuple(TRAITS)}
@@ -54,7 +54,7 @@ class _Implementation(Implementation):
     def _evaluate(
         self, spec: LossSpec, batch: Batch, distances: bool, *flags: bool
     ) -> tuple[Tensor, Results]:
-        if distances or not _is_small(batch):
+        if distances or not _is_small(batch) or wants_double(spec, batch.student.dtype):
             return super()._evaluate(spec, batch, distances, *flags)
         total, found = self._small(spec, batch, *flags)
         return self._total(batch, found) if total is None else total, found

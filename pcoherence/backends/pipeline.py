@@ -113,7 +113,7 @@ def from_features(
             last = min(first + rows, end)
             part = slice(first - begin, last - begin)
             block = batch.rows(ours[part], theirs[part], first, last)
-            losses.append(kernels.anchors(spec, block, units, stored, spare[part]))
+            losses.append(anchors(kernels, spec, block, units, stored, spare[part]))
         if gradient is not None:
             gradient.add(ours, begin, near)
     if gradient is None:
@@ -138,8 +138,40 @@ def from_distances(
     for begin in range(0, m, step):
         end = min(begin + step, m)
         block = batch.rows(out[begin:end], batch.teacher[begin:end], begin, end)
-        losses.append(kernels.anchors(spec, block, Units(), stored, None))
+        losses.append(anchors(kernels, spec, block, Units(), stored, None))
     return Results(_joined(losses), out if want_gradient else None, None)
+
+
+def wants_double(spec: LossSpec, dtype: torch.dtype) -> bool:
+    """Whether rows of dtype are computed in float64.
+
+    The cross entropy of soft comparisons is a small difference of what float32 rounds.
+    """
+    soft = spec.objective == "cross_entropy" and spec.teacher_temperature is not None
+    return soft and dtype != torch.float64
+
+
+def anchors(
+    kernels: RowKernels,
+    spec: LossSpec,
+    rows: Rows,
+    units: Units,
+    stored: MetricTraits | None,
+    spare: Tensor | None,
+) -> Tensor:
+    """As RowKernels.anchors, in float64 where that is wanted."""
+    if not wants_double(spec, rows.student.dtype):
+        return kernels.anchors(spec, rows, units, stored, spare)
+    weights, coefficients = (
+        None if given is None else given.double() for given in (rows.weights, rows.coefficients)
+    )
+    wide = Rows(
+        rows.student.double(), rows.teacher.double(), weights, rows.self_index, coefficients
+    )
+    losses = kernels.anchors(spec, wide, units, stored, None)
+    if stored is not None:
+        rows.student.copy_(wide.student)
+    return losses
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -60,7 +60,13 @@ class _Sums:
     """Ranks and pullbacks of a block of rows by one method."""
 
     def __init__(
-        self, rows: _Values, stats: Tensor, method: str, hard: bool, spare: Tensor | None
+        self,
+        rows: _Values,
+        stats: Tensor,
+        method: str,
+        hard: bool,
+        spare: Tensor | None,
+        exact: bool = False,
     ) -> None:
         values = rows.values
         self._rows, self._stats, self._hard = rows, stats, hard
@@ -71,7 +77,10 @@ class _Sums:
         self._series = make(values.dtype, values.device)
         self._degree = 1 if hard else SERIES_DEGREE[values.dtype]
         if not self._by_pairs:
-            self._partial = torch.empty_like(values) if spare is None else spare
+            # Ranks that others are subtracted from keep float64's digits on the way.
+            dtype = torch.float64 if exact else values.dtype
+            fits = spare is not None and spare.dtype == dtype
+            self._partial = spare if fits else torch.empty_like(values, dtype=dtype)
             self._sorted = values.sort(dim=1, stable=True)
 
     @property
@@ -263,8 +272,9 @@ class TritonRowKernels(PointKernels):
             student_stats = _reweighed(student_stats, totals)
             teacher_stats = _reweighed(teacher_stats, totals)
 
-        teacher_ranks = torch.empty_like(teacher)
-        sums = _Sums(theirs, teacher_stats, method, hard, spare)
+        wide = torch.float64 if cross_entropy else teacher.dtype
+        teacher_ranks = torch.empty_like(teacher, dtype=wide)
+        sums = _Sums(theirs, teacher_stats, method, hard, spare, cross_entropy)
         crosses = entropies = student_stats
         if cross_entropy:
             crosses, entropies = student_stats.new_empty(2, count, sums.total_columns)
