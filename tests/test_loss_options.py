@@ -327,7 +327,7 @@ def test_distances_of_any_sign_and_size(objective: str, method: str, cpu_backend
     assert errors[1][1] <= allowed[1]
 
 
-@pytest.mark.parametrize("temperature", [1e-4, 1e-2, 1.0, 10.0])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-2, 10.0])
 @pytest.mark.parametrize("student", ["equal", "near", "unlike"])
 @pytest.mark.parametrize("teacher", ["hard", "soft"])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -336,9 +336,11 @@ def test_the_value_of_cross_entropy(
 ) -> None:
     """A small difference of large sums, near agreement more so; errors pooled over draws."""
     draws: dict[str, list[tuple[float, float]]] = {}
-    for seed in range(6):
+    for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
-        y = make_case(("gaussian", "lattice", "duplicates")[seed % 3], 47, 4, seed=seed).float()
+        y = make_case(
+            ("gaussian", "lattice", "duplicates", "gaussian")[seed], 47, 4, seed=seed
+        ).float()
         x = {
             "equal": y,
             "near": y + 0.01 * torch.randn(y.shape, generator=generator),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import covering
 from scipy.stats import rankdata
 from test_loss_options import check, evaluate, problem
 from torch import Tensor
@@ -37,9 +38,7 @@ def near(teacher: Tensor, neighbourhood: float) -> Tensor:
     return weights
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("objective", "case", "dtype"), covering(OBJECTIVES, CASES, DTYPES))
 def test_cases(cpu_backend: str, objective: str, case: str, dtype: torch.dtype) -> None:
     """Ties, outliers, groups: by the teacher, whose ranks are the weights, and by the student."""
     student = make_case("gaussian" if case == "equal" else case, 35, 4, dtype=dtype)
@@ -48,7 +47,7 @@ def test_cases(cpu_backend: str, objective: str, case: str, dtype: torch.dtype) 
     check(cpu_backend, [student], {"teacher": teacher}, **options)
 
 
-@pytest.mark.parametrize("n", [2, 3, 33, 130])
+@pytest.mark.parametrize("n", [2, 33, 130])
 @pytest.mark.parametrize("neighbourhood", [1e-300, 1e-2, 1e300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes(cpu_backend: str, dtype: torch.dtype, neighbourhood: float, n: int) -> None:
