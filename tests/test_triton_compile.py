@@ -64,8 +64,8 @@ def test_kernels_keep_to_their_budget(
     found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
     for capability in capabilities:
         assert {use["kernel"] for use in found if use["capability"] == capability} == KERNELS
-    registers = tuning.REGISTERS[getattr(torch, dtype)]
-    for use in found:
+    for use in found:  # float32 calls have rows in float64, too
+        registers = tuning.REGISTERS[{"fp32": torch.float32, "fp64": torch.float64}[use["dtype"]]]
         assert use["spilled"] == 0, use
         assert use["registers"] <= registers, use
         assert use["shared"] <= tuning.SHARED_BYTES, use
