@@ -292,12 +292,14 @@ def test_weights_do_not_hide_what_is_not_finite(
     """A candidate of NaN or inf makes every anchor NaN, also where it, or all, have weight 0."""
     leaves, constants = problem(17, True, False)
     options = {"objective": objective, "reduction": "none"}
-    for weight, others in ((1.0, 1.0), (0.0, 1.0), (0.0, 0.0)):
-        candidates = leaves[1].clone()
-        candidates[11, 2] = bad
+    for side, weight, others in (
+        ("student", 1.0, 1.0), ("student", 0.0, 1.0), ("student", 0.0, 0.0), ("teacher", 0.0, 0.0)
+    ):  # fmt: skip
+        candidates, theirs = leaves[1].clone(), constants["teacher_candidates"].clone()
+        (candidates if side == "student" else theirs)[11, 2] = bad
         weights = torch.full((17,), others, dtype=torch.float64)
         weights[11] = weight
-        given = constants | {"candidate_weights": weights}
+        given = constants | {"candidate_weights": weights, "teacher_candidates": theirs}
         losses, gradients = evaluate([leaves[0], candidates], given, **options)
         assert losses.isnan().all()
         assert all(gradient.isnan().any() for gradient in gradients)
