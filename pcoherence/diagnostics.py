@@ -14,7 +14,7 @@ from . import distances
 from .inputs import LossInputs, candidates, inputs_outside_inference, rows_of
 from .metrics import evenly_spaced, ordered_distances
 from .spec import LossSpec, Metric
-from .weights import mid_ranks, near_weights, pair_weights
+from .weights import in_neighbourhood, mid_ranks, pair_weights
 
 MAX_ANCHORS = 256
 """Anchors looked at, evenly spread over the batch."""
@@ -160,8 +160,7 @@ def _draw(spec: LossSpec, inputs: LossInputs) -> tuple[Tensor, _Pairs]:
     if not bool(used.any()):
         raise ValueError("candidate_weights: expected an anchor with weighted candidates; got none")
     student, teacher, weights = student[used], teacher[used], weights[used]
-    if spec.neighbourhood is not None:
-        weights = near_weights(mid_ranks(teacher, weights), weights, spec.neighbourhood)
+    weights = in_neighbourhood(teacher, weights, spec.neighbourhood, mid_ranks)
     generator = torch.Generator(student.device).manual_seed(0)
     j, k = (
         torch.multinomial(weights, PAIRS, replacement=True, generator=generator) for _ in range(2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .inputs import at_least_float32
 from .metrics import coherence, evenly_spaced, ordered_distances
 from .spec import Metric, check_metrics, check_positive
-from .weights import mid_ranks, near_weights
+from .weights import in_neighbourhood, mid_ranks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,9 +72,7 @@ def rank_agreement(
         for name, student in named.items()
     }
     distances = _distances(teacher, theirs, "teacher_metric")
-    weights = torch.ones_like(distances)
-    if neighbourhood is not None:
-        weights = near_weights(mid_ranks(distances, weights), weights, neighbourhood)
+    weights = in_neighbourhood(distances, torch.ones_like(distances), neighbourhood, mid_ranks)
     counted = (weights / weights.sum(1, keepdim=True)).numpy().ravel()
     across = mid_ranks(distances, weights).numpy().ravel()
     figure = Figure(figsize=(5 * len(named) + 0.6, 5), layout="constrained")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -37,17 +39,22 @@ def mid_ranks(distances: Tensor, weights: Tensor) -> Tensor:
     return safe_ratio((low + high) / 2, before[:, -1:])
 
 
-def in_neighbourhood(teacher: Tensor, weights: Tensor, neighbourhood: float | None) -> Tensor:
+def hard_ranks(distances: Tensor, weights: Tensor) -> Tensor:
+    """The same by their definition, which takes all pairs of candidates."""
+    return distribution(distances, weights, None)
+
+
+def in_neighbourhood(
+    teacher: Tensor,
+    weights: Tensor,
+    neighbourhood: float | None,
+    ranks: Callable[[Tensor, Tensor], Tensor] = hard_ranks,
+) -> Tensor:
     """w_ij / (1 + F^T_ij / h), F^T the teacher's hard mid-ranks in (0, 1) under w; None: w.
 
     h is the share of candidates, nearest first, at which a weight has halved. teacher (distances),
-    weights [m, n] -> [m, n].
+    weights [m, n] -> [m, n]. ranks: who computes F^T; `mid_ranks` does it by sorting.
     """
     if neighbourhood is None:
         return weights
-    return near_weights(distribution(teacher, weights, None), weights, neighbourhood)
-
-
-def near_weights(ranks: Tensor, weights: Tensor, neighbourhood: float) -> Tensor:
-    """w_ij / (1 + F_ij / h) from ranks F in (0, 1), [m, n]."""
-    return weights / (1.0 + ranks / neighbourhood)
+    return weights / (1.0 + ranks(teacher, weights) / neighbourhood)

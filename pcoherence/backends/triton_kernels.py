@@ -67,6 +67,7 @@ class _Sums:
         hard: bool,
         spare: Tensor | None,
         exact: bool = False,
+        like: _Sums | None = None,
     ) -> None:
         values = rows.values
         self._rows, self._stats, self._hard = rows, stats, hard
@@ -81,7 +82,10 @@ class _Sums:
             dtype = torch.float64 if exact else values.dtype
             fits = spare is not None and spare.dtype == dtype
             self._partial = spare if fits else torch.empty_like(values, dtype=dtype)
-            self._sorted = values.sort(dim=1, stable=True)
+            # `like` has the same values under other weights.
+            self._sorted: tuple[Tensor, Tensor] = (
+                values.sort(dim=1, stable=True) if like is None else like._sorted
+            )
 
     @property
     def _pair_grid(self) -> tuple[int, int]:
@@ -202,17 +206,14 @@ def _row_stats(
     return stats
 
 
-def _in_neighbourhood(
-    teacher: _Values, method: str, neighbourhood: float, spare: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _in_neighbourhood(teacher: _Values, hard: _Sums, neighbourhood: float) -> tuple[Tensor, Tensor]:
     """Weights T [rows, n] that fall with the teacher's hard rank, and their sums float64 [rows]."""
     values = teacher.values
     count, n = values.shape
     t = tuning.tiles(values.dtype, values.is_cuda)
     near = torch.empty_like(values)
-    stats = _row_stats(teacher, "none", 1.0, None)
-    _Sums(teacher, stats, method, True, spare).ranks(near, "mean")
-    totals = stats.new_empty(count)
+    hard.ranks(near, "mean")
+    totals = values.new_empty(count, dtype=torch.float64)
     statistics.near_weights[cdiv(count, t.row_rows),](
         near,
         *teacher.weighting,
@@ -266,15 +267,17 @@ class TritonRowKernels(PointKernels):
         teacher_stats = _row_stats(theirs, theirs_scale, tau, None if hard else units.teacher)
         student_stats = _row_stats(ours, spec.scale, spec.temperature, units.student)
         drawn, drawn_stats = ours, student_stats  # with the weights of the scale
+        plain = None
         if spec.neighbourhood is not None:
-            near, totals = _in_neighbourhood(theirs, method, spec.neighbourhood, spare)
+            plain = _Sums(theirs, teacher_stats, method, True, spare)
+            near, totals = _in_neighbourhood(theirs, plain, spec.neighbourhood)
             ours, theirs = ours._replace(weights=near), theirs._replace(weights=near)
             student_stats = _reweighed(student_stats, totals)
             teacher_stats = _reweighed(teacher_stats, totals)
 
         wide = torch.float64 if cross_entropy else teacher.dtype
         teacher_ranks = torch.empty_like(teacher, dtype=wide)
-        sums = _Sums(theirs, teacher_stats, method, hard, spare, cross_entropy)
+        sums = _Sums(theirs, teacher_stats, method, hard, spare, cross_entropy, plain)
         crosses = entropies = student_stats
         if cross_entropy:
             crosses, entropies = student_stats.new_empty(2, count, sums.total_columns)
