@@ -130,54 +130,59 @@ PCOH_APART Weighed look_up_near(G& g, const Row& row, const Weighed& weighed, co
 
 // ---------------------------------------------------------------- the teacher
 
-// What a pair of candidates that ties takes from the weights of a neighbourhood h, as the table has them, relative to
-// their sum: the weights at two neighbouring places, less twice that between them, is a second difference. `ties`:
-// sum_jk w_j w_k of those that tie.
-PCOH_INLINE bool hardly_ties(const Weighed& weighed, double ties, double h) {
+// Whether a table of places holds to T's last digit although candidates tie (`ties`: sum_jk w_j w_k of those that do).
+// Where two tie, the weights at two neighbouring places become twice that between them: a second difference.
+template <class T>
+PCOH_DEVICE bool hardly_ties(const Weighed& weighed, double ties, double h) {
   const double count = weighed.count, pairs = ties * count * count / (weighed.total * weighed.total) - count;
   if (pairs < 1) return true;
   const double second = 2 / (h * h * count * count), sum = count * h * std::log1p(1 / h);
-  return pairs * (std::sqrt(pairs) + 2) / 24 * second < 0x1p-26 * sum;  // a quarter of float32's epsilon
+  constexpr double bound = std::numeric_limits<T>::epsilon() / 8;
+  return pairs * (std::sqrt(pairs) + 2) / 24 * second < bound * sum;
+}
+
+// The weights of the neighbourhood into near [n]: they become the row's, and s what they make of it. True where out [n]
+// has F^T under them, too, and for cross_entropy `ties` sum_jk w_j w_k of those that tie. plain: [n] to work in.
+template <class T, class Rank, class G, class Row, class Workplace>
+PCOH_DEVICE bool enter_neighbourhood(G& g, const Options& options, Row& row, Stats<T>& s, T* near, T* plain, Rank* out,
+                                     double& ties, Workplace& work) {
+  const NearDivisor<T> divisor(options.neighbourhood);
+  const NearTable<T> table = work.near_table(s.count, divisor);
+  const bool may_look_up = options.objective != Objective::cross_entropy && table.places != nullptr;
+  ties = hard_ranks(g, row, s, may_look_up, plain, work);
+  g.sync();
+  const bool whole = s.uniform && s.count <= kWholeRanks<T>;
+  Weighed found;
+  if (!whole) {
+    near_weights(g, row, divisor, plain, near);
+    g.sync();
+    row.weights = near;
+    found = weigh(g, row);
+  } else {
+    bool looked_up = false;
+    if constexpr (sizeof(Rank) == sizeof(T)) {
+      looked_up = may_look_up && hardly_ties<T>(s, ties, options.neighbourhood);
+      if (looked_up) found = look_up_near(g, row, s, table, plain, near, out);
+    }
+    if (!looked_up) found = count_near(g, row, s, divisor, table, plain, near, out, ties, work);
+    row.weights = near;
+  }
+  static_cast<Weighed&>(s) = found;
+  g.sync();
+  return whole;
 }
 
 // F^T under the row's weights, into out [n]: T, or double for cross_entropy, and then its `entropy`, sum_jk w_j w_k
-// H(P_jk). near [n] or null: where the weights of the neighbourhood go, which become the row's, with s what they make
-// of it. plain: [n] to work in, or `out`.
+// H(P_jk). near [n] or null: without a neighbourhood. plain: [n] to work in, or `out`.
 template <class T, class Rank, class G, class Row, class Workplace>
 PCOH_APART Status teacher_ranks(G& g, const Options& options, double unit, Row& row, Stats<T>& s, T* near, T* plain,
                                 Rank* out, double& entropy, Workplace& work) {
   const bool cross_entropy = options.objective == Objective::cross_entropy;
-  if (near != nullptr) {
-    const NearDivisor<T> divisor(options.neighbourhood);
-    const NearTable<T> table = work.near_table(s.count, divisor);
-    double ties = hard_ranks(g, row, s, !cross_entropy && table.places != nullptr, plain, work);
-    g.sync();
-    bool ranked = s.uniform && s.count <= kWholeRanks<T>;
-    if (!ranked) {
-      near_weights(g, row, divisor, plain, near);
-      g.sync();
-      row.weights = near;
-      static_cast<Weighed&>(s) = weigh(g, row);
-    } else {
-      const bool known = !cross_entropy && table.places != nullptr &&
-                         (sizeof(T) == 4 ? hardly_ties(s, ties, options.neighbourhood)
-                                         : ties * s.count <= s.total * s.total * (1 + 1.0 / s.count));
-      Weighed found;
-      if constexpr (sizeof(Rank) == sizeof(T)) {
-        found = known ? look_up_near(g, row, s, table, plain, near, out)
-                      : count_near(g, row, s, divisor, table, plain, near, out, ties, work);
-      } else {
-        found = count_near(g, row, s, divisor, table, plain, near, out, ties, work);
-      }
-      row.weights = near;
-      static_cast<Weighed&>(s) = found;
-      entropy = kLog2 * ties;
-    }
-    g.sync();
-    if (ranked && !options.soft_teacher()) return Status::ok;
-  }
+  double ties = 0;
+  const bool ranked = near != nullptr && enter_neighbourhood(g, options, row, s, near, plain, out, ties, work);
   if (!options.soft_teacher()) {
-    entropy = kLog2 * hard_ranks(g, row, s, cross_entropy, out, work);
+    if (!ranked) ties = hard_ranks(g, row, s, cross_entropy, out, work);
+    entropy = kLog2 * ties;
     return Status::ok;
   }
   const Scaling scale = scaling(options.scale, s, options.teacher_temperature, unit);

@@ -25,22 +25,19 @@
 // Sums of a row, s = its positions in temperatures, W = the sum of its weights, have
 //   ranks(out)                     R_j = sum_k w_k sigmoid(s_j - s_k)
 //   pullback(r, out)               r_l sum_k w_k slope(s_l - s_k) - w_l sum_j r_j slope(s_l - s_j)
-//   cross_total(F, W)              sum_jk w_j w_k softplus(s_j - s_k) - W sum_j w_j s_j (2 F_j - 1), of double F [n]:
-//   the
-//                                  cross entropy of comparisons that add up to the ranks F. With H_j = sum_k w_k
-//                                  step(s_j
-//                                  - s_k) it is sum_jk w_j w_k log(1 + exp(-|s_j - s_k|)) + 2 sum_j w_j s_j (H_j - W
-//                                  F_j): what cancels is subtracted as ranks, and what is left of softplus is at most
-//                                  log 2
+//   cross_total(F, W)              the cross entropy of comparisons that add up to the ranks F [n], double:
+//                                    sum_jk w_j w_k softplus(s_j - s_k) - W sum_j w_j s_j (2 F_j - 1).
+//                                  With H_j = sum_k w_k step(s_j - s_k) that is
+//                                    sum_jk w_j w_k log(1 + exp(-|s_j - s_k|)) + 2 sum_j w_j s_j (H_j - W F_j):
+//                                  ranks are subtracted as ranks, and no logarithm is more than log 2.
 //
-// A Workplace has memory for the stages of a row, and the methods:
-//   take<V>(n, others)             memory [n], of T unless said otherwise; fast if that many others, which need it
-//   more, would be so, too. A copy
-//                                  of a workplace takes the same memory again
+// A Workplace has memory for the stages of a row, and the methods (method, most_bins, Grid, Scan, Pairs):
+//   take<V>(n, others)             memory [n], of T unless said otherwise; fast where that many others, which need
+//                                  it more, would be fast, too. A copy of a workplace takes the same memory again.
 //   values(given, n)               where stats() puts the row's values
 //   pullback(sums, residuals, n)   of the sums, in place or not
 //   near_table(count, divisor)     see look_up_near() in anchor.h
-//   run<Sums>(g, row, low, high, scale, f)   with Sums one of Grid, Scan, Pairs; method, most_bins
+//   run<Sums>(g, row, low, high, scale, f)   f(sums) by one of the methods
 #pragma once
 
 #include <cmath>

@@ -14,6 +14,11 @@ To* copied(Buffer& buffer, const From* from, int n) {
   return to;
 }
 
+template <class T>
+Weighed weigh_row(const T* weights, std::int64_t n) {
+  return weigh(Core<T>{}, Row<T>{weights, static_cast<int>(padded(n))});
+}
+
 // An anchor and the candidates but for `self`.
 template <class T>
 Outcome anchor_row(const Options& options, const CandidateWeights<T>& c, const AnchorRow<T>& a, std::int64_t self,

@@ -74,7 +74,8 @@ std::pair<Array<T>, double> hard_ranks(const Array<T>& values, const Array<T>& w
   Workspace ws;
   Buffer buffer;
   T* out = buffer.need<T>(padded(v.size));
-  const double ties = kernels_for(isa).of<T>().hard_ranks(v.data, candidate_weights<T>(w.data, w.size), out, ws);
+  const auto& rows = kernels_for(isa).of<T>();
+  const double ties = rows.hard_ranks(v.data, {w.size, w.data, rows.weigh(w.data, w.size)}, out, ws);
   return {Array<T>(v.size, out), ties};
 }
 

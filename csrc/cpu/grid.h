@@ -53,9 +53,7 @@ class Grid {
   void load(const Row<T>& row) {
     const int n = row.n;
     row_ = row;
-    n_ = n;
     bins_ = static_cast<int>(row.scale.range / kBinWidth) + 1;
-    w_ = row.weights;
     bin_ = ws_.bins.need<std::int32_t>(n);
     x_ = ws_.locals.need<T>(n);
     const double per_value = row.scale.per_distance / kBinWidth;
@@ -82,7 +80,7 @@ class Grid {
     fields_ = ws_.fields.need<T>(2 * std::size_t(bins_) * order);
     residual_moments_ = moments_ + std::size_t(bins_) * order;
     residual_fields_ = fields_ + std::size_t(bins_) * order;
-    spread(w_, moments_);
+    spread(row_.weights, moments_);
   }
 
   // ranks[j] = sum_k w_k sigmoid(s_j - s_k)
@@ -98,7 +96,7 @@ class Grid {
     for (std::size_t i = 0; i < std::size_t(bins_) * order; ++i) total += double(moments_[i]) * double(fields_[i]);
     double* below = ws_.mass.need<double>(bins_);
     std::fill_n(below, bins_, 0.0);
-    for (int k = 0; k < n_; ++k) below[bin_[k]] += double(w_[k]);
+    for (int k = 0; k < row_.n; ++k) below[bin_[k]] += double(row_.weights[k]);
     double before = 0;
     for (int b = 0; b < bins_; ++b) {
       const double own = below[b];
@@ -106,7 +104,8 @@ class Grid {
       before += own;
     }
     double rest = 0;
-    for (int k = 0; k < n_; ++k) rest += double(w_[k]) * row_.position(k) * (below[bin_[k]] - weight * ranks[k]);
+    for (int k = 0; k < row_.n; ++k)
+      rest += double(row_.weights[k]) * row_.position(k) * (below[bin_[k]] - weight * ranks[k]);
     return total + 2 * rest;
   }
 
@@ -116,12 +115,12 @@ class Grid {
     spread(r, residual_moments_);
     convolve(table, moments_, fields_, Far::nothing);
     convolve(table, residual_moments_, residual_fields_, Far::nothing);
-    T* pulled = ws_.carry.need<T>(n_);
+    T* pulled = ws_.carry.need<T>(row_.n);
     evaluate(fields_, out);
     evaluate(residual_fields_, pulled);
-    for (int l = 0; l < n_; l += lanes)
-      store(out + l,
-            PCOH_ISA::load(r + l) * PCOH_ISA::load(out + l) - PCOH_ISA::load(w_ + l) * PCOH_ISA::load(pulled + l));
+    for (int l = 0; l < row_.n; l += lanes)
+      store(out + l, PCOH_ISA::load(r + l) * PCOH_ISA::load(out + l) -
+                         PCOH_ISA::load(row_.weights + l) * PCOH_ISA::load(pulled + l));
   }
 
  private:
@@ -183,7 +182,7 @@ class Grid {
   void spread_replicated(const T* v, T* out) {
     T* acc = replicas == 1 ? out : ws_.replicas.need<T>(std::size_t(bins_) * replicas * order);
     std::memset(acc, 0, sizeof(T) * bins_ * replicas * order);
-    for (int k = 0; k < n_; k += replicas)
+    for (int k = 0; k < row_.n; k += replicas)
       for (int i = 0; i < replicas; ++i) {
         T* cell = acc + (std::size_t(bin_[k + i]) * replicas + i) * order;
         Terms sum = Terms::load(cell);
@@ -227,11 +226,11 @@ class Grid {
   void evaluate(const T* field, T* out) {
     if constexpr (FewBins<T>::available) {
       if (bins_ <= FewBins<T>::most) {
-        FewBins<T>::evaluate(field, bins_, bin_, x_, n_, out);
+        FewBins<T>::evaluate(field, bins_, bin_, x_, row_.n, out);
         return;
       }
     }
-    for (int k = 0; k < n_; k += lanes) {
+    for (int k = 0; k < row_.n; k += lanes) {
       const V x = PCOH_ISA::load(x_ + k);
       V value{};
       for (int q = order - 8; q >= 0; q -= 8) {
@@ -257,8 +256,7 @@ class Grid {
 
   Workspace& ws_;
   Row<T> row_{};
-  int n_ = 0, bins_ = 0;
-  const T* w_ = nullptr;
+  int bins_ = 0;
   std::int32_t* bin_ = nullptr;                         // [n]
   T* x_ = nullptr;                                      // [n], in [-1, 1]
   T *moments_ = nullptr, *residual_moments_ = nullptr;  // [bins, order]

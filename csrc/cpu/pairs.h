@@ -13,19 +13,16 @@ class Pairs {
 
   void load(const Row<T>& row) {
     row_ = row;
-    v_ = row.values;
-    w_ = row.weights;
-    n_ = row.n;
     // A tiny temperature's inverse may overflow T; times a difference of 0 it would be NaN.
     per_value_ = static_cast<T>(std::min(row.scale.per_distance, double(std::numeric_limits<T>::max())));
   }
 
   void ranks(T* out) {
-    for (int j = 0; j < n_; ++j) {
+    for (int j = 0; j < row_.n; ++j) {
       V sum{};
-      for (int k = 0; k < n_; k += lanes) {
-        const V t = (v_[j] - load_at(v_, k)) * per_value_, z = decay(t);
-        sum += load_at(w_, k) * (select(t < V{}, z, splat<T>(1)) / (T(1) + z));
+      for (int k = 0; k < row_.n; k += lanes) {
+        const V t = (row_.values[j] - load_at(row_.values, k)) * per_value_, z = decay(t);
+        sum += load_at(row_.weights, k) * (select(t < V{}, z, splat<T>(1)) / (T(1) + z));
       }
       out[j] = static_cast<T>(total(sum));
     }
@@ -34,17 +31,17 @@ class Pairs {
   // See cross_total() in ../row.h. j itself apart: what cancels must not leave a rounding error behind.
   double cross_total(const double* ranks, double weight) {
     double result = 0;
-    for (int j = 0; j < n_; ++j) {
+    for (int j = 0; j < row_.n; ++j) {
       Sum logs, below;
-      for (int k = 0; k < n_; k += lanes) {
-        const V v = load_at(v_, k), w = load_at(w_, k), z = decay((v_[j] - v) * per_value_);
+      for (int k = 0; k < row_.n; k += lanes) {
+        const V v = load_at(row_.values, k), w = load_at(row_.weights, k), z = decay((row_.values[j] - v) * per_value_);
         V log1p{};
         for (int m = kSeriesDegree<T> - 1; m >= 0; --m) log1p = (log1p + T(series<T>().softplus[m])) * z;
         logs.add(select(lane_numbers() + k == ivec_t<T>{} + j, V{}, w * log1p));
         const V half = splat<T>(0.5);
-        below.add(select(v < v_[j], w, select(v == v_[j], w * half, V{})));
+        below.add(select(v < row_.values[j], w, select(v == row_.values[j], w * half, V{})));
       }
-      const double w = w_[j];
+      const double w = row_.weights[j];
       result += w * (logs.total() + w * kLog2 + 2 * row_.position(j) * (below.total() - weight * ranks[j]));
     }
     return result;
@@ -54,11 +51,11 @@ class Pairs {
   // where all other slopes are 0.
   void pullback(const T* r, T* out) {
     const ivec_t<T> iota = lane_numbers();
-    for (int l = 0; l < n_; ++l) {
+    for (int l = 0; l < row_.n; ++l) {
       V sum{};
-      for (int j = 0; j < n_; j += lanes) {
-        const V z = decay((v_[l] - load_at(v_, j)) * per_value_), q = T(1) + z;
-        const V term = (r[l] * load_at(w_, j) - w_[l] * load_at(r, j)) * (z / (q * q));
+      for (int j = 0; j < row_.n; j += lanes) {
+        const V z = decay((row_.values[l] - load_at(row_.values, j)) * per_value_), q = T(1) + z;
+        const V term = (r[l] * load_at(row_.weights, j) - row_.weights[l] * load_at(r, j)) * (z / (q * q));
         sum += select(iota + j == ivec_t<T>{} + l, V{}, term);
       }
       out[l] = static_cast<T>(total(sum));
@@ -81,10 +78,8 @@ class Pairs {
     return sum.total();
   }
 
-  int n_ = 0;
   T per_value_ = 0;  // 1 / temperature
   Row<T> row_{};
-  const T *v_ = nullptr, *w_ = nullptr;
 };
 
 }  // namespace pcoherence::PCOH_ISA

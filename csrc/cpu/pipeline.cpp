@@ -35,7 +35,7 @@ class PaddedWeights {
   CandidateWeights<T> pad(const T* from, T* to) const {
     for (std::int64_t k = 0; k < n_; ++k) to[k] = from ? from[k] : T(1);
     std::fill(to + n_, to + padded(n_), T(0));
-    return candidate_weights<T>(to, n_);
+    return {n_, to, kernels().of<T>().weigh(to, n_)};
   }
 
   const Weighting<T>& given_;

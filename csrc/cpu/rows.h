@@ -26,20 +26,6 @@ struct CandidateWeights {
   Weighed weighed;
 };
 
-template <class T>
-CandidateWeights<T> candidate_weights(const T* weights, std::int64_t n) {
-  CandidateWeights<T> c{n, weights, {}};
-  T common = 0;
-  for (std::int64_t k = 0; k < n; ++k) {
-    if (weights[k] == 0) continue;
-    if (common == 0) common = weights[k];
-    c.weighed.uniform = c.weighed.uniform && weights[k] == common;
-    c.weighed.total += double(weights[k]);
-    ++c.weighed.count;
-  }
-  return c;
-}
-
 // A point as it was given: x / length is what its distances are about (length 1, or |x| for cosine).
 template <class T>
 struct Point {
@@ -103,6 +89,7 @@ struct RowKernels {
   // The same, with A + A^T in place of A.
   void (*add_transpose)(T* matrix, std::int64_t size, std::int64_t ld, std::int64_t strip);
   double (*sum_row)(const T* row, std::int64_t n);
+  Weighed (*weigh)(const T* weights, std::int64_t n);  // [padded(n)], the padding 0
   // An anchor's arrays: [padded(n)]. self: the candidate that is excluded, or -1.
   Outcome (*anchor)(const Options&, const CandidateWeights<T>&, const AnchorRow<T>&, std::int64_t self, Workspace&);
   Status (*soft_rank)(const SoftRankRow<T>&, Workspace&);
