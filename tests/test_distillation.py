@@ -27,39 +27,61 @@ from scipy import stats
 from benchmarks.distillation import (
     criteria,
     evaluation,
+    index,
     page,
+    plans,
     plots,
     protocol,
     results,
+    rule,
     runner,
     sources,
     training,
 )
-from benchmarks.distillation.criteria import Criterion, Grouped, Seen, Widths
+from benchmarks.distillation.criteria import (
+    Banked,
+    Criterion,
+    Grouped,
+    RankPreserving,
+    RowRelations,
+    Seen,
+    Widths,
+)
 from benchmarks.distillation.images import Pixels, _idx, _only
-from benchmarks.distillation.methods import METHODS, NAMED
+from benchmarks.distillation.methods import AWARE, DEFAULT, INDEX_METHODS, METHODS, NAMED, near
 from benchmarks.distillation.results import (
+    ANY,
     BATCH_RATES,
     BATCH_SIZE,
     COMPARISONS,
-    GROUP_RATES,
+    DISTANCES,
+    OPTION,
     SEARCH,
     TEST,
     Job,
     Result,
 )
+from benchmarks.distillation.rule import Candidate
 from benchmarks.distillation.settings import Judgement, Setting, Split, kept, teacher_logits
 from benchmarks.distillation.summary import (
     Cell,
     Interval,
     Outcomes,
+    by_default,
+    by_search,
+    counted,
     differs,
     duels,
+    gains,
     interval,
-    options,
 )
-from pcoherence import coherence, optimal_transport_loss, perception_coherence_loss
-from pcoherence.spec import OBJECTIVES, LossSpec
+from pcoherence import (
+    CandidateBank,
+    PerceptionCoherenceLoss,
+    coherence,
+    optimal_transport_loss,
+    perception_coherence_loss,
+)
 
 N, STUDENT, TEACHER, CLASSES = 7, 3, 5, 4
 WIDTHS = Widths(STUDENT, TEACHER, CLASSES)
@@ -169,6 +191,66 @@ def contrastive(criterion: nn.Module, x: Tensor, seen: Seen) -> float:
     return total / (2 * N)
 
 
+def cosine(a: list[float], b: list[float]) -> float:
+    product = sum(p * q for p, q in zip(a, b, strict=True))
+    return product / (math.hypot(*a) * math.hypot(*b))
+
+
+def rows_of(points: Tensor) -> list[list[float]]:
+    """Cosines of each point with all others."""
+    own = points.tolist()
+    return [[cosine(own[i], own[j]) for j in range(N) if j != i] for i in range(N)]
+
+
+def rows_across(x: Tensor, seen: Seen) -> tuple[list[list[float]], list[list[float]]]:
+    """Cosines of each point, as student and teacher see it, with all of the teacher's."""
+    index = seen.embeddings.tolist()
+    return tuple([[cosine(a, b) for b in index] for a in own.tolist()] for own in (x, seen[0]))
+
+
+def row_relations(ours: list[list[float]], theirs: list[list[float]], divergence: str) -> float:
+    total = 0.0
+    for own, teacher in zip(ours, theirs, strict=True):
+        q, p = (softmax([value / 0.3 for value in values]) for values in (own, teacher))
+        for a, b in zip(q, p, strict=True):
+            total += b * math.log(b / a) / N if divergence == "kl" else (a - b) ** 2 / (N * len(q))
+    return total
+
+
+def rank_preserving(ours: list[list[float]], theirs: list[list[float]]) -> float:
+    """Of the three nearest by the teacher."""
+    total = 0.0
+    for own, teacher in zip(ours, theirs, strict=True):
+        nearest = sorted(range(len(own)), key=lambda j: -teacher[j])[:3]
+        for a, b in itertools.product(range(3), repeat=2):
+            z = (own[nearest[b]] - own[nearest[a]]) / 0.2
+            target = 1.0 if b < a else 0.5 if a == b else 0.0
+            total += (target - 1 / (1 + math.exp(-z))) ** 2 / 3 / (a + 1)
+    return total / N / (1 + 1 / 2 + 1 / 3)
+
+
+def index_regression(_: nn.Module, x: Tensor, seen: Seen) -> float:
+    teacher = seen.embeddings.tolist()
+    columns = list(zip(*teacher, strict=True))
+    means = [sum(column) / N for column in columns]
+    spread = sum((a - m) ** 2 for column, m in zip(columns, means, strict=True) for a in column)
+    pairs = zip(itertools.chain(*x.tolist()), itertools.chain(*teacher), strict=True)
+    return sum((a - b) ** 2 for a, b in pairs) / spread
+
+
+def index_cosine(_: nn.Module, x: Tensor, seen: Seen) -> float:
+    pairs = zip(x.tolist(), seen.embeddings.tolist(), strict=True)
+    return 1 - sum(cosine(a, b) for a, b in pairs) / N
+
+
+def index_contrastive(_: nn.Module, x: Tensor, seen: Seen) -> float:
+    ours, _theirs = rows_across(x, seen)
+    both = ours, list(zip(*ours, strict=True))
+    return -sum(
+        math.log(softmax([value / 0.5 for value in rows[i]])[i]) for rows in both for i in range(N)
+    ) / (2 * N)
+
+
 FORMULAS: dict[str, tuple[Callable[[], Criterion], Callable[[nn.Module, Tensor, Seen], float]]] = {
     "labels": (lambda: criteria.Labels(WIDTHS), labels),
     "logits": (lambda: criteria.Logits(WIDTHS, temperature=2.0), logits),
@@ -180,7 +262,62 @@ FORMULAS: dict[str, tuple[Callable[[], Criterion], Callable[[nn.Module, Tensor, 
     "sp": (criteria.SimilarityPreserving, similarity_preserving),
     "cka": (criteria.CentredKernelAlignment, centred_kernel_alignment),
     "contrastive": (lambda: criteria.Contrastive(WIDTHS, temperature=0.5), contrastive),
+    "row relations": (
+        lambda: RowRelations(temperature=0.3, divergence="kl"),
+        lambda _, x, seen: row_relations(rows_of(x), rows_of(seen.embeddings), "kl"),
+    ),
+    "row relations, square": (
+        lambda: RowRelations(temperature=0.3, divergence="square"),
+        lambda _, x, seen: row_relations(rows_of(x), rows_of(seen.embeddings), "square"),
+    ),
+    "rop": (
+        lambda: RankPreserving(temperature=0.2, top=3),
+        lambda _, x, seen: rank_preserving(rows_of(x), rows_of(seen.embeddings)),
+    ),
 }
+
+INDEX_FORMULAS = {
+    "regression": (index.Regression, index_regression),
+    "cosine": (index.Cosine, index_cosine),
+    "contrastive": (lambda: index.Contrastive(temperature=0.5), index_contrastive),
+    "row relations": (
+        lambda: index.Across(RowRelations(temperature=0.3, divergence="kl")),
+        lambda _, x, seen: row_relations(*rows_across(x, seen), "kl"),
+    ),
+    "rop": (
+        lambda: index.Across(RankPreserving(temperature=0.2, top=3)),
+        lambda _, x, seen: rank_preserving(*rows_across(x, seen)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INDEX_FORMULAS)
+def test_criteria_of_an_index_are_their_formulas(name: str, batch: tuple[Tensor, Seen]) -> None:
+    _, seen = batch
+    x = torch.randn(N, TEACHER, dtype=torch.float64).requires_grad_()
+    build, formula = INDEX_FORMULAS[name]
+    criterion = build()
+    assert criterion(x, seen).item() == pytest.approx(formula(criterion, x, seen), rel=1e-12)
+    assert torch.autograd.gradcheck(lambda own: criterion(own, seen), x)
+
+
+def test_coherence_of_an_index_is_the_library(batch: tuple[Tensor, Seen]) -> None:
+    _, (y, *_) = batch
+    x = torch.randn(N, TEACHER, dtype=torch.float64)
+    own = {"temperature": 0.2, "neighbourhood": 0.3, "metric": "cosine"}
+    expected = perception_coherence_loss(
+        x, y, student_candidates=y, teacher_candidates=y, self_index=None, **own
+    )
+    assert torch.equal(index.Coherence(**own)(x, batch[1]), expected)
+    # The query that is its own teacher's point sees the index as the teacher does.
+    hardly = index.Coherence(temperature=1e-4)
+    assert hardly(y, batch[1]) < 1e-6 < hardly(x, batch[1])
+
+
+def test_fewer_candidates_than_the_top_are_all_compared(batch: tuple[Tensor, Seen]) -> None:
+    x, seen = batch
+    many, all_of_them = (RankPreserving(temperature=0.2, top=top) for top in (64, N - 1))
+    assert torch.equal(many(x, seen), all_of_them(x, seen))
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -210,17 +347,47 @@ def test_a_perfect_student_costs_nothing(batch: tuple[Tensor, Seen]) -> None:
 def test_our_losses_are_the_library(batch: tuple[Tensor, Seen]) -> None:
     x, seen = batch
     for method in METHODS:
-        for trial in method.trials:
+        for options in method.options:
             if method.name.startswith("coherence"):
-                objective = method.name.removeprefix("coherence ")
-                expected = perception_coherence_loss(
-                    x, seen.embeddings, objective=objective, **trial.options
-                )
+                objective = method.name.removeprefix("coherence ").removesuffix(" near")
+                assert ("neighbourhood" in options) == method.name.endswith(" near")
+                own = {"objective": objective, "neighbourhood": None} | options
+                expected = perception_coherence_loss(x, seen.embeddings, **own)
             elif method.name == "transport":
-                expected = optimal_transport_loss(x, seen.embeddings, **trial.options)
+                expected = optimal_transport_loss(x, seen.embeddings, **options)
             else:
                 continue
-            assert torch.equal(method.build(WIDTHS, **trial.options)(x, seen), expected)
+            assert torch.equal(method.build(WIDTHS, **options)(x, seen), expected)
+
+
+def test_banks_keep_the_last_points() -> None:
+    """Former batches are compared, too, and get no gradient."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(N, STUDENT), torch.randn(N, TEACHER)) for _ in range(3)]
+    seen = [Seen(y, y, torch.zeros(N)) for _, y in batches]
+    criterion = criteria.SimilarityPreserving().with_bank(N + 2)
+    assert isinstance(criterion, Banked)
+    for (x, _), own in zip(batches[:2], seen[:2], strict=True):
+        criterion(x.requires_grad_(), own)
+    x = batches[2][0].requires_grad_()
+    points, known = (
+        torch.cat([batches[2][side], batches[1][side], batches[0][side][:2]]) for side in (0, 1)
+    )
+    found = criterion(x, seen[2])
+    expected = criteria.SimilarityPreserving()(points, Seen(known, known, torch.zeros(len(known))))
+    torch.testing.assert_close(found, expected)
+    gradients = torch.autograd.grad(found, [x, batches[1][0]], allow_unused=True)
+    assert gradients[0] is not None
+    assert gradients[1] is None
+
+
+def test_our_bank_is_the_library() -> None:
+    torch.manual_seed(0)
+    ours = NAMED["coherence mse"].build(WIDTHS, temperature=0.1).with_bank(N)
+    library = PerceptionCoherenceLoss(temperature=0.1, bank=CandidateBank(N))
+    for _ in range(3):
+        x, y = torch.randn(N, STUDENT), torch.randn(N, TEACHER)
+        assert torch.equal(ours(x, Seen(y, y, torch.zeros(N))), library(x, y))
 
 
 def test_duplicates_leave_angles_finite() -> None:
@@ -257,18 +424,26 @@ def test_groups_compare_within_themselves(batch: tuple[Tensor, Seen]) -> None:
 
 
 def test_every_method_has_as_many_trials() -> None:
-    assert {len(method.trials) for method in METHODS} == {protocol.FULL.trials}
-    for method in METHODS:
-        assert len({repr(trial) for trial in method.trials}) == len(method.trials)
-        assert {trial.batch for trial in method.trials} == {128, 512}
+    jobs = [own.job for own in simulated(plans.FULL, arbitrary) if own.job.phase == SEARCH]
+    for setting in plans.SEARCHED:
+        for method in plans.PLACES[setting].methods:
+            own = [job for job in jobs if (job.setting, job.method) == (setting, method.name)]
+            assert len({job.key for job in own}) == len(own) == 12
+            tried = {(job.rate, job.batch) for job in own if job.options == method.options[0]}
+            assert tried >= set(itertools.product((0.005, 0.01, 0.02, 0.04), (128, 512)))
+            # Its own options, all of them, at the best of those.
+            first = {repr(job.options) for job in own}
+            assert first == {repr(options) for options in method.options}
 
 
-def test_no_two_trials_are_the_same_training(batch: tuple[Tensor, Seen]) -> None:
+def test_no_two_trials_are_the_same_training() -> None:
     """Adam divides a factor away: losses in proportion would be one trial, tried twice."""
-    x, seen = batch
+    torch.manual_seed(0)
+    x, *known = (torch.randn(70, width).double() for width in (STUDENT, TEACHER, CLASSES))
+    seen = Seen(known[0], known[1], torch.arange(70) % CLASSES)
     for method in METHODS:
         gradients = []
-        for own in {repr(trial.options): trial.options for trial in method.trials}.values():
+        for own in method.options:
             torch.manual_seed(0)
             criterion = method.build(WIDTHS, **own).double()
             leaf = x.clone().requires_grad_()
@@ -278,19 +453,21 @@ def test_no_two_trials_are_the_same_training(batch: tuple[Tensor, Seen]) -> None
             assert abs(one @ other) < 1 - 1e-6, method.name
 
 
-METHOD_NAMES = {method.name for method in METHODS}
+METHOD_NAMES = [method.name for method in METHODS]
 
 
 def result(job: Job, value: float) -> Result:
-    """All measures are this value; neighbours by cosine are a little better."""
+    """All measures are this value; those by cosine are a little better."""
+    in_index = plans.PLACES[job.setting].in_index
+    names = evaluation.IN_INDEX if in_index else evaluation.BY_DISTANCE
     measures = {
-        distance: dict.fromkeys(evaluation.MEASURES, value) | {"knn": value + 1e-3 * i}
-        for i, distance in enumerate(job.distances)
+        distance: dict.fromkeys(names, value + 1e-3 * i) for i, distance in enumerate(DISTANCES)
     }
-    return Result(job, measures, 1.0)
+    plain = () if in_index else evaluation.PLAIN
+    return Result(job, measures | {ANY: dict.fromkeys(plain, value)}, 1.0)
 
 
-def simulated(plan: protocol.Plan, value: Callable[[Job], float]) -> list[Result]:
+def simulated(plan: plans.Plan, value: Callable[[Job], float]) -> list[Result]:
     """Results of all stages."""
     found: list[Result] = []
     for stages in protocol.STAGES.values():
@@ -305,13 +482,13 @@ def arbitrary(job: Job) -> float:
 
 
 def by_method(job: Job) -> float:
-    """Later methods are better, and seeds scatter."""
-    rank = {name: i for i, name in enumerate(NAMED)}
-    return 0.5 + rank.get(job.method, 30) / 100 + 1e-4 * job.seed
+    """Later methods are better, the default is best, and seeds scatter."""
+    rank = {own.name: i for i, own in enumerate((*METHODS, *INDEX_METHODS, DEFAULT))}
+    return 0.5 + rank.get(job.method, 40) / 100 + 1e-4 * job.seed
 
 
 def test_the_test_split_comes_last_and_once() -> None:
-    found = simulated(protocol.FULL, arbitrary)
+    found = simulated(plans.FULL, arbitrary)
     splits = [own.job.split for own in found]
     first = splits.index("test")
     assert set(splits[:first]) == {"validation"}
@@ -320,54 +497,139 @@ def test_the_test_split_comes_last_and_once() -> None:
     tested = [own.job for own in found if own.job.split == "test"]
     once = Counter((job.setting, job.student, job.method, job.seed) for job in tested)
     assert set(once.values()) == {1}
-    assert protocol.SEARCH_SEED not in protocol.FULL.seeds
-    assert len(protocol.FULL.seeds) >= 3
-    assert len(protocol.FULL.effect_seeds) >= 3
+    seeds = Counter((job.setting, job.student, job.method) for job in tested if job.student)
+    for (_, _, method), count in seeds.items():
+        assert count == (4 if method in (*AWARE, "untrained") else 8)
+    assert protocol.SEARCH_SEED not in plans.FULL.seeds
+    assert len(plans.FULL.seeds) == 8
+    assert len(plans.FULL.effect_seeds) >= 3
 
 
 def test_the_best_trial_is_tested() -> None:
-    found = simulated(protocol.FULL, arbitrary)
+    found = simulated(plans.FULL, arbitrary)
+    chosen = protocol.choices(found)
     tested = [own.job for own in found if own.job.phase == TEST and own.job.method in METHOD_NAMES]
     for job in tested:
+        place = plans.PLACES[job.setting]
         searched = [
-            (own.measures[distance]["knn"], own.job, distance)
+            (max(own.value(place.chosen_by, distance) for distance in DISTANCES), own.job)
             for own in found
-            for distance in own.job.distances
             if own.job.phase == SEARCH
-            and own.job.setting == protocol.PLACES[job.setting].chosen_in
+            and own.job.setting == place.chosen_in
             and own.job.method == job.method
         ]
-        assert len(searched) == 2 * protocol.FULL.trials
-        _, best, distance = max(searched, key=lambda own: own[0])
+        assert len(searched) == 12
+        _, best = max(searched, key=lambda own: own[0])
         assert (job.rate, job.batch, job.options) == (best.rate, best.batch, best.options)
-        assert job.distances == (distance,)
+        names = evaluation.IN_INDEX if place.in_index else evaluation.BY_DISTANCE
+        distances = chosen[place.chosen_in, job.method].distances
+        assert distances == dict.fromkeys(names, "cosine")
+
+
+def test_each_measure_has_its_own_distance() -> None:
+    (job, *_) = protocol.search(plans.FULL)
+    measures = {
+        "euclidean": {"knn": 0.8, "map": 0.5},
+        "cosine": {"knn": 0.7, "map": 0.6},
+        ANY: {"probe": 0.9},
+    }
+    found = Result(job, measures, 1.0)
+    (choice,) = protocol.choices([found]).values()
+    assert choice.distances == {"knn": "euclidean", "map": "cosine"}
+    assert choice.value == 0.8
+    assert found.value("map", "euclidean") == 0.5
+    assert found.value("probe", "euclidean") == found.value("probe", "cosine") == 0.9
 
 
 def test_effects_take_the_best_rate() -> None:
-    found = simulated(protocol.FULL, arbitrary)
-    for phase, source in ((BATCH_SIZE, BATCH_RATES), (COMPARISONS, GROUP_RATES)):
-        shown = [own.job for own in found if own.job.phase == phase]
-        assert shown
-        for job in shown:
-            tried = [
-                own
-                for own in found
-                if own.job.phase == source
-                and (own.job.method, own.job.batch, own.job.group)
-                == (job.method, job.batch, job.group)
-            ]
-            assert len(tried) == len(protocol.EFFECT_RATES)
-            assert job.rate == max(tried, key=protocol.accuracy).job.rate
+    found = simulated(plans.FULL, arbitrary)
+    shown = [own.job for own in found if own.job.phase == BATCH_SIZE]
+    assert shown
+    for job in shown:
+        tried = [
+            own
+            for own in found
+            if own.job.phase == BATCH_RATES
+            and (own.job.setting, own.job.method, own.job.batch)
+            == (job.setting, job.method, job.batch)
+        ]
+        assert len(tried) == len(protocol.EFFECT_RATES)
+        assert job.rate == max(tried, key=protocol.accuracy).job.rate
 
 
-def test_defaults_are_among_the_options() -> None:
-    spec = LossSpec()
-    assert spec.temperature in protocol.FULL.temperatures
-    assert spec.temperature in protocol.QUICK.temperatures
+def test_comparisons_have_as_many_steps() -> None:
+    jobs = [own.job for own in simulated(plans.FULL, arbitrary) if own.job.phase == COMPARISONS]
+    for batch in (plans.FULL.large, plans.FULL.batch):
+        steps = {
+            (job.setting, protocol.steps(plans.FULL, job, 16_000))
+            for job in jobs
+            if job.batch == batch
+        }
+        assert len(steps) == len(plans.WITH_EFFECTS)
+    assert {job.group for job in jobs if job.batch == plans.FULL.large} == {64, 512, 4096}
+
+
+def judged(objective: str, near: float | None, seed: int, knn: float, overlap: float) -> Result:
+    """A result of an option, or of the baseline "cka"."""
+    method = Candidate(objective, 0.1, near).method if objective != "cka" else "cka"
+    job = dataclasses.replace(
+        JOB,
+        phase="baseline" if objective == "cka" else OPTION,
+        method=method,
+        options={"temperature": 0.1, "neighbourhood": near},
+        seed=seed,
+        split="validation",
+    )
+    plain = {"probe": 0.5, "coherence": 0.5, "overlap": overlap}
+    by_distance = {"euclidean": {"knn": knn, "map": 0.5}, "cosine": {"knn": 0.0, "map": 0.4}}
+    return Result(job, by_distance | {ANY: plain}, 1.0)
+
+
+def test_the_rule_takes_the_least_bad() -> None:
+    found = [
+        judged("cka", None, 1, 0.70, 0.30),
+        judged("cka", None, 2, 0.72, 0.30),
+        judged("mse", None, 1, 0.80, 0.25),  # +0.09 and -0.05
+        judged("mse", None, 2, 0.80, 0.25),
+        judged("cross_entropy", 0.4, 1, 0.70, 0.31),  # -0.01 and +0.01
+        judged("cross_entropy", 0.4, 2, 0.70, 0.31),
+    ]
+    margins = rule.margins(found)
+    wanted = Candidate("cross_entropy", 0.1, 0.4)
+    assert margins[wanted]["images", "knn"] == pytest.approx(-0.01)
+    assert margins[wanted]["images", "overlap"] == pytest.approx(0.01)
+    assert rule.worst(margins[Candidate("mse", 0.1, None)]) == pytest.approx(-0.05)
+    assert rule.choose(found) == wanted
+
+
+@pytest.mark.parametrize(("gap", "simpler"), [(0.9, True), (1.1, False)])
+def test_ties_go_to_the_simpler(gap: float, simpler: bool) -> None:
+    less = 0.6 - gap * rule.TIE
+    found = [
+        judged("cka", None, 1, 0.7, 0.3),
+        judged("mse", None, 1, less, 0.3),
+        judged("mse", 0.4, 1, 0.6, 0.3),
+        judged("mse", 0.1, 1, 0.6, 0.3),
+    ]
+    assert rule.choose(found).neighbourhood == (None if simpler else 0.4)
+
+
+def test_the_rule_sees_validation_alone() -> None:
+    found = simulated(plans.FULL, arbitrary)
+    seen = [own for own in found if own.job.split == "validation"]
+    assert rule.choose(seen) == rule.choose(found)
+    default = rule.choose(found)
+    tested = [own.job for own in found if own.job.method == DEFAULT.name]
+    assert len(tested) == 4 * len(plans.FULL.seeds)
+    chosen = protocol.choices(found)
+    for job in tested:
+        assert job.options == default._asdict()
+        choice = chosen[plans.PLACES[job.setting].chosen_in, default.method]
+        assert (job.rate, job.batch) == (choice.rate, choice.batch)
 
 
 def test_a_divergence_is_never_chosen() -> None:
-    (first, second, *_) = protocol.search(protocol.FULL)
+    (first, second, *_) = protocol.search(plans.FULL)
     for order in ((0.0, 0.5), (0.5, 0.0)):
         pair = [result(job, value) for job, value in zip((first, second), order, strict=True)]
         (choice,) = protocol.choices(pair).values()
@@ -376,10 +638,10 @@ def test_a_divergence_is_never_chosen() -> None:
 
 
 def test_all_batches_see_as_many_points() -> None:
-    (job, *_) = protocol.search(protocol.FULL)
-    for batch in protocol.FULL.batches:
-        steps = protocol.steps(protocol.FULL, dataclasses.replace(job, batch=batch), 20_000)
-        assert abs(steps * batch - protocol.FULL.epochs[job.setting] * 20_000) <= batch / 2
+    (job, *_) = protocol.search(plans.FULL)
+    for batch in plans.FULL.batches:
+        steps = protocol.steps(plans.FULL, dataclasses.replace(job, batch=batch), 20_000)
+        assert abs(steps * batch - plans.FULL.epochs[job.setting] * 20_000) <= batch / 2
 
 
 def small_setting() -> Setting:
@@ -401,6 +663,7 @@ def small_setting() -> Setting:
         test=split(24),
         students={
             "tiny": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, STUDENT)), STUDENT),
+            "wide": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, TEACHER)), TEACHER),
         },
         classes=CLASSES,
         judgements=(
@@ -420,7 +683,6 @@ JOB = Job(
     batch=20,
     seed=1,
     split="test",
-    distances=("euclidean", "cosine"),
 )
 
 
@@ -431,19 +693,49 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("settings")
-@pytest.mark.parametrize("method", NAMED)
+@pytest.mark.parametrize("method", ["untrained", DEFAULT.name, *METHOD_NAMES])
 def test_students_of_every_method(method: str, tmp_path: Path) -> None:
-    job = dataclasses.replace(JOB, method=method, options=NAMED[method].trials[0].options)
+    job = dataclasses.replace(JOB, method=method, options=tried(method))
     found = runner.do("quick", tmp_path, job)
     assert found == runner.do("quick", tmp_path, job)  # repeatable, bit for bit
-    for measures in found.measures.values():
-        assert set(measures) == {"knn", "probe", "map", "coherence", "overlap", "people"}
-        assert all(math.isfinite(value) for value in measures.values())
+    assert set(found.measures[ANY]) == {"probe", "coherence", "overlap", "people"}
+    for distance in DISTANCES:
+        assert set(found.measures[distance]) == {"knn", "map"}
+    assert all(math.isfinite(value) for own in found.measures.values() for value in own.values())
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("method", [own.name for own in INDEX_METHODS])
+def test_students_of_an_index(method: str, tmp_path: Path) -> None:
+    own = {"setting": "index of images", "student": "wide", "options": tried(method)}
+    job = dataclasses.replace(JOB, method=method, **own)
+    found = runner.do("quick", tmp_path, job)
+    assert found == runner.do("quick", tmp_path, job)
+    assert found.measures[ANY] == {}
+    for distance in DISTANCES:
+        assert set(found.measures[distance]) == set(evaluation.IN_INDEX)
+        assert all(0 <= value <= 1 for value in found.measures[distance].values())
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("changes", [{"group": 10}, {"bank": 30}, {"bank": 30, "group": 10}])
+@pytest.mark.parametrize("method", ["cka", "coherence mse"])
+def test_groups_and_banks_change_students(
+    method: str, changes: dict[str, int], tmp_path: Path
+) -> None:
+    job = dataclasses.replace(JOB, method=method, options=tried(method))
+    found = runner.do("quick", tmp_path, dataclasses.replace(job, **changes))
+    assert found.measures != runner.do("quick", tmp_path, job).measures
+
+
+def tried(method: str) -> dict[str, object]:
+    """The first options of a method."""
+    return dict(NAMED[method].options[0]) if NAMED[method].options else {}
 
 
 @pytest.mark.usefixtures("settings")
 def test_methods_start_alike_and_differ(tmp_path: Path) -> None:
-    plan, setting = protocol.QUICK, small_setting()
+    plan, setting = plans.QUICK, small_setting()
     jobs = [dataclasses.replace(JOB, method=name, options={}) for name in ("sp", "rkd distance")]
     ends = [runner.trained(plan, setting, job)[1].weight for job in jobs]
     still = [dataclasses.replace(job, rate=1e-30) for job in jobs]
@@ -466,8 +758,8 @@ def test_batches_come_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None
     )
     for method in ("sp", "fitnet"):
         orders.append([])
-        job = dataclasses.replace(JOB, method=method, options=NAMED[method].trials[0].options)
-        runner.trained(protocol.QUICK, small_setting(), job)
+        job = dataclasses.replace(JOB, method=method, options=tried(method))
+        runner.trained(plans.QUICK, small_setting(), job)
     assert orders[0] == orders[1]
     assert len(orders[0]) == 6 * JOB.batch
 
@@ -475,9 +767,12 @@ def test_batches_come_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.usefixtures("settings")
 def test_the_teacher_sees_as_itself(tmp_path: Path) -> None:
     job = dataclasses.replace(JOB, method=protocol.TEACHER, options={}, student="")
-    for measures in runner.do("quick", tmp_path, job).measures.values():
-        assert measures["coherence"] == pytest.approx(1)
-        assert measures["overlap"] == 1
+    found = runner.do("quick", tmp_path, job)
+    assert found.measures[ANY]["coherence"] == pytest.approx(1)
+    assert found.measures[ANY]["overlap"] == 1
+    in_index = dataclasses.replace(job, setting="index of images")
+    for distance in DISTANCES:
+        assert runner.do("quick", tmp_path, in_index).measures[distance]["overlap"] == 1
 
 
 def test_measures_by_hand() -> None:
@@ -485,12 +780,13 @@ def test_measures_by_hand() -> None:
     labels = torch.tensor([0, 0, 1, 1, 1])
     queries = torch.tensor([[0.4], [10.4]])
     # Ranked from 0.4: 0, 0, 1, 1, 1. From 10.4: 1, 1, 1, 0, 0. The third query's label is nowhere.
-    found = evaluation.retrieval((gallery, labels), (queries, torch.tensor([1, 1])))
-    assert found == pytest.approx(((1 / 3 + 2 / 4 + 3 / 5) / 3 + 1) / 2)
-    assert evaluation.retrieval((gallery, labels), (queries[1:], torch.tensor([1]))) == 1
-    absent = torch.tensor([[5.0]]), torch.tensor([7])
-    both = torch.cat([queries, absent[0]]), torch.tensor([1, 1, 7])
-    assert evaluation.retrieval((gallery, labels), both) == found
+    ranked = evaluation.relevant((gallery, labels), (queries, torch.tensor([1, 1])))
+    assert ranked.int().tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert evaluation.mean_precision(ranked) == pytest.approx(((1 / 3 + 2 / 4 + 3 / 5) / 3 + 1) / 2)
+    assert evaluation.mean_precision(ranked[1:]) == 1
+    both = torch.cat([queries, torch.tensor([[5.0]])]), torch.tensor([1, 1, 7])
+    absent = evaluation.relevant((gallery, labels), both)
+    assert evaluation.mean_precision(absent) == evaluation.mean_precision(ranked)
     judgement = Judgement(
         "",
         Pixels(gallery),
@@ -510,23 +806,41 @@ def test_a_diverged_student_is_worth_nothing() -> None:
     bad = points.clone()
     bad[4, 1] = torch.nan
     for gallery, queries in ((bad, points), (points, bad)):
-        found = evaluation.measure((gallery, labels), (queries, labels), points, "cosine", True)
-        assert found == dict.fromkeys(evaluation.MEASURES, 0.0)
+        found = evaluation.measure((gallery, labels), (queries, labels), points)
+        assert found == {
+            ANY: {"probe": 0.0, "coherence": 0.0, "overlap": 0.0},
+            "euclidean": {"knn": 0.0, "map": 0.0},
+            "cosine": {"knn": 0.0, "map": 0.0},
+        }
+    found = evaluation.measure_in_index((points, labels), (bad, labels), points)
+    assert not any(value for own in found.values() for value in own.values())
 
 
-def test_agreement_is_euclidean_whatever_neighbours_go_by() -> None:
+def test_agreement_is_euclidean() -> None:
     torch.manual_seed(0)
     points, labels = torch.randn(60, 3) + 1, torch.arange(60) % 3
-    labelled = points, labels
     teacher = torch.randn(60, 5)
-    found = {
-        distance: evaluation.measure(labelled, labelled, teacher, distance, False)
-        for distance in evaluation.DISTANCES
-    }
-    for name in ("coherence", "overlap"):
-        assert found["euclidean"][name] == found["cosine"][name]
-    assert found["euclidean"]["coherence"] == coherence(points, teacher).spearman.item()
+    found = evaluation.measure((points, labels), (points, labels), teacher)
+    expected = coherence(points, teacher)
+    assert found[ANY]["coherence"] == expected.spearman.item()
+    assert found[ANY]["overlap"] == expected.overlap.item()
     assert found["euclidean"]["knn"] != found["cosine"]["knn"]
+
+
+def test_queries_in_an_index_by_hand() -> None:
+    rows = torch.arange(30)
+    index = torch.stack([rows.float(), rows.float() ** 2 / 100], dim=1), rows % 5
+    queries = torch.tensor([[3.1, 0.1], [20.2, 4.0]]), torch.tensor([3, 1])
+    teacher = torch.tensor([[3.0, 0.1], [12.0, 1.4]])
+    found = evaluation.measure_in_index(index, queries, teacher)["euclidean"]
+    # Nearest are 3, of label 3; and 20, of label 0, but 21, of label 1, comes soon.
+    assert found["recall@1"] == 0.5
+    assert found["recall@10"] == 1
+    # The teacher's second query finds 7 to 16 or 17, the student's 15 or 16 to 25.
+    near = [{*range(8)} | {8, 9}, {*range(16, 26)}]
+    theirs = [near[0], {*range(7, 17)}]
+    shares = [len(a & b) / 10 for a, b in zip(near, theirs, strict=True)]
+    assert found["overlap"] == pytest.approx(sum(shares) / 2, abs=0.051)
 
 
 def test_a_common_mean_does_not_matter_to_retrieval() -> None:
@@ -534,7 +848,9 @@ def test_a_common_mean_does_not_matter_to_retrieval() -> None:
     labels = torch.arange(80) % 4
     points = torch.randn(80, 6) + 0.7 * torch.randn(4, 6)[labels]
     found = [
-        evaluation.retrieval((own[:50], labels[:50]), (own[50:], labels[50:]))
+        evaluation.mean_precision(
+            evaluation.relevant((own[:50], labels[:50]), (own[50:], labels[50:]))
+        )
         for own in (points, (points * 2**10).round() / 2**10 + 4096)
     ]
     assert found[1] == pytest.approx(found[0], abs=2e-3)
@@ -615,7 +931,7 @@ def test_kept_is_made_once_for_what_it_depends_on(
 def test_sources_are_all_but_what_people_read() -> None:
     names = {path.stem for path in sources.FILES}
     assert {"criteria", "methods", "training", "protocol", "_bags", "_sentences"} <= names
-    assert not {"page", "plots", "summary"} & names
+    assert not {"effects", "page", "plots", "summary", "tables"} & names
     assert all(path.exists() for path in sources.FILES)
     program = "".join(path.read_text() for path in sources.FILES)
     taken = set(re.findall(r"^from (_[a-z]+) import", program, re.MULTILINE))
@@ -642,7 +958,7 @@ def test_classes_become_consecutive() -> None:
 
 def test_results_survive_their_file(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    wanted = [result(job, 0.123456) for job in protocol.search(protocol.QUICK)[:3]]
+    wanted = [result(job, 0.123456) for job in protocol.search(plans.QUICK)[:3]]
     for own in wanted:
         results.append(path, own)
     found = results.load(path)
@@ -658,12 +974,12 @@ def test_results_survive_their_file(tmp_path: Path) -> None:
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every result in its file, nothing is submitted, and nothing changes."""
-    wanted = simulated(protocol.QUICK, by_method)
-    path = tmp_path / f"quick-{sources.digest(protocol.QUICK)}.jsonl"
+    wanted = simulated(plans.QUICK, by_method)
+    path = tmp_path / f"quick-{sources.digest(plans.QUICK)}.jsonl"
     results.save(path, wanted)
     before = path.read_text()
     monkeypatch.setattr(runner, "_setting", lambda *_: None)
-    found = runner.run(protocol.QUICK, tmp_path, 1)
+    found = runner.run(plans.QUICK, tmp_path, 1)
     assert [own.job.key for own in found] == [own.job.key for own in wanted]
     assert path.read_text() == before
 
@@ -678,14 +994,18 @@ def test_intervals() -> None:
     assert differs(interval([0.5])) == 0
 
 
+# What the default needs to be chosen.
+CHOSEN = (judged("cka", None, 1, 0.7, 0.3), judged("mse", None, 1, 0.7, 0.3))
+
+
 def test_differences_are_paired_by_seed() -> None:
     values = {"sp": (0.1, 0.5, 0.9), "cka": (0.11, 0.51, 0.91)}
     found = [
-        Result(dataclasses.replace(JOB, method=name, seed=seed), {"cosine": {"knn": value}}, 0.0)
+        result(dataclasses.replace(JOB, method=name, seed=seed), value)
         for name, own in values.items()
         for seed, value in enumerate(own)
     ]
-    outcomes = Outcomes(found)
+    outcomes = Outcomes([*found, *CHOSEN])
     (cell,) = outcomes.cells
     assert cell == Cell("images", "tiny")
     difference = outcomes.difference(cell, "cka", "sp", "knn")
@@ -696,56 +1016,63 @@ def test_differences_are_paired_by_seed() -> None:
     )
 
 
+def test_fewer_seeds_are_paired_with_their_own() -> None:
+    """Methods that look at classes have half of the seeds."""
+    found = simulated(plans.FULL, by_method)
+    outcomes = Outcomes(found)
+    difference = outcomes.difference(outcomes.cells[0], DEFAULT.name, "logits", "knn")
+    assert difference.half == pytest.approx(0, abs=1e-12)
+
+
 def test_duels_favour_the_baseline() -> None:
     """The best baseline is found by the test itself, separately for each measure."""
-    found = simulated(protocol.QUICK, by_method)
-    outcomes = Outcomes(found)
-    for duel in duels(outcomes, page.ours(found)):
-        assert duel.ours == "coherence spearman"
+    outcomes = Outcomes(simulated(plans.QUICK, by_method))
+    for duel in duels(outcomes, by_search(outcomes)):
+        assert duel.ours == near("cross_entropy")
         assert duel.theirs == "transport"
-        assert duel.difference.mean == pytest.approx(0.05)
-        assert outcomes.leaders(duel.cell, duel.measure) == ["coherence spearman"]
+        assert duel.difference.mean == pytest.approx(0.07)
+        assert outcomes.leaders(duel.cell, duel.measure) == [DEFAULT.name]
+    for duel in duels(outcomes, by_default(outcomes)):
+        assert duel.ours == DEFAULT.name
+    for duel in duels(outcomes, by_search(outcomes, in_index=True)):
+        assert duel.ours == "index cosine + coherence"
+        assert duel.theirs == "index rop"
 
 
-def test_options_are_compared_seed_by_seed() -> None:
-    def value(job: Job) -> float:
-        soft = "teacher_temperature" in job.options
-        return by_method(job) + float(job.options.get("temperature", 0)) / 10 - soft / 100
+def test_gains_are_paired_by_seed() -> None:
+    def job(method: str, bank: int, seed: int) -> Job:
+        return dataclasses.replace(JOB, phase="bank", method=method, bank=bank, seed=seed)
 
-    found = options(simulated(protocol.QUICK, value), "mse", 0.1)
-    names = [(own.objective, own.temperature, own.soft_teacher) for own in found]
-    assert names[0] == ("spearman", 0.3, False)
-    assert names[-1] == ("mse", 0.05, True)
-    assert set(names) == {
-        *itertools.product(OBJECTIVES, protocol.QUICK.temperatures, [False]),
-        *(("mse", temperature, True) for temperature in protocol.QUICK.temperatures),
-    }
-    # Seeds scatter alike everywhere, so that nothing is left of it in paired differences.
-    rank = {name: i for i, name in enumerate(NAMED)}
-    first = rank["coherence spearman"] - rank["coherence mse"]
-    for measure in ("knn", "overlap", "coherence"):
-        assert found[0].differences[measure].mean == pytest.approx(first / 100 + 0.02)
-        assert found[0].differences[measure].half == pytest.approx(0, abs=1e-12)
+    found = [
+        result(job(method, bank, seed), seed / 10 + bank / 1000)
+        for method in ("cka", "sp")
+        for bank in (0, 10)
+        for seed in (1, 2, 3)
+    ]
+    own = gains(found, "bank", "images", "bank", 0, "overlap")
+    assert set(own) == {("cka", 10), ("sp", 10)}
+    for difference in own.values():
+        assert difference == pytest.approx((0.01, 0), abs=1e-12)
 
 
 def test_the_page_says_what_came(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = simulated(protocol.QUICK, by_method)
+    found = simulated(plans.QUICK, by_method)
     results.save(tmp_path / "quick.jsonl", found)
     text = page.write(tmp_path).read_text()
-    for method in METHODS:
+    for method in (*METHODS, *INDEX_METHODS):
         assert f"| {method.name} |" in text
-    for name in ("test-images.png", "test-sentences.png", "test-new-classes.png"):
-        assert f"({name})" in text
+    names = re.findall(r"\((\S+\.png)\)", text)
+    assert len(names) == len(set(names)) == 8
+    for name in names:
         assert (tmp_path / name).stat().st_size > 10_000
-    # The last objective leads everywhere; the first, the default, beats every baseline too.
-    best = "images: spearman; sentences: spearman; new classes: spearman"
-    assert f"| the best of the search ({best}) | of use | 9 | 0 | 0 |" in text
-    usual = "mse, the default objective, alone (temperature as chosen)"
-    assert f"| {usual} | agreement with the teacher | 6 | 0 | 0 |" in text
-    assert "| images, tiny | 5-NN | 65.0 ± 0.1 spearman | 60.0 ± 0.1 transport | +5.0" in text
+    outcomes = Outcomes(found)
+    assert counted(duels(outcomes, by_default(outcomes))) == [15, 0, 0]
+    assert "| with its defaults | of use | 9 | 0 | 0 |" in text
+    best = "images: cross_entropy near; sentences: cross_entropy near"
+    assert f"| the best of the search ({best}; new classes: cross_entropy near) | agreement" in text
     assert "| sp | 15 | 0 | 0 | 15 | 0 | 0 |" in text
-    assert "(default)" in text
+    assert "(by the rule" in text
     assert "nan" not in text
 
 
@@ -753,11 +1080,11 @@ def test_committed_page_is_that_of_its_results(tmp_path: Path) -> None:
     folder = Path(__file__).parent.parent / "benchmarks" / "results" / "distillation"
     found = results.load(folder / "full.jsonl")
     pictures = plots.write(found, tmp_path)
-    assert (folder / "README.md").read_text() == page.text(protocol.FULL, found, pictures)
+    assert (folder / "README.md").read_text() == page.text(plans.FULL, found, pictures)
     assert all((folder / name).exists() for name in pictures)
     wanted: list[Result] = []
     done = {own.job.key: own for own in found}
     for stages in protocol.STAGES.values():
-        jobs = [job for stage in stages for job in stage(protocol.FULL, wanted)]
+        jobs = [job for stage in stages for job in stage(plans.FULL, wanted)]
         wanted += [done[job.key] for job in jobs]
     assert wanted == found

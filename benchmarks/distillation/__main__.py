@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import page, protocol, results, runner
+from . import page, plans, results, runner
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "distillation"
 WORK = Path(__file__).resolve().parents[2] / ".benchmarks" / "study"
@@ -32,7 +32,7 @@ def main() -> None:
     if options.command == "page":
         console.print(f"Written: {page.write(options.folder)}")
         return
-    plan = protocol.QUICK if options.quick else protocol.FULL
+    plan = plans.QUICK if options.quick else plans.FULL
     output = options.output or (options.work / "quick" if options.quick else RESULTS)
     start = time.perf_counter()
     try:

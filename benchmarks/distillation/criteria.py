@@ -12,13 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pcoherence import OptimalTransportLoss, PerceptionCoherenceLoss
+from pcoherence import CandidateBank, OptimalTransportLoss, PerceptionCoherenceLoss
 
 CONTRASTIVE_WIDTH = 128
 """Of the space in which student and teacher meet: that of the source."""
 
 ANGLE_LEAST = 1e-6
 """Of squared distances in RKD-A, over their mean: what float32 leaves of points that coincide."""
+
+
+Option = float | str | None
+"""Of a criterion."""
 
 
 class Seen(NamedTuple):
@@ -43,6 +47,10 @@ class Criterion(nn.Module):
     def forward(self, student: Tensor, seen: Seen) -> Tensor:
         """A 0-d loss of the student's embeddings [n, ds]."""
         raise NotImplementedError
+
+    def with_bank(self, size: int) -> Criterion:
+        """The same loss with the last `size` points of former batches beside those of the batch."""
+        return Banked(self, size)
 
 
 class Labels(Criterion):
@@ -163,6 +171,68 @@ class Contrastive(Criterion):
         return (functional.cross_entropy(scores, own) + functional.cross_entropy(scores.T, own)) / 2
 
 
+class RowRelations(Criterion):
+    """KL(softmax(C_T / T) || softmax(C_S / T)) by rows, C the cosines with all other points.
+
+    As embedding models are distilled now (SEED, Fang et al. 2021, with the batch as its queue).
+
+    Args:
+        temperature: T, of both sides.
+        divergence: "kl", or "square" for the mean square of the rows' difference.
+    """
+
+    def __init__(self, temperature: float, divergence: str) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.divergence = divergence
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss."""
+        return self.of_cosines(*(_others(cosines(own, own)) for own in (student, seen.embeddings)))
+
+    def of_cosines(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """A 0-d loss of cosines [n, candidates]."""
+        ours, theirs = (
+            functional.log_softmax(own / self.temperature, dim=1) for own in (ours, theirs)
+        )
+        if self.divergence == "square":
+            return (ours.exp() - theirs.exp()).square().mean()
+        return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+class RankPreserving(Criterion):
+    """In the manner of ROP (Wu et al. 2023): comparisons of those that the teacher finds nearest.
+
+    For the `top` candidates of a row in the teacher's order, a = 1, 2, ..., with cosines C,
+
+        sum_a (1/a) mean_b ([b < a] + [b = a] / 2 - sigmoid((C_S,b - C_S,a) / T))^2 / sum_a (1/a)
+
+    The teacher is hard, as nearly in the source, whose weights also fall with the teacher's order.
+
+    Args:
+        temperature: T, of the student's comparisons.
+        top: how many candidates are compared; all, if there are fewer.
+    """
+
+    def __init__(self, temperature: float, top: int) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.top = top
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss; n top^2 comparisons."""
+        return self.of_cosines(*(_others(cosines(own, own)) for own in (student, seen.embeddings)))
+
+    def of_cosines(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """A 0-d loss of cosines [n, candidates]."""
+        top = min(self.top, theirs.shape[1])
+        ours = ours.gather(1, theirs.topk(top, dim=1).indices)
+        before = ours.new_ones(top, top).tril(-1) + ours.new_full((top,), 0.5).diag()
+        found = torch.sigmoid((ours[:, None, :] - ours[:, :, None]) / self.temperature)
+        weights = 1 / torch.arange(1, top + 1, dtype=ours.dtype)
+        return ((before - found).square().mean(2) @ weights).mean() / weights.sum()
+
+
 class Transport(Criterion):
     """`pcoherence.OptimalTransportLoss`."""
 
@@ -179,7 +249,7 @@ class Transport(Criterion):
 class Coherence(Criterion):
     """`pcoherence.PerceptionCoherenceLoss`."""
 
-    def __init__(self, **options: float | str) -> None:
+    def __init__(self, **options: Option) -> None:
         super().__init__()
         self.loss = PerceptionCoherenceLoss(**options)  # type: ignore[arg-type]
 
@@ -187,6 +257,11 @@ class Coherence(Criterion):
         """A 0-d loss."""
         loss: Tensor = self.loss(student, seen.embeddings)
         return loss
+
+    def with_bank(self, size: int) -> Criterion:
+        """By the library's own bank."""
+        self.loss.bank = CandidateBank(size)
+        return self
 
 
 class Grouped(Criterion):
@@ -205,6 +280,37 @@ class Grouped(Criterion):
             rows = slice(start, start + size)
             losses.append(self.criterion(student[rows], Seen(*(part[rows] for part in seen))))
         return torch.stack(losses).mean()
+
+
+class Banked(Criterion):
+    """A criterion of the batch and of the last `size` points, which get no gradient."""
+
+    def __init__(self, criterion: Criterion, size: int) -> None:
+        super().__init__()
+        self.criterion = criterion
+        self.size = size
+        self.kept: tuple[Tensor, Seen] | None = None
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss; the first batch is alone."""
+        points, known = student, seen
+        if self.kept is not None:
+            points = torch.cat([student, self.kept[0]])
+            known = Seen(*map(torch.cat, zip(seen, self.kept[1], strict=True)))
+        rows = slice(self.size)
+        self.kept = points[rows].detach(), Seen(*(part[rows] for part in known))
+        return self.criterion(points, known)
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Of points [m, d] and [n, d]: [m, n]."""
+    return functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T
+
+
+def _others(square: Tensor) -> Tensor:
+    """A matrix [n, n] without its diagonal: [n, n - 1]."""
+    count = len(square)
+    return square.flatten()[1:].view(count - 1, count + 1)[:, :-1].reshape(count, count - 1)
 
 
 def _angles(points: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gzip
 from collections.abc import Callable
@@ -26,14 +27,16 @@ FILES = tuple(
     for kind in ("images-idx3", "labels-idx1")
 )
 PARTS = ("teacher", "labelled", "gallery", "transfer", "validation")
-"""Of the data set's training images; its test images are the last part."""
+"""Of what is not tested."""
+READ = 5_000
+"""Training images, the last by seed 0: an earlier round's validation, and leads, came of them."""
 CLASSES = 10
 KNOWN = (0, 2, 4, 6, 8)  # T-shirt, pullover, coat, shirt, bag
 NEW = (1, 3, 5, 7, 9)  # trouser, dress, sandal, sneaker, ankle boot
 
-# Channels and width of the embedding; the teacher has 32 channels, a width of 64 and 220,000
-# parameters.
+# Channels and width of the embedding; the teacher has 32 channels and 220,000 parameters.
 STUDENTS = {"tiny": (2, 8), "small": (6, 16)}
+TEACHER_WIDTH = 64
 
 
 class Sizes(NamedTuple):
@@ -79,7 +82,14 @@ def all_classes(sizes: Sizes, folder: Path) -> Setting:
     """The teacher knows all classes by many labels; of few, and of other images, students learn."""
     parts = _splits(sizes, folder)
     splits = _seen_by_teacher(parts, CLASSES, sizes, folder)
-    return Setting(**splits, judgements=(), students=_students(), classes=CLASSES)
+    students = {name: _student(*shape) for name, shape in STUDENTS.items()}
+    return Setting(**splits, students=students, classes=CLASSES, judgements=())
+
+
+def teachers_index(sizes: Sizes, folder: Path) -> Setting:
+    """The same with students as wide as the teacher."""
+    students = {name: _student(channels, TEACHER_WIDTH) for name, (channels, _) in STUDENTS.items()}
+    return dataclasses.replace(all_classes(sizes, folder), students=students)
 
 
 def new_classes(sizes: Sizes, folder: Path) -> Setting:
@@ -88,7 +98,8 @@ def new_classes(sizes: Sizes, folder: Path) -> Setting:
     known = {name: _only(parts[name], KNOWN) for name in ("teacher", "labelled", "transfer")}
     new = {name: _only(parts[name], NEW) for name in ("gallery", "validation", "test")}
     splits = _seen_by_teacher(known | new, len(KNOWN), sizes, folder)
-    return Setting(**splits, judgements=(), students=_students(), classes=len(KNOWN))
+    students = {name: _student(*shape) for name, shape in STUDENTS.items()}
+    return Setting(**splits, students=students, classes=len(KNOWN), judgements=())
 
 
 def load(folder: Path) -> tuple[Images, Images]:
@@ -112,13 +123,24 @@ def _floats(pixels: Tensor) -> Tensor:
 
 
 def _splits(sizes: Sizes, folder: Path) -> dict[str, Images]:
-    """Parts of the training images at random, and the first of the test images."""
-    train, test = load(folder)
-    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))
+    """Parts at random; none of the test part was validation or test of an earlier round.
+
+    That round tested the data set's own test images: here they are among the other parts.
+    """
+    train, tested = load(folder)
+    images = Images(*map(torch.cat, zip(train, tested, strict=True)))
+    order = _shuffled(torch.arange(len(train.labels)), seed=0)
+    fresh = _shuffled(order[:-READ], seed=1)
+    others = torch.arange(len(train.labels), len(images.labels))
+    rest = _shuffled(torch.cat([fresh[sizes.test :], order[-READ:], others]), seed=2)
     counts = {name: getattr(sizes, name) for name in PARTS}
-    rows = torch.split(order[: sum(counts.values())], list(counts.values()))
-    parts = {name: _rows(train, own) for name, own in zip(counts, rows, strict=True)}
-    return parts | {"test": _rows(test, torch.arange(sizes.test))}
+    rows = torch.split(rest[: sum(counts.values())], list(counts.values()))
+    parts = {name: _rows(images, own) for name, own in zip(counts, rows, strict=True)}
+    return parts | {"test": _rows(images, fresh[: sizes.test])}
+
+
+def _shuffled(rows: Tensor, seed: int) -> Tensor:
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
 
 
 def _rows(images: Images, rows: Tensor) -> Images:
@@ -160,8 +182,5 @@ def _logits(name: str) -> str:
     return f"{name} logits"
 
 
-def _students() -> dict[str, tuple[Callable[[], nn.Module], int]]:
-    return {
-        name: (functools.partial(make_student, channels, width), width)
-        for name, (channels, width) in STUDENTS.items()
-    }
+def _student(channels: int, width: int) -> tuple[Callable[[], nn.Module], int]:
+    return functools.partial(make_student, channels, width), width

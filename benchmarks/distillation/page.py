@@ -2,61 +2,53 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from pcoherence.spec import LossSpec
-
-from . import images, plots, results, sentences
-from .evaluation import QUERIES
-from .methods import ANGLE_GROUP, AWARE
-from .protocol import BATCHES_IN, PLACES, PLANS, SEARCHED, Choice, Plan, choices
-from .protocol import OURS as PROTOCOL_OURS
-from .results import BATCH_SIZE, COMPARISONS, OBJECTIVE, SCALE, SOFT_TEACHER, Result
+from . import effects, images, plots, results, sentences
+from .evaluation import NEIGHBOURS, QUERIES
+from .methods import ANGLE_GROUP, AWARE, BASELINES, DEFAULT, OURS
+from .plans import PLANS, Plan
+from .protocol import Choice
+from .results import Result
 from .summary import (
-    AGREEMENT,
-    BASELINES,
-    MEASURES,
-    OPTION_MEASURES,
-    OURS,
+    HEADINGS,
+    VERDICTS,
     Cell,
     Duel,
-    Interval,
     Outcomes,
-    by_options,
+    by_default,
+    by_search,
+    counted,
     differs,
     duels,
-    options,
-    order,
+    score,
 )
-
-VERDICTS = {1: "better", 0: "no difference", -1: "worse"}
+from .tables import markdown, percent, short, signed
 
 HEAD = """\
 # Does it transfer representations?
 
-Written by `python -m benchmarks.distillation page` from `{file}` beside it; do not edit.
-`make study` trains all students, and goes on where it was stopped.
-Here are {count:,} results, of students, untrained ones and teachers, in {minutes:,.0f} minutes of
-one core.
+Written by `python -m benchmarks.distillation page` from `{file}` beside it; do not edit. `make
+study` trains all students, and goes on where it was stopped. Here are {count:,} results, of
+students, untrained ones and teachers, in {minutes:,.0f} minutes of one core.
 
 A small student learns from a teacher's embeddings of points without labels; then its own embedding
-is used. Beside the coherence loss, with each of its objectives, stand {others} other ways to learn
-from the same points (`labels`: from other, labelled ones), from the same initial student, with Adam
-and one cycle of the rate, seeing as many points. `labels` and `logits` are for orientation: they
-look at classes, which the others never see. `rkd angle` compares points in groups of {group}: its
-triples cost n^3. `contrastive` is CRD with the batch as its negatives; `rkd both` is distances + 2
-angles.
+is used. Beside the coherence loss, with each of its objectives (`near`: with a neighbourhood),
+stand {others} other ways to learn from the same points (`labels`: from other, labelled ones), from
+the same initial student, with Adam and one cycle of the rate, seeing as many points. `labels` and
+`logits` are for orientation: they look at classes, which the others never see. `rkd angle` compares
+points in groups of {group}: its triples cost n^3. `contrastive` is CRD with the batch as its
+negatives; `rkd both` is distances + 2 angles; `row relations` softmaxes rows of cosines; `rop`
+compares near candidates by a sigmoid, in the manner of ROP.
 
 - **images**: Fashion-MNIST, 10 classes. A convolutional teacher (220,000 parameters, 64 numbers an
-  image) learnt {images.teacher:,} labels. Students with {students} see
-  {images.transfer:,} other images without labels; `labels` learns from {images.labelled:,} labelled
-  ones. `logits` are of a linear classifier on the teacher's embeddings.
+  image) learnt {images.teacher:,} labels. Students with {students} see {images.transfer:,} other
+  images without labels; `labels` learns from {images.labelled:,} labelled ones. `logits` are of a
+  linear classifier on the teacher's embeddings.
 - **sentences**: definitions of WordNet of up to 12 words, {classes} categories, of which the
   teacher (MiniLM in int8, 23 million parameters, 384 numbers) knows nothing. The student averages
   hashed words (0.6 million parameters, 64 numbers of norm 1) and sees {sentences.transfer:,}
@@ -65,26 +57,34 @@ angles.
 - **new classes**: Fashion-MNIST again; teacher and student see images of five classes alone and are
   judged on the five others. All splits are about half as large. Nothing is tuned here: every method
   keeps what was chosen for images.
+- **index of images, of sentences**: the same data; but the student, now as wide as its teacher,
+  embeds queries alone, which are searched in the teacher's index.
 
 What is measured, of test points ({images.test:,} images, {sentences.test:,} definitions) and a
 gallery of other labelled points: **5-NN**, accuracy of nearest neighbours in the gallery;
 **probe**, accuracy of a linear classifier trained on it; **mAP**, mean average precision of
-retrieving it by class; **coherence**, the mean Spearman correlation of the Euclidean distances from
-each point with the teacher's; **overlap**, the share of its 10 nearest points that the teacher
+retrieving it by class; **order**, the mean Spearman correlation of the Euclidean distances from
+each point with the teacher's; **overlap**, the share of its {near} nearest points that the teacher
 finds too (the last three on {queries:,} points). WordSim-353, SimLex-999 and Lee are Spearman
-correlations with people's judgements of words and articles.
+correlations with people's judgements of words and articles. In an index: **recall@k**, the share of
+queries with a point of their class among the first k; mAP; **overlap** with the {near} that the
+teacher's own query finds.
 
-**Choices** ({trials} trials for each method: batch, rate, and its own option if it has one; then
-Euclidean or cosine distance for 5-NN and mAP) were made by 5-NN on a validation split, with one
-seed and one student. Then the test split was measured, once, with other seeds.
+**Choices** ({trials} trials for each method: {rates} rates with {batches} batches, then {more} with
+its other options, or with rates between if it has none; then Euclidean or cosine distance, for each
+measure that goes by one) were made by 5-NN, in an index by mAP, on a validation split, with one
+seed and one student. `{default}` was chosen by a rule on that split, too: {setting}, for all data;
+only rate and batch are each setting's own. Then the test split was measured, once, with other
+seeds. None of its points was in a test or validation split of an earlier round.
 
 **What the intervals mean**: 95 % confidence by Student's t over {seeds} seeds, that is, over
 initial students and orders of the batches: not over test points, nor over teachers. Differences are
 paired by seed. Nothing corrects for the number of comparisons, and those within a student are not
 independent. With one seed the search itself chooses within its noise.
 
-**Known to favour one side**: the coherence loss comes with {objectives} objectives, that is with as
-many times the trials of the others, wherever its best objective is shown; the initial scale of the
+**Known to favour one side**: where the best form of the coherence loss is shown, it has {forms}
+times the trials of the others; `{default}` was chosen among {tried} options. The baseline is in
+each comparison the one that *tested* best, which favours the baselines. The initial scale of the
 student of sentences was once chosen with the coherence loss, on texts of the same source.
 """
 
@@ -102,37 +102,36 @@ def write(folder: Path) -> Path:
 def text(plan: Plan, found: Sequence[Result], pictures: Mapping[str, str]) -> str:
     """The page, in Markdown; pictures: what each file shows."""
     outcomes = Outcomes(found)
-    chosen = choices(found)
     shown = [f"![{text}]({name})" for name, text in pictures.items()]
-    lines = [_head(plan, found), "## Conclusion", "", *_conclusion(outcomes, found), ""]
+    lines = [_head(plan, found, outcomes), "## Conclusion", ""]
+    lines += [*(own for own in shown if f"({plots.SUMMARY})" in own), "", *_conclusion(outcomes)]
+    lines += ["", "## In the teacher's index", "", *_index(outcomes), ""]
     lines += ["## Test results", "", *_reading()]
     for name in dict.fromkeys(cell.setting for cell in outcomes.cells):
-        lines += [
-            f"### {name}",
-            "",
-            *(own for own in shown if f"({plots.picture(name)})" in own),
-            "",
-        ]
+        picture = (own for own in shown if f"({plots.picture(name)})" in own)
+        lines += [f"### {name}", "", *picture, ""]
         for cell in outcomes.cells:
             if cell.setting == name:
-                lines += [f"{cell.student} student:", ""]
-                lines += [*_results_table(outcomes, cell, chosen), ""]
-    lines += ["## Effects, on the validation split", "", *_effects(found, shown)]
+                lines += [f"{cell.student} student:", "", *_results_table(outcomes, cell), ""]
+    lines += ["## Effects, on the validation split", "", *effects.lines(plan, found, shown)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _head(plan: Plan, found: Sequence[Result]) -> str:
+def _head(plan: Plan, found: Sequence[Result], outcomes: Outcomes) -> str:
     sizes = [
         f"{sum(own.numel() for own in images.make_student(*shape).parameters()):,}"
         for name, shape in images.STUDENTS.items()
         if name in plan.students["images"]
     ]
     widths = [str(images.STUDENTS[name][1]) for name in plan.students["images"]]
-    minutes = sum(result.seconds for result in found) / 60
+    option = outcomes.default
+    near = "no neighbourhood"
+    if option.neighbourhood is not None:
+        near = f"a neighbourhood of {option.neighbourhood:g}"
     return HEAD.format(
         file=f"{plan.name}.jsonl",
         count=len(found),
-        minutes=minutes,
+        minutes=sum(result.seconds for result in found) / 60,
         others=len(BASELINES) + len(AWARE),
         group=ANGLE_GROUP,
         images=plan.images,
@@ -140,29 +139,29 @@ def _head(plan: Plan, found: Sequence[Result]) -> str:
         students=f"{' and '.join(sizes)} parameters ({' and '.join(widths)} numbers)",
         classes=sentences.CLASSES,
         queries=QUERIES,
-        trials=plan.trials,
+        near=NEIGHBOURS,
+        trials=len(plan.rates) * len(plan.batches) + plan.more,
+        rates=len(plan.rates),
+        batches=len(plan.batches),
+        more=plan.more,
+        default=DEFAULT.name,
+        setting=f"{option.objective} at temperature {option.temperature:g} with {near}",
         seeds=len(plan.seeds),
-        objectives=len(OURS),
+        forms=len(OURS),
+        tried=sum(len(own[0]) * len(own[1]) for own in plan.objectives.values()),
     )
-
-
-def ours(found: Sequence[Result]) -> dict[str, str]:
-    """By setting, the objective that did best in the search."""
-    chosen = choices(found)
-    return {
-        name: max(OURS, key=lambda own: chosen[place.chosen_in, own].accuracy)
-        for name, place in PLACES.items()
-    }
 
 
 def show(found: Sequence[Result], console: Console) -> None:
     """The conclusion, as a table that fits a terminal."""
     outcomes = Outcomes(found)
-    table = Table(title="The coherence loss against the baseline that tested best")
+    table = Table(
+        title="The coherence loss with its defaults against the baseline that tested best"
+    )
     for name in ("student", "measure", "coherence", "best baseline", "difference, points"):
         table.add_column(name, justify="right" if name.startswith("diff") else "left")
     last = None
-    for duel in duels(outcomes, ours(found)):
+    for duel in duels(outcomes, by_default(outcomes)):
         if duel.cell != last:
             table.add_section()
         where = f"{duel.cell.setting}, {duel.cell.student}" if duel.cell != last else ""
@@ -173,83 +172,98 @@ def show(found: Sequence[Result], console: Console) -> None:
 
 def _duel(outcomes: Outcomes, duel: Duel) -> list[str]:
     values = (
-        f"{_percent(outcomes.interval(duel.cell, name, duel.measure))} {_short(name)}"
+        f"{percent(outcomes.interval(duel.cell, name, duel.measure))} {short(name)}"
         for name in (duel.ours, duel.theirs)
     )
-    return [MEASURES.get(duel.measure, duel.measure), *values, _signed(duel.difference)]
+    return [HEADINGS.get(duel.measure, duel.measure), *values, signed(duel.difference)]
 
 
-def _conclusion(outcomes: Outcomes, found: Sequence[Result]) -> list[str]:
-    """Counted, not written: who is better, and by how much."""
-    default = LossSpec().objective
-    best, usual = ours(found), dict.fromkeys(PLACES, f"coherence {default}")
-    named = "; ".join(f"{setting}: {_short(name)}" for setting, name in best.items())
-    fought = duels(outcomes, best)
-    return [
-        "Against whichever of the other losses on embeddings *tested* best, which favours them, "
-        "the coherence loss is",
-        "",
-        *_markdown(
-            ("objective", "measures", *VERDICTS.values()),
+def _fought(outcomes: Outcomes, fought: Sequence[Duel]) -> list[str]:
+    return markdown(
+        ("student", "measure", "coherence", "best baseline", "difference", "verdict"),
+        [
             [
-                [title, kind, *_counted(duels(outcomes, chosen), names)]
-                for title, chosen in (
-                    (f"the best of the search ({named})", best),
-                    (f"{default}, the default objective, alone (temperature as chosen)", usual),
-                )
-                for kind, names in (("of use", None), ("agreement with the teacher", AGREEMENT))
-            ],
-        ),
+                f"{duel.cell.setting}, {duel.cell.student}",
+                *_duel(outcomes, duel),
+                VERDICTS[differs(duel.difference)],
+            ]
+            for duel in fought
+        ],
+    )
+
+
+def _conclusion(outcomes: Outcomes) -> list[str]:
+    """Counted, not written: who is better, and by how much."""
+    default, tuned = by_default(outcomes), by_search(outcomes)
+    named = "; ".join(
+        f"{place}: {short(name)}"
+        for place, name in {cell.setting: name for cell, name in tuned.items()}.items()
+    )
+    others = [*BASELINES, *AWARE]
+    return [
+        "Against whichever of the other losses on embeddings *tested* best the coherence loss is",
         "",
-        "With the best objective of the search:",
-        "",
-        *_markdown(
-            ("student", "measure", "coherence", "best baseline", "difference", "verdict"),
+        *markdown(
+            ("form", "measures", *VERDICTS.values()),
             [
                 [
-                    f"{duel.cell.setting}, {duel.cell.student}",
-                    *_duel(outcomes, duel),
-                    VERDICTS[differs(duel.difference)],
+                    title,
+                    kind,
+                    *map(str, counted(d for d in duels(outcomes, own) if d.agrees is agrees)),
                 ]
-                for duel in fought
+                for title, own in (
+                    ("with its defaults", default),
+                    (f"the best of the search ({named})", tuned),
+                )
+                for kind, agrees in (("of use", False), ("agreement with the teacher", True))
             ],
         ),
         "",
-        "Against each other method in turn, over the same comparisons, with the best objective of "
-        f"the search and with {default} alone:",
+        "With its defaults:",
         "",
-        *_markdown(
+        *_fought(outcomes, duels(outcomes, default)),
+        "",
+        "Against each other method in turn, over the same comparisons, with its defaults and as",
+        "the search chose:",
+        "",
+        *markdown(
             (
                 "method",
+                *(f"{verdict}, default" for verdict in VERDICTS.values()),
                 *(f"{verdict}, best" for verdict in VERDICTS.values()),
-                *(f"{verdict}, {default}" for verdict in VERDICTS.values()),
             ),
             [
-                [name, *_score(outcomes, best, name), *_score(outcomes, usual, name)]
-                for name in (*BASELINES, *AWARE)
+                [name, *map(str, score(outcomes, default, name) + score(outcomes, tuned, name))]
+                for name in others
             ],
         ),
+        "",
+        "What one setting for all data costs: defaults minus the best of the search, in points.",
+        "",
+        *_cost(outcomes, default, tuned),
     ]
 
 
-def _counted(fought: Sequence[Duel], names: Sequence[str] | None) -> list[str]:
-    """Verdicts on these measures, or on all that are not of agreement."""
-    counted = Counter(
-        differs(duel.difference)
-        for duel in fought
-        if (duel.measure in names if names else duel.measure not in AGREEMENT)
-    )
-    return [str(counted[verdict]) for verdict in VERDICTS]
+def _cost(outcomes: Outcomes, default: Mapping[Cell, str], tuned: Mapping[Cell, str]) -> list[str]:
+    rows = []
+    for cell, name in default.items():
+        differences = (
+            signed(outcomes.difference(cell, name, tuned[cell], measure)) for measure in HEADINGS
+        )
+        rows.append([f"{cell.setting}, {cell.student}", short(tuned[cell]), *differences])
+    return markdown(("student", "best of the search", *HEADINGS.values()), rows)
 
 
-def _score(outcomes: Outcomes, chosen: Mapping[str, str], other: str) -> list[str]:
-    """How often ours is better than, like and worse than another method."""
-    counted = Counter(
-        differs(outcomes.difference(cell, chosen[cell.setting], other, measure))
-        for cell in outcomes.cells
-        for measure in outcomes.measures(cell)
-    )
-    return [str(counted[verdict]) for verdict in VERDICTS]
+def _index(outcomes: Outcomes) -> list[str]:
+    fought = duels(outcomes, by_search(outcomes, in_index=True))
+    return [
+        "The form of the coherence loss that did best in the search, in the teacher's own space,",
+        "against whichever of regression, cosine, contrastive, row relations and rop tested best.",
+        "`own space` in the tables below is the loss as it is used elsewhere, which leaves the",
+        "spaces unaligned.",
+        "",
+        *_fought(outcomes, fought),
+    ]
 
 
 def _reading() -> list[str]:
@@ -260,126 +274,28 @@ def _reading() -> list[str]:
     ]
 
 
-def _results_table(
-    outcomes: Outcomes, cell: Cell, chosen: Mapping[tuple[str, str], Choice]
-) -> list[str]:
+def _results_table(outcomes: Outcomes, cell: Cell) -> list[str]:
     measures = outcomes.measures(cell)
     leaders = {measure: outcomes.leaders(cell, measure) for measure in measures}
-    lines = [
-        ["teacher", "", *(f"{100 * outcomes.teacher[cell.setting, name]:.1f}" for name in measures)]
-    ]
-    for method in order():
-        choice = chosen.get((PLACES[cell.setting].chosen_in, method))
+    known = (f"{100 * outcomes.teacher[cell.setting, name]:.1f}" for name in measures)
+    lines = [["teacher", "", *known]]
+    for method in outcomes.methods(cell):
         cells = []
         for measure in measures:
-            text = _percent(outcomes.interval(cell, method, measure))
+            text = percent(outcomes.interval(cell, method, measure))
             cells.append(f"**{text}**" if method in leaders[measure] else text)
-        lines.append([method, _described(choice), *cells])
-    headings = (MEASURES.get(name, name) for name in measures)
-    return _markdown(("method", "chosen", *headings), lines)
+        chosen = _described(outcomes, cell, method)
+        lines.append([method, chosen, *cells])
+    headings = (HEADINGS.get(name, name) for name in measures)
+    return markdown(("method", "chosen", *headings), lines)
 
 
-def _described(choice: Choice | None) -> str:
+def _described(outcomes: Outcomes, cell: Cell, method: str) -> str:
+    choice: Choice | None = outcomes.choice(cell.setting, method)
     if choice is None:
         return ""
-    own = [f"{name} {value}" for name, value in choice.options.items()]
-    return ", ".join([*own, f"batch {choice.batch}, rate {choice.rate:g}", choice.distance])
-
-
-def _effects(found: Sequence[Result], shown: Sequence[str]) -> list[str]:
-    by_batch, by_option = (
-        [own for own in shown if f"({name})" in own] for name in (plots.BATCHES, plots.OPTIONS)
-    )
-    lines = [
-        "All of the Euclidean distance, with seeds of the tests. Options at one batch size, 512.",
-        "",
-        f"### Batch size ({BATCHES_IN}, {SEARCHED[BATCHES_IN]} student)",
-        "",
-        *by_batch,
-        "",
-        "Batches of different sizes, each at the best of three rates, while as many images are "
-        "seen in all: large batches make fewer steps.",
-        "",
-        *_effect_table(found, BATCH_SIZE, BATCHES_IN, "method", "batch"),
-        "",
-        "The same batches and steps, but points are compared within groups only, each at the best "
-        "of three rates: what more comparisons buy when steps are as many.",
-        "",
-        *_effect_table(found, COMPARISONS, BATCHES_IN, "method", "group"),
-        "",
-        "### Objective and temperature",
-        "",
-        *by_option,
-        "",
-    ]
-    for setting in SEARCHED:
-        lines += [f"{setting}:", ""]
-        lines += [*_effect_table(found, OBJECTIVE, setting, "method", "temperature"), ""]
-        lines += ["With the teacher ranked as softly as the student:", ""]
-        lines += [*_effect_table(found, SOFT_TEACHER, setting, "method", "temperature"), ""]
-    lines += ["### Scale", ""]
-    lines += ["Without one, the temperature is in units of the student's own distances.", ""]
-    for setting in SEARCHED:
-        lines += [f"{setting}, {PROTOCOL_OURS}:", ""]
-        lines += [*_effect_table(found, SCALE, setting, "scale", "temperature"), ""]
-    return [*lines, "### Defaults", "", *_defaults(found), ""]
-
-
-def _defaults(found: Sequence[Result]) -> list[str]:
-    """Where the library's default stands among objectives and temperatures."""
-    spec = LossSpec()
-    default = spec.objective, spec.temperature, spec.teacher_temperature is not None
-    lines = []
-    for option in options(found, spec.objective, spec.temperature):
-        name = f"{option.objective}, temperature {option.temperature:g}"
-        name += ", soft teacher" if option.soft_teacher else ""
-        if (option.objective, option.temperature, option.soft_teacher) == default:
-            name = f"**{name}** (default)"
-        lines.append([name, *(_signed(option.differences[own]) for own in OPTION_MEASURES)])
-    return [
-        f"Points more than the default; means over {' and '.join(SEARCHED)}, paired by seed, with "
-        "95 % intervals over seeds. The rate is each objective's own.",
-        "",
-        *_markdown(("option", *(MEASURES[own] for own in OPTION_MEASURES)), lines),
-    ]
-
-
-def _effect_table(
-    found: Sequence[Result], phase: str, setting: str, rows: str, columns: str
-) -> list[str]:
-    """5-NN and coherence, of everything that `rows` takes on, by `columns`."""
-    tables = {
-        measure: by_options(found, phase, setting, (rows, columns), measure)
-        for measure in ("knn", "coherence")
-    }
-    across = sorted({key[1] for key in tables["knn"]})
-    names = dict.fromkeys(key[0] for key in tables["knn"])
-    lines = []
-    for name in names:
-        line = [str(name)]
-        for table in tables.values():
-            line += [_percent(table[name, x]) if (name, x) in table else "" for x in across]
-        lines.append(line)
-    headings = [f"{MEASURES[own]}, {columns} {x:g}" for own in tables for x in across]
-    return _markdown((rows, *headings), lines)
-
-
-def _short(method: str) -> str:
-    return method.removeprefix("coherence ")
-
-
-def _percent(value: Interval) -> str:
-    if math.isnan(value.half):
-        return f"{100 * value.mean:.1f}"
-    return f"{100 * value.mean:.1f} ± {100 * value.half:.1f}"
-
-
-def _signed(value: Interval) -> str:
-    if math.isnan(value.mean):
-        return ""
-    return f"{100 * value.mean:+.1f} ± {100 * value.half:.1f}"
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---"] * len(columns)
-    return ["| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows)]
+    options = outcomes.default.options if method == DEFAULT.name else choice.options
+    own = [f"{name} {value}" for name, value in options.items() if value is not None]
+    # Both distances are in the table of choices for every measure that goes by one.
+    distances = " and ".join(dict.fromkeys(choice.distances.values()))
+    return ", ".join([*own, f"batch {choice.batch}, rate {choice.rate:.2g}", distances])

@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot no display is needed
+from matplotlib.lines import Line2D
 
-from .methods import AWARE
-from .protocol import BATCHES_IN, SEARCHED
-from .results import BATCH_SIZE, COMPARISONS, OBJECTIVE, SOFT_TEACHER, Result
-from .summary import AGREEMENT, MEASURES, Cell, Interval, Outcomes, by_options, order
+from .methods import AWARE, BASELINES, DEFAULT, INDEX_BASELINES, UNTRAINED
+from .plans import WITH_EFFECTS
+from .results import BATCH_SIZE, COMPARISONS, OPTION, Result
+from .summary import (
+    AGREEMENT,
+    HEADINGS,
+    VERDICTS,
+    Cell,
+    Duel,
+    Interval,
+    Outcomes,
+    by_default,
+    differs,
+    duels,
+    effects,
+)
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 OURS, BASELINE, CLASSES, NOTHING = "#0072B2", "#D55E00", "#009E73", "#888888"
 LINES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-SHOWN = ("knn", "probe", "map", "overlap", "coherence")
 DPI = 120
-BATCHES, OPTIONS = "batch-size.png", "options.png"
+SUMMARY, NEAR, CANDIDATES = "summary.png", "neighbourhood.png", "candidates.png"
+SHOWN = ("knn", "map", "overlap", "coherence")
+"""Measures of the effects."""
+
+Curves = Mapping[str, Mapping[float, Interval]]
 
 
 def write(results: Sequence[Result], folder: Path) -> dict[str, str]:
-    """Draw what the results allow; names of the files with what they show."""
+    """Draw the results; names of the files with what they show."""
     outcomes = Outcomes(results)
-    figures: dict[str, tuple[str, Figure]] = {}
+    figures: dict[str, tuple[str, Figure]] = {
+        SUMMARY: ("The default against the best other loss", _summary(outcomes))
+    }
     for setting in dict.fromkeys(cell.setting for cell in outcomes.cells):
         cells = [cell for cell in outcomes.cells if cell.setting == setting]
         figures[picture(setting)] = (f"Test results, {setting}", _tests(outcomes, cells))
-    figures[BATCHES] = ("Batch size and comparisons", _batches(results))
-    figures[OPTIONS] = ("Objective, temperature and teacher", _options(results))
+    figures[NEAR] = ("Neighbourhood", _neighbourhoods(results))
+    figures[CANDIDATES] = ("Batch size and candidates", _candidates(results))
     for name, (_, figure) in figures.items():
         figure.savefig(folder / name, dpi=DPI)
     return {name: text for name, (text, _) in figures.items()}
@@ -41,18 +60,66 @@ def picture(setting: str) -> str:
     return f"test-{setting.replace(' ', '-')}.png"
 
 
+def _summary(outcomes: Outcomes) -> Figure:
+    """A panel for each student, a line for each measure: differences in points."""
+    fought = duels(outcomes, by_default(outcomes))
+    cells = list(dict.fromkeys(duel.cell for duel in fought))
+    counts = [sum(duel.cell == cell for duel in fought) for cell in cells]
+    figure = Figure(figsize=(10, 1.6 + 0.27 * sum(counts)), layout="constrained")
+    panels = figure.subplots(
+        len(cells), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": counts}
+    )[:, 0]
+    for axes, cell in zip(panels, cells, strict=True):
+        own = [duel for duel in fought if duel.cell == cell][::-1]
+        for row, duel in enumerate(own):
+            _dot(axes, row, duel.difference)
+        axes.set_yticks(range(len(own)), [_against(duel) for duel in own], fontsize=8)
+        axes.axvline(0, color="#000000", linewidth=0.8)
+        axes.set_title(f"{cell.setting}, {cell.student} student", fontsize=9, loc="left")
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_ylim(-0.6, len(own) - 0.4)
+    panels[-1].set_xlabel("points better (right) or worse (left) than the best of all others")
+    marks = [
+        Line2D([], [], color=colour, marker="o", linestyle="", label=text)
+        for colour, text in zip((OURS, NOTHING, BASELINE), VERDICTS.values(), strict=True)
+    ]
+    figure.legend(handles=marks, ncols=3, loc="outside upper right", fontsize=8)
+    figure.suptitle(
+        "The coherence loss with its defaults minus whichever other loss on embeddings tested best",
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
+    return figure
+
+
+def _dot(axes: Axes, row: float, difference: Interval) -> None:
+    colour = {1: OURS, 0: NOTHING, -1: BASELINE}[differs(difference)]
+    half = 0.0 if math.isnan(difference.half) else 100 * difference.half
+    axes.errorbar(
+        100 * difference.mean, row, xerr=half, marker="o", color=colour, markersize=5, capsize=2
+    )
+
+
+def _against(duel: Duel) -> str:
+    return f"{HEADINGS.get(duel.measure, duel.measure)} ({duel.theirs})"
+
+
 def _colour(method: str) -> str:
-    if method.startswith("coherence"):
-        return OURS
-    return CLASSES if method in AWARE else NOTHING if method == "untrained" else BASELINE
+    if method in AWARE:
+        return CLASSES
+    if method in (*BASELINES, *INDEX_BASELINES):
+        return BASELINE
+    return NOTHING if method == UNTRAINED.name else OURS
 
 
 def _tests(outcomes: Outcomes, cells: Sequence[Cell]) -> Figure:
     """A column for each measure, a line for each method, a marker for each student."""
-    methods = order()[::-1]
+    methods = outcomes.methods(cells[0])[::-1]
+    measures = outcomes.measures(cells[0])[:5]
     figure = Figure(figsize=(14, 0.9 + 0.36 * len(methods)), layout="constrained")
-    panels = figure.subplots(1, len(SHOWN), sharey=True)
-    for axes, measure in zip(panels, SHOWN, strict=True):
+    panels = figure.subplots(1, len(measures), sharey=True)
+    for axes, measure in zip(panels, measures, strict=True):
         for row, method in enumerate(methods):
             for shift, cell in enumerate(cells):
                 found = outcomes.interval(cell, method, measure)
@@ -62,40 +129,67 @@ def _tests(outcomes: Outcomes, cells: Sequence[Cell]) -> Figure:
                     xerr=100 * found.half,
                     marker=MARKERS[shift],
                     color=_colour(method),
-                    markersize=5,
+                    markersize=7 if method == DEFAULT.name else 5,
                     capsize=2,
                     label=f"{cell.student} student" if row == 0 else None,
                 )
-        ends = []
-        if measure in AGREEMENT:
-            axes.set_title(f"{MEASURES[measure]} with the teacher", fontsize=10)
-        else:
-            ends.append(100 * outcomes.teacher[cells[0].setting, measure])
-            axes.axvline(ends[0], color="#000000", linestyle="--", linewidth=1)
-            axes.set_title(f"{MEASURES[measure]} (teacher {ends[0]:.1f})", fontsize=10)
-        # What was not trained would squeeze all others together.
-        ends += [
-            100 * outcomes.interval(cell, method, measure).mean
-            for method in methods
-            for cell in cells
-            if method != "untrained"
-        ]
-        low, high = min(ends), max(ends)
-        axes.set_xlim(low - 0.08 * (high - low) - 0.2, high + 0.08 * (high - low) + 0.2)
-        axes.set_xlabel("%")
-        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        _fit(axes, outcomes, cells, measure, methods)
     panels[0].set_yticks(range(len(methods)), methods)
     if len(cells) > 1:
         panels[0].legend(fontsize=8, loc="upper left")
     figure.suptitle(
         f"{cells[0].setting}: means over seeds with 95 % intervals, test split (blue: coherence; "
-        "orange: other losses on embeddings; green: by classes; untrained may lie off the axis)",
+        "orange: other losses on embeddings; green: by classes; far ones may lie off the axis)",
         fontsize=11,
     )
     return figure
 
 
-def _lines(axes: Axes, curves: Mapping[str, Mapping[float, Interval]]) -> None:
+def _fit(
+    axes: Axes, outcomes: Outcomes, cells: Sequence[Cell], measure: str, methods: Sequence[str]
+) -> None:
+    """Title and limits: what was not trained, or failed, must not squeeze all others together."""
+    heading = HEADINGS.get(measure, measure)
+    means = sorted(
+        100 * outcomes.interval(cell, method, measure).mean
+        for method in methods
+        for cell in cells
+        if method != UNTRAINED.name
+    )
+    middle = means[len(means) // 2]
+    ends = [mean for mean in means if mean > middle / 2]
+    if measure in AGREEMENT:
+        axes.set_title(f"{heading} with the teacher", fontsize=10)
+    else:
+        teacher = 100 * outcomes.teacher[cells[0].setting, measure]
+        ends.append(teacher)
+        axes.axvline(teacher, color="#000000", linestyle="--", linewidth=1)
+        axes.set_title(f"{heading} (teacher {teacher:.1f})", fontsize=10)
+    low, high = min(ends), max(ends)
+    margin = 0.08 * (high - low) + 0.2
+    axes.set_xlim(low - margin, high + margin)
+    axes.set_xlabel("%")
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+
+
+def _panels(
+    columns: Sequence[tuple[str, str]], curves: Callable[[str, str], Curves], label: str
+) -> Figure:
+    """A row for each setting, a column for each (title, key): `curves(setting, key)`."""
+    figure = Figure(figsize=(4.2 * len(columns), 7.5), layout="constrained")
+    rows = figure.subplots(len(WITH_EFFECTS), len(columns), squeeze=False)
+    for row, setting in enumerate(WITH_EFFECTS):
+        for axes, (title, key) in zip(rows[row], columns, strict=True):
+            _lines(axes, curves(setting, key))
+            axes.set_title(f"{setting}: {title}", fontsize=10)
+        rows[row][0].set_ylabel("%")
+    for axes in rows[-1]:
+        axes.set_xlabel(label)
+    rows[0][0].legend(fontsize=8)
+    return figure
+
+
+def _lines(axes: Axes, curves: Curves) -> None:
     for i, (name, curve) in enumerate(curves.items()):
         points = sorted(curve.items())
         axes.errorbar(
@@ -104,7 +198,6 @@ def _lines(axes: Axes, curves: Mapping[str, Mapping[float, Interval]]) -> None:
             yerr=[100 * y.half for _, y in points],
             color=LINES[i % len(LINES)],
             marker=MARKERS[i % len(MARKERS)],
-            linestyle="--" if name.endswith("soft teacher") else "-",
             markersize=5,
             capsize=2,
             label=name,
@@ -112,57 +205,53 @@ def _lines(axes: Axes, curves: Mapping[str, Mapping[float, Interval]]) -> None:
     axes.set_xscale("log")
     axes.grid(color="#dddddd", linewidth=0.6)
     ticks = sorted({x for curve in curves.values() for x in curve})
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks(ticks, ["none" if tick == WHOLE else f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
 
 
-def _curves(found: Mapping[tuple, Interval], label: str = "{}") -> dict[str, dict[float, Interval]]:
-    """By the first part of the key, then by the second."""
-    curves: dict[str, dict[float, Interval]] = {}
-    for (name, x), value in found.items():
-        curves.setdefault(label.format(name), {})[x] = value
-    return curves
+WHOLE = 3.0
+"""Where no neighbourhood is drawn: to the right of all."""
 
 
-def _batches(results: Sequence[Result]) -> Figure:
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    rows = figure.subplots(2, 2, sharex="col")
-    phases = (
-        (BATCH_SIZE, "batch", "Batch size; the same number of images seen"),
-        (COMPARISONS, "group", "Points compared, in batches of the last size (finer scale)"),
-    )
-    for column, (phase, field, title) in enumerate(phases):
-        for row, measure in enumerate(("knn", "coherence")):
-            axes = rows[row][column]
-            _lines(
-                axes, _curves(by_options(results, phase, BATCHES_IN, ("method", field), measure))
-            )
-            axes.set_ylabel(f"{MEASURES[measure]}, %")
-            if row == 0:
-                axes.set_title(title, fontsize=11)
-            else:
-                axes.set_xlabel(field)
-    rows[0][0].legend(fontsize=9)
+def _neighbourhoods(results: Sequence[Result]) -> Figure:
+    def curves(setting: str, measure: str) -> Curves:
+        names = ("method", "temperature", "neighbourhood")
+        found: dict[str, dict[float, Interval]] = {}
+        for key, value in effects(results, OPTION, setting, names, measure).items():
+            method, temperature, near = key
+            name = f"{str(method).removesuffix(' near')}, {temperature:g}"
+            found.setdefault(name, {})[near or WHOLE] = value
+        return {name: curve for name, curve in found.items() if len(curve) > 1}
+
+    figure = _panels([(HEADINGS[own], own) for own in SHOWN], curves, "neighbourhood")
     figure.suptitle(
-        f"{BATCHES_IN}, {SEARCHED[BATCHES_IN]} student, validation split: means with 95 % intervals"
+        "Objective, temperature and neighbourhood, validation split: means with 95 % intervals"
     )
     return figure
 
 
-def _options(results: Sequence[Result]) -> Figure:
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    rows = figure.subplots(2, 2, sharex="col")
-    names = ("method", "temperature")
-    for row, setting in enumerate(SEARCHED):
-        for column, measure in enumerate(("knn", "coherence")):
-            axes = rows[row][column]
-            curves = _curves(by_options(results, OBJECTIVE, setting, names, measure))
-            soft = by_options(results, SOFT_TEACHER, setting, names, measure)
-            _lines(axes, curves | _curves(soft, "{}, soft teacher"))
-            axes.set_title(f"{setting}: {MEASURES[measure]}", fontsize=11)
-            axes.set_ylabel("%")
-            if row == 1:
-                axes.set_xlabel("temperature")
-    rows[0][0].legend(fontsize=8)
-    figure.suptitle("Options of the coherence loss, validation split: means with 95 % intervals")
+def _candidates(results: Sequence[Result]) -> Figure:
+    large = max(own.job.batch for own in results if own.job.phase == COMPARISONS)
+
+    def curves(setting: str, key: str) -> Curves:
+        phase, measure = key.split(", ")
+        name = "batch" if phase == BATCH_SIZE else "group"
+        chosen = [own for own in results if phase == BATCH_SIZE or own.job.batch == large]
+        found: dict[str, dict[float, Interval]] = {}
+        for (method, x), value in effects(
+            chosen, phase, setting, ("method", name), measure
+        ).items():
+            found.setdefault(method, {})[x] = value
+        return found
+
+    columns = [
+        (f"{HEADINGS[measure]}; {title}", f"{phase}, {measure}")
+        for phase, title in ((BATCH_SIZE, "points seen fixed"), (COMPARISONS, "steps fixed"))
+        for measure in ("knn", "overlap")
+    ]
+    figure = _panels(columns, curves, "points compared with one another")
+    figure.suptitle(
+        "Batches of different sizes; and batches of one size, compared within groups only "
+        "(validation split, 95 % intervals)"
+    )
     return figure

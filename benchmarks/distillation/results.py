@@ -11,13 +11,18 @@ from pathlib import Path
 from .methods import Options
 
 SEARCH, TEST = "search", "test"
-OBJECTIVE, SOFT_TEACHER, SCALE = "objective", "soft teacher", "scale"
+OPTION, BASELINE = "option", "baseline"
+SOFT_TEACHER, SCALE = "soft teacher", "scale"
 BATCH_RATES, BATCH_SIZE = "batch rates", "batch size"
-GROUP_RATES, COMPARISONS = "group rates", "comparisons"
+COMPARISONS, BANK = "comparisons", "bank"
 """Phases of the protocol."""
 
+DISTANCES = ("euclidean", "cosine")
+ANY = "any"
+"""Of measures that do not depend on a distance."""
+
 Measures = Mapping[str, Mapping[str, float]]
-"""By distance, then by name."""
+"""By one of DISTANCES or ANY, then by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +31,10 @@ class Job:
 
     Attributes:
         phase: of the protocol.
-        group: points are compared within groups of this many; 0: over the whole batch.
         split: what is measured: "validation" or "test".
-        distances: by which.
+        group: points are compared within groups of this many; 0: over the whole batch.
+        bank: so many points of former batches are compared, too.
+        steps: of the optimizer; 0: as many as let it see the plan's number of points.
     """
 
     phase: str
@@ -40,8 +46,9 @@ class Job:
     batch: int
     seed: int
     split: str
-    distances: tuple[str, ...]
     group: int = 0
+    bank: int = 0
+    steps: int = 0
 
     @property
     def key(self) -> str:
@@ -56,6 +63,11 @@ class Result:
     job: Job
     measures: Measures
     seconds: float = field(compare=False)
+
+    def value(self, measure: str, distance: str) -> float:
+        """Of a measure: by the distance, if it depends on one."""
+        found = self.measures[ANY]
+        return found[measure] if measure in found else self.measures[distance][measure]
 
 
 def load(path: Path) -> list[Result]:
@@ -92,5 +104,4 @@ def _write(result: Result) -> str:
 
 def _read(line: str) -> Result:
     content = json.loads(line)
-    job = content["job"] | {"distances": tuple(content["job"]["distances"])}
-    return Result(Job(**job), content["measures"], content["seconds"])
+    return Result(Job(**content["job"]), content["measures"], content["seconds"])

@@ -6,24 +6,24 @@ import functools
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import evaluation, protocol, results, sources, training
+from . import evaluation, plans, protocol, results, sources, training
 from .criteria import Grouped, Widths
 from .methods import NAMED
-from .results import Job, Result
-from .settings import Setting
+from .results import ANY, Job, Measures, Result
+from .settings import Judgement, Setting, Split
 
 BAR_WIDTH = 80
 
 
-def run(plan: protocol.Plan, folder: Path, processes: int) -> list[Result]:
+def run(plan: plans.Plan, folder: Path, processes: int) -> list[Result]:
     """All stages; jobs whose results the folder already has are not done again."""
     path = folder / f"{plan.name}-{sources.digest(plan)}.jsonl"
     found = results.load(path)
@@ -33,7 +33,7 @@ def run(plan: protocol.Plan, folder: Path, processes: int) -> list[Result]:
     # A student this small gains nothing from a second thread, and gives the same numbers with one.
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes
     torch.set_num_threads(1)
-    for name in protocol.PLACES:  # teachers, before several processes would train the same one
+    for name in plans.PLACES:  # teachers, before several processes would train the same one
         _setting(plan.name, name, folder)
     with ProcessPoolExecutor(processes, context) as pool:
         wanted: list[Result] = []
@@ -61,41 +61,42 @@ def _progress(futures: Sequence[Future[Result]], title: str) -> Iterator[Result]
 
 @functools.cache
 def _setting(plan: str, name: str, folder: Path) -> Setting:
-    return protocol.PLACES[name].make(protocol.PLANS[plan], folder)
+    return plans.PLACES[name].make(plans.PLANS[plan], folder)
 
 
 def do(plan: str, folder: Path, job: Job) -> Result:
     """Train and measure one student; a function of its arguments alone."""
     start = time.perf_counter()
     setting = _setting(plan, job.setting, folder)
-    test = job.split == "test"
-    split = setting.test if test else setting.validation
-    judgements = setting.judgements if test else ()
-    if job.method == protocol.TEACHER:
-        gallery, points = setting.gallery.embeddings, split.embeddings
-        judged = [judgement.embeddings for judgement in judgements]
-    else:
-        student = trained(protocol.PLANS[plan], setting, job)
-        inputs = [setting.gallery.inputs, split.inputs, *(own.inputs for own in judgements)]
-        gallery, points, *judged = (training.embed(student, own) for own in inputs)
-    measures = {
-        distance: evaluation.measure(
-            (gallery, setting.gallery.labels),
-            (points, split.labels),
-            split.embeddings,
-            distance,
-            thorough=test,
-        )
-        | {
-            judgement.name: evaluation.judged(evaluation.view(own, distance), judgement)
-            for judgement, own in zip(judgements, judged, strict=True)
-        }
-        for distance in job.distances
-    }
+    split = setting.test if job.split == "test" else setting.validation
+    own = job.method == protocol.TEACHER
+    student = None if own else trained(plans.PLANS[plan], setting, job)
+    measures = _measures(job, setting, split, functools.partial(_embeddings, student))
     return Result(job, measures, time.perf_counter() - start)
 
 
-def trained(plan: protocol.Plan, setting: Setting, job: Job) -> nn.Module:
+Look = Callable[[Split | Judgement], Tensor]
+"""Embeddings [n, d] of the points of a split, or of a judgement."""
+
+
+def _embeddings(student: nn.Module | None, points: Split | Judgement) -> Tensor:
+    """As the student sees them, or the teacher."""
+    return points.embeddings if student is None else training.embed(student, points.inputs)
+
+
+def _measures(job: Job, setting: Setting, split: Split, look: Look) -> Measures:
+    queries = look(split), split.labels
+    gallery = setting.gallery
+    if plans.PLACES[job.setting].in_index:
+        index = gallery.embeddings, gallery.labels
+        return evaluation.measure_in_index(index, queries, split.embeddings)
+    found = evaluation.measure((look(gallery), gallery.labels), queries, split.embeddings)
+    judgements = setting.judgements if job.split == "test" else ()
+    judged = {own.name: evaluation.judged(look(own), own) for own in judgements}
+    return {**found, ANY: {**found[ANY], **judged}}
+
+
+def trained(plan: plans.Plan, setting: Setting, job: Job) -> nn.Module:
     """The student of a job: all methods start from the same one, with points in the same order."""
     method = NAMED[job.method]
     make, width = setting.students[job.student]
@@ -109,6 +110,8 @@ def trained(plan: protocol.Plan, setting: Setting, job: Job) -> nn.Module:
     criterion = method.build(widths, **job.options)
     if job.group:
         criterion = Grouped(criterion, job.group)
+    if job.bank:
+        criterion = criterion.with_bank(job.bank)
     # Whatever numbers the criterion's own parameters took, batches come in the same order.
     torch.manual_seed(job.seed)
     steps = protocol.steps(plan, job, len(setting.transfer.inputs))

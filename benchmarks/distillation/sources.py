@@ -9,13 +9,10 @@ from . import EXAMPLES
 
 HERE = Path(__file__).parent
 TAKEN = ("bags", "images", "measures", "packages", "sentences", "steps", "training")
+READ = ("__init__", "__main__", "effects", "page", "plots", "summary", "tables")
 # All but what people read; and of the examples, what the study takes from them.
 FILES = (
-    *sorted(
-        path
-        for path in HERE.glob("*.py")
-        if path.stem not in ("__init__", "__main__", "page", "plots", "summary")
-    ),
+    *sorted(path for path in HERE.glob("*.py") if path.stem not in READ),
     *(EXAMPLES / f"_{name}.py" for name in TAKEN),
 )
 

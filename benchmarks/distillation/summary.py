@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from .methods import AWARE, UNAWARE, UNTRAINED
-from .protocol import TEACHER
-from .results import OBJECTIVE, SOFT_TEACHER, TEST, Result
+from . import rule
+from .methods import AWARE, BASELINES, DEFAULT, INDEX_BASELINES, INDEX_OURS, OURS, UNTRAINED
+from .plans import PLACES
+from .protocol import TEACHER, Choice, choices
+from .results import DISTANCES, TEST, Result
 
 CONFIDENCE = 0.95
-MEASURES = {
+HEADINGS = {
     "knn": "5-NN",
     "probe": "probe",
     "map": "mAP",
-    "coherence": "coherence",
+    "coherence": "order",
     "overlap": "overlap",
 }
-"""Of every setting, with their headings; judgements of similarity come after them."""
+"""Of measures, in the order of tables; others come after them under their own names."""
 AGREEMENT = ("coherence", "overlap")
 """With the teacher: what the coherence loss is made for."""
-OPTION_MEASURES = ("knn", "overlap", "coherence")
-"""By which options are compared, from the nearest neighbours to the whole order."""
-OURS = tuple(name for name in UNAWARE if name.startswith("coherence "))
-BASELINES = tuple(name for name in UNAWARE if name not in OURS)
+VERDICTS = {1: "better", 0: "no difference", -1: "worse"}
 
 
 class Interval(NamedTuple):
@@ -46,37 +46,85 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, float(quantile * stats.sem(values)))
 
 
+def differs(difference: Interval) -> int:
+    """1 for more, -1 for less, 0 where the interval holds 0."""
+    if math.isnan(difference.half) or abs(difference.mean) <= difference.half:
+        return 0
+    return 1 if difference.mean > 0 else -1
+
+
 class Cell(NamedTuple):
     """Where methods are compared: one student in one setting."""
 
     setting: str
     student: str
 
+    @property
+    def in_index(self) -> bool:
+        """Whether students' queries are searched in the teacher's index."""
+        return PLACES[self.setting].in_index
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """The other losses that see no classes."""
+        return INDEX_BASELINES if self.in_index else BASELINES
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        """The coherence loss, in all its forms that were tuned."""
+        return INDEX_OURS if self.in_index else OURS
+
 
 class Outcomes:
-    """The test phase: values by cell, method and measure, in the order of seeds."""
+    """What was chosen, and the test phase: values by cell, method, measure and seed."""
 
-    def __init__(self, results: Iterable[Result]) -> None:
+    def __init__(self, results: Sequence[Result]) -> None:
+        self.choices = choices(results)
+        self.default = rule.choose(results)
         self.values: dict[tuple[Cell, str, str], dict[int, float]] = {}
         self.teacher: dict[tuple[str, str], float] = {}
         for result in results:
-            job = result.job
-            if job.phase != TEST:
-                continue
-            # Of what nothing was chosen for, both distances were measured: the better one counts.
-            best = max(result.measures.values(), key=lambda own: own["knn"])
-            for name, value in best.items():
-                if job.method == TEACHER:
-                    self.teacher[job.setting, name] = value
-                else:
-                    key = Cell(job.setting, job.student), job.method, name
-                    self.values.setdefault(key, {})[job.seed] = value
+            if result.job.phase == TEST:
+                self._add(result)
         self.cells = list(dict.fromkeys(cell for cell, _, _ in self.values))
+
+    def _add(self, result: Result) -> None:
+        job = result.job
+        choice = self.choice(job.setting, job.method)
+        for name in dict.fromkeys(name for own in result.measures.values() for name in own):
+            if choice is None:  # of what nothing was chosen for, the better distance counts
+                value = max(result.value(name, distance) for distance in DISTANCES)
+            else:
+                value = result.value(name, choice.distances.get(name, DISTANCES[0]))
+            if job.method == TEACHER:
+                self.teacher[job.setting, name] = value
+            else:
+                key = Cell(job.setting, job.student), job.method, name
+                self.values.setdefault(key, {})[job.seed] = value
+
+    def choice(self, setting: str, method: str) -> Choice | None:
+        """What the search chose for a method; the default has its objective's rate and batch."""
+        searched = self.default.method if method == DEFAULT.name else method
+        return self.choices.get((PLACES[setting].chosen_in, searched))
+
+    def tuned(self, cell: Cell) -> str:
+        """Our loss as the search would have it: the form that did best in it."""
+        place = PLACES[cell.setting].chosen_in
+        return max(cell.ours, key=lambda name: self.choices[place, name].value)
 
     def measures(self, cell: Cell) -> list[str]:
         """Names, those of every setting first."""
         found = dict.fromkeys(name for own, _, name in self.values if own == cell)
-        return [*MEASURES, *(name for name in found if name not in MEASURES)]
+        return [
+            *(name for name in HEADINGS if name in found),
+            *(name for name in found if name not in HEADINGS),
+        ]
+
+    def methods(self, cell: Cell) -> list[str]:
+        """In the order of tables: from what sees nothing to what is ours."""
+        last = [DEFAULT.name] if not cell.in_index else []
+        known = [own.name for own in PLACES[cell.setting].methods]
+        return [UNTRAINED.name, *known, *last]
 
     def interval(self, cell: Cell, method: str, measure: str) -> Interval:
         """Of a method."""
@@ -85,27 +133,21 @@ class Outcomes:
     def difference(self, cell: Cell, method: str, other: str, measure: str) -> Interval:
         """Of a method minus another, seed by seed: both began with the same student."""
         ours, theirs = (self.values[cell, name, measure] for name in (method, other))
-        return interval([ours[seed] - theirs[seed] for seed in ours])
+        return interval([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
-    def best(self, cell: Cell, methods: Sequence[str], measure: str) -> str:
+    def best(self, cell: Cell, methods: Iterable[str], measure: str) -> str:
         """The method with the largest mean."""
         return max(methods, key=lambda name: self.interval(cell, name, measure).mean)
 
     def leaders(self, cell: Cell, measure: str) -> list[str]:
         """Methods without classes that do not differ from the best of them."""
-        best = self.best(cell, UNAWARE, measure)
+        unaware = [name for name in self.methods(cell) if name not in (*AWARE, UNTRAINED.name)]
+        best = self.best(cell, unaware, measure)
         return [
             name
-            for name in UNAWARE
+            for name in unaware
             if name == best or differs(self.difference(cell, best, name, measure)) == 0
         ]
-
-
-def differs(difference: Interval) -> int:
-    """1 for more, -1 for less, 0 where the interval holds 0."""
-    if math.isnan(difference.half) or abs(difference.mean) <= difference.half:
-        return 0
-    return 1 if difference.mean > 0 else -1
 
 
 class Duel(NamedTuple):
@@ -117,76 +159,81 @@ class Duel(NamedTuple):
     theirs: str
     difference: Interval
 
+    @property
+    def agrees(self) -> bool:
+        """Whether the measure is one of agreement with the teacher, or one of use."""
+        return self.measure in AGREEMENT
 
-def duels(outcomes: Outcomes, chosen: Mapping[str, str]) -> list[Duel]:
-    """Our objective was chosen by validation; the baseline is the one that tested best."""
+
+def duels(outcomes: Outcomes, ours: Mapping[Cell, str]) -> list[Duel]:
+    """Ours was chosen by validation; the baseline is the one that *tested* best."""
     found = []
-    for cell in outcomes.cells:
+    for cell, own in ours.items():
         for measure in outcomes.measures(cell):
-            ours, theirs = chosen[cell.setting], outcomes.best(cell, BASELINES, measure)
-            difference = outcomes.difference(cell, ours, theirs, measure)
-            found.append(Duel(cell, measure, ours, theirs, difference))
+            theirs = outcomes.best(cell, cell.rivals, measure)
+            difference = outcomes.difference(cell, own, theirs, measure)
+            found.append(Duel(cell, measure, own, theirs, difference))
     return found
 
 
-def by_options(
+def by_default(outcomes: Outcomes) -> dict[Cell, str]:
+    """One setting of the library for all data."""
+    return {cell: DEFAULT.name for cell in outcomes.cells if not cell.in_index}
+
+
+def by_search(outcomes: Outcomes, in_index: bool = False) -> dict[Cell, str]:
+    """The form of ours that did best in the search of each setting."""
+    return {cell: outcomes.tuned(cell) for cell in outcomes.cells if cell.in_index == in_index}
+
+
+def counted(fought: Iterable[Duel]) -> list[int]:
+    """How often ours is better, not different, and worse."""
+    found = Counter(differs(duel.difference) for duel in fought)
+    return [found[verdict] for verdict in VERDICTS]
+
+
+def score(outcomes: Outcomes, ours: Mapping[Cell, str], other: str) -> list[int]:
+    """The same against one other method."""
+    found = Counter(
+        differs(outcomes.difference(cell, own, other, measure))
+        for cell, own in ours.items()
+        for measure in outcomes.measures(cell)
+    )
+    return [found[verdict] for verdict in VERDICTS]
+
+
+def effects(
     results: Iterable[Result], phase: str, setting: str, names: Sequence[str], measure: str
 ) -> dict[tuple, Interval]:
-    """Intervals over seeds of an effect, by what tells its jobs apart.
+    """Intervals over seeds of an effect, by what tells its jobs apart; by Euclidean distance.
 
     names: fields of the job, or names of its options.
     """
-    values: dict[tuple, list[float]] = {}
+    values = _by_seed(results, phase, setting, names, measure)
+    return {key: interval(list(own.values())) for key, own in values.items()}
+
+
+def gains(
+    results: Iterable[Result], phase: str, setting: str, name: str, base: object, measure: str
+) -> dict[tuple, Interval]:
+    """By method and value of a field: what it gains over the base value, seed by seed."""
+    values = _by_seed(results, phase, setting, ("method", name), measure)
+    return {
+        (method, value): interval([own[seed] - values[method, base][seed] for seed in own])
+        for (method, value), own in values.items()
+        if value != base
+    }
+
+
+def _by_seed(
+    results: Iterable[Result], phase: str, setting: str, names: Sequence[str], measure: str
+) -> dict[tuple, dict[int, float]]:
+    values: dict[tuple, dict[int, float]] = {}
     for result in results:
         job = result.job
         if job.phase == phase and job.setting == setting:
             key = tuple(
                 job.options[name] if name in job.options else getattr(job, name) for name in names
             )
-            (measures,) = result.measures.values()
-            values.setdefault(key, []).append(measures[measure])
-    return {key: interval(own) for key, own in values.items()}
-
-
-class Option(NamedTuple):
-    """An objective at a temperature, against another one, over all settings with such effects."""
-
-    objective: str
-    temperature: float
-    soft_teacher: bool
-    differences: dict[str, Interval]  # by measure; paired by seed, each setting counts as much
-
-
-def options(results: Iterable[Result], objective: str, temperature: float) -> list[Option]:
-    """All that were tried, minus this one with hard ranks; the best for neighbours first."""
-    values: dict[tuple[str, float, bool], dict[tuple[str, int], list[float]]] = {}
-    for result in results:
-        job = result.job
-        if job.phase in (OBJECTIVE, SOFT_TEACHER):
-            soft = job.phase == SOFT_TEACHER
-            key = job.method.removeprefix("coherence "), float(job.options["temperature"]), soft
-            (measures,) = result.measures.values()
-            for name in OPTION_MEASURES:
-                own = values.setdefault(key, {}).setdefault((name, job.seed), [])
-                own.append(measures[name])  # of each setting in turn
-    means = {
-        key: {column: float(np.mean(found)) for column, found in own.items()}
-        for key, own in values.items()
-    }
-    base = means[objective, temperature, False]
-    found = [
-        Option(
-            *key,
-            {
-                name: interval([own[column] - base[column] for column in own if column[0] == name])
-                for name in OPTION_MEASURES
-            },
-        )
-        for key, own in means.items()
-    ]
-    return sorted(found, key=lambda option: -option.differences["knn"].mean)
-
-
-def order() -> tuple[str, ...]:
-    """Methods as tables and pictures list them."""
-    return (UNTRAINED.name, *AWARE, *UNAWARE)
+            values.setdefault(key, {})[job.seed] = result.value(measure, DISTANCES[0])
+    return values

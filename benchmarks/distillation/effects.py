@@ -1,0 +1,185 @@
+"""The page's part on effects: options, candidates, banks, and the rule for the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pcoherence.spec import LossSpec
+
+from . import rule
+from .plans import WITH_EFFECTS, Plan
+from .plots import CANDIDATES, NEAR
+from .results import BANK, BASELINE, BATCH_SIZE, COMPARISONS, OPTION, SCALE, SOFT_TEACHER, Result
+from .summary import HEADINGS, Interval, effects, gains
+from .tables import markdown, percent, short, signed
+
+
+def lines(plan: Plan, found: Sequence[Result], shown: Sequence[str]) -> list[str]:
+    """Of the page; shown: its pictures."""
+    return [
+        "By the Euclidean distance, except for the rule, which takes the better one. Intervals are",
+        f"of 95 % over {len(plan.effect_seeds)} seeds.",
+        "",
+        "### The defaults, by a rule",
+        "",
+        *_rule(found),
+        "",
+        "### Neighbourhood, objective and temperature",
+        "",
+        *(own for own in shown if f"({NEAR})" in own),
+        "",
+        *_options(plan, found),
+        "### Batch size and candidates",
+        "",
+        *(own for own in shown if f"({CANDIDATES})" in own),
+        "",
+        *_batches(plan, found),
+        "### Banks",
+        "",
+        f"What a bank of {plan.bank} points adds to batches of {plan.bank_batch}, in points. The",
+        "coherence loss has the library's `CandidateBank`; for others the bank's points, without",
+        "gradient, join the batch.",
+        "",
+        *_gains(found, BANK, "bank", 0),
+        "### A soft teacher, and scales",
+        "",
+        *_teachers(found),
+    ]
+
+
+def _rule(found: Sequence[Result]) -> list[str]:
+    """Where the chosen option stands among all."""
+    default = rule.choose(found)
+    margins = rule.margins(found)
+    spec = LossSpec()
+    used = rule.Candidate(spec.objective, spec.temperature, spec.neighbourhood)
+    rows = []
+    for option, own in sorted(margins.items(), key=lambda item: -rule.worst(item[1])):
+        place, measure = min(own, key=lambda where, own=own: own[where])  # type: ignore[misc]
+        near = "none" if option.neighbourhood is None else f"{option.neighbourhood:g}"
+        name = f"{option.objective}, temperature {option.temperature:g}, neighbourhood {near}"
+        if option == default:
+            name = f"**{name}** (by the rule{', the library has it' if option == used else ''})"
+        means = (
+            f"{100 * sum(own[setting, by] for setting in WITH_EFFECTS) / len(WITH_EFFECTS):+.1f}"
+            for by in rule.MEASURES
+        )
+        worst = f"{100 * rule.worst(own):+.1f} ({HEADINGS[measure]}, {place})"
+        rows.append([name, worst, *means])
+    return [
+        "Points more than the best of the others, by means over seeds: the worst difference, which",
+        f"decides, and means over {' and '.join(WITH_EFFECTS)}.",
+        "",
+        *markdown(("option", "worst", *(HEADINGS[own] for own in rule.MEASURES)), rows),
+    ]
+
+
+def _options(plan: Plan, found: Sequence[Result]) -> list[str]:
+    lines = []
+    for setting in WITH_EFFECTS:
+        lines += [f"{setting}, each at the rate and batch of its objective:", ""]
+        names = ("method", "temperature", "neighbourhood")
+        tables = {own: effects(found, OPTION, setting, names, own) for own in rule.MEASURES}
+        rows = []
+        for key in tables["knn"]:
+            method, temperature, near = key
+            name = short(str(method)).removesuffix(" near")
+            own = [
+                "none" if near is None else f"{near:g}",
+                *(percent(t[key]) for t in tables.values()),
+            ]
+            rows.append([name, f"{temperature:g}", *own])
+        rows += [
+            [method, "", "", *(percent(own) for own in values)]
+            for method, values in _baselines(found, setting).items()
+        ]
+        headings = (HEADINGS[own] for own in rule.MEASURES)
+        lines += [*markdown(("loss", "temperature", "neighbourhood", *headings), rows), ""]
+    return lines
+
+
+def _baselines(found: Sequence[Result], setting: str) -> dict[str, list[Interval]]:
+    """The other losses with the same seeds."""
+    values: dict[str, list[Interval]] = {}
+    for measure in rule.MEASURES:
+        for (method,), value in effects(found, BASELINE, setting, ("method",), measure).items():
+            values.setdefault(method, []).append(value)
+    return values
+
+
+def _batches(plan: Plan, found: Sequence[Result]) -> list[str]:
+    lines = [
+        "Batches of different sizes, each at the best of three rates, while as many points are",
+        "seen in all: large batches make fewer steps.",
+        "",
+    ]
+    for setting in WITH_EFFECTS:
+        lines += [f"{setting}:", "", *_table(found, BATCH_SIZE, setting, "batch"), ""]
+    large = [own for own in found if own.job.batch == plan.large]
+    lines += [
+        f"Batches of {plan.large:,} and {plan.steps} steps, but points are compared within groups",
+        "only: what more candidates buy when steps are as many.",
+        "",
+    ]
+    for setting in WITH_EFFECTS:
+        lines += [f"{setting}:", "", *_table(large, COMPARISONS, setting, "group"), ""]
+    ordinary = [own for own in found if own.job.batch == plan.batch]
+    few, *_, many = (min(plan.batch_groups), max(plan.batch_groups))
+    if few != many:
+        lines += [
+            f"For all losses that compare points, in batches of {plan.batch}: what comparisons",
+            f"within groups of {few} give, over those of all {many}, in points.",
+            "",
+            *_gains(ordinary, COMPARISONS, "group", many),
+        ]
+    return lines
+
+
+def _table(found: Sequence[Result], phase: str, setting: str, column: str) -> list[str]:
+    """5-NN, overlap and order of every method, by a field of the job."""
+    tables = {
+        measure: effects(found, phase, setting, ("method", column), measure)
+        for measure in ("knn", "overlap", "coherence")
+    }
+    across = sorted({key[1] for key in tables["knn"]})
+    rows = [
+        [
+            str(name),
+            *(
+                percent(table[name, x]) if (name, x) in table else ""
+                for table in tables.values()
+                for x in across
+            ),
+        ]
+        for name in dict.fromkeys(key[0] for key in tables["knn"])
+    ]
+    headings = [f"{HEADINGS[own]}, {x}" for own in tables for x in across]
+    return markdown((f"method; {column}", *headings), rows)
+
+
+def _gains(found: Sequence[Result], phase: str, field: str, base: int) -> list[str]:
+    lines = []
+    for setting in WITH_EFFECTS:
+        tables = [gains(found, phase, setting, field, base, own) for own in rule.MEASURES]
+        rows = [[str(key[0]), *(signed(table[key]) for table in tables)] for key in tables[0]]
+        headings = (HEADINGS[own] for own in rule.MEASURES)
+        lines += [f"{setting}:", "", *markdown(("method", *headings), rows), ""]
+    return lines
+
+
+def _teachers(found: Sequence[Result]) -> list[str]:
+    lines = [
+        "With mse; `soft`: the teacher ranked as softly as the student. Without a scale the",
+        "temperature is in units of the student's own distances.",
+        "",
+    ]
+    for setting in WITH_EFFECTS:
+        rows = []
+        for phase, names in ((SOFT_TEACHER, ("temperature",)), (SCALE, ("temperature", "scale"))):
+            tables = [effects(found, phase, setting, names, own) for own in rule.MEASURES]
+            for key in tables[0]:
+                title = "soft" if phase == SOFT_TEACHER else f"scale {key[1]}"
+                rows.append([title, f"{key[0]:g}", *(percent(table[key]) for table in tables)])
+        headings = (HEADINGS[own] for own in rule.MEASURES)
+        lines += [f"{setting}:", "", *markdown(("", "temperature", *headings), rows), ""]
+    return lines
