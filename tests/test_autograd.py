@@ -44,6 +44,19 @@ def test_gradcheck(objective: str, metric: str, scale: str, method: str) -> None
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("soft", [None, 0.2])
+def test_gradcheck_of_a_neighbourhood(soft: float | None, objective: str, method: str) -> None:
+    student = make_case("gaussian", 6, 3, seed=1).requires_grad_()
+    teacher = make_case("lattice", 6, 2, seed=2)  # with ties
+    options = {"objective": objective, "teacher_temperature": soft, "method": method}
+    weights = 0.2 + torch.rand(6, generator=torch.Generator().manual_seed(0))
+    for own in (None, weights, weights + torch.arange(36.0).view(6, 6) / 36):
+        own_options = options | {"candidate_weights": own, "neighbourhood": 0.2}
+        assert gradcheck(lambda x, own=own_options: loss(x, teacher, **own), (student,))
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck_rectangular(reduction: str, method: str) -> None:
     leaves = [make_case("gaussian", n, 3, seed=n).requires_grad_() for n in (3, 6)]
@@ -72,7 +85,9 @@ def test_gradcheck_soft_rank(method: str) -> None:
     )
 
 
-def operator_calls(requires_grad: bool, weighted: bool) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def operator_calls(
+    requires_grad: bool, weighted: bool, neighbourhood: float | None = None
+) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Arguments for every operator."""
     x = make_case("gaussian", 5, 3, seed=1).requires_grad_(requires_grad)
     bank = make_case("gaussian", 6, 3, seed=2).requires_grad_(requires_grad)
@@ -80,11 +95,11 @@ def operator_calls(requires_grad: bool, weighted: bool) -> dict[str, tuple[Any, 
     d = make_case("gaussian", 5, 6, seed=5).abs().requires_grad_(requires_grad)
     d_teacher = make_case("gaussian", 5, 6, seed=6).abs()
     coefficients = torch.rand(5, dtype=torch.float64)
-    w = torch.rand(6).double() if weighted else None
+    w = torch.rand(*((5, 6) if neighbourhood else (6,))).double() if weighted else None
     index = torch.tensor([0, 1, -1, 3, 5]) if weighted else None
     points = (x, bank, y, y_bank) if weighted else (x, None, y, None)
     others = (coefficients, w, index, 0.2, 0.3 if weighted else 0.0)
-    options = LossSpec(teacher_metric="cosine").packed()
+    options = LossSpec(teacher_metric="cosine", neighbourhood=neighbourhood).packed()
     return {
         "sum": (ops.native.coherence, (*points, *others, options, False, True, weighted)),
         "rows": (ops.native.coherence, (*points, *others, options, False, False, False)),
@@ -103,9 +118,18 @@ def operator_calls(requires_grad: bool, weighted: bool) -> dict[str, tuple[Any, 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("name", list(operator_calls(False, False)))
-def test_opcheck(name: str, requires_grad: bool, weighted: bool) -> None:
-    operator, arguments = operator_calls(requires_grad, weighted)[name]
+@pytest.mark.parametrize(
+    ("name", "neighbourhood"),
+    [
+        *((name, None) for name in operator_calls(False, False)),
+        # Ranks by themselves have no neighbourhood.
+        *((name, 0.3) for name in operator_calls(False, False) if "soft_rank" not in name),
+    ],
+)
+def test_opcheck(
+    name: str, neighbourhood: float | None, requires_grad: bool, weighted: bool
+) -> None:
+    operator, arguments = operator_calls(requires_grad, weighted, neighbourhood)[name]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     # The last check differentiates every output; these ones' are gradients, and refuse.
     if not (requires_grad and (name.startswith("sum") or name == "soft_rank_backward")):

@@ -24,6 +24,7 @@ objectives = st.sampled_from(OBJECTIVES)
 metrics = st.sampled_from(METRICS)
 sizes = st.integers(3, 40)
 seeds = st.integers(0, 1000)
+neighbourhoods = st.sampled_from([None, 0.5, 0.05])
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -48,13 +49,13 @@ def points(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @quick
-@given(n=sizes, seed=seeds, objective=objectives, metric=metrics)
+@given(n=sizes, seed=seeds, objective=objectives, near=neighbourhoods, metric=metrics)
 def test_permuting_points_permutes_gradients(
-    backend: str, n: int, seed: int, objective: str, metric: str
+    backend: str, n: int, seed: int, objective: str, near: float | None, metric: str
 ) -> None:
     student, teacher = points(n, seed)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    options = {"objective": objective, "metric": metric, "backend": backend}
+    options = {"objective": objective, "metric": metric, "neighbourhood": near, "backend": backend}
     loss, gradient = value_and_grad(student, teacher, **options)
     permuted, permuted_gradient = value_and_grad(student[order], teacher[order], **options)
     assert relative_error(permuted, loss) < 1e-9
@@ -62,12 +63,12 @@ def test_permuting_points_permutes_gradients(
 
 
 @quick
-@given(n=sizes, seed=seeds, objective=objectives)
+@given(n=sizes, seed=seeds, objective=objectives, near=neighbourhoods)
 def test_translation_and_scale_change_nothing(
-    backend: str, n: int, seed: int, objective: str
+    backend: str, n: int, seed: int, objective: str, near: float | None
 ) -> None:
     student, teacher = points(n, seed)
-    options = {"objective": objective, "backend": backend}
+    options = {"objective": objective, "neighbourhood": near, "backend": backend}
     loss, gradient = value_and_grad(student, teacher, **options)
     moved, moved_gradient = value_and_grad(4 * student + 3, 0.5 * teacher - 1, **options)
     assert relative_error(moved, loss) < 1e-9
@@ -78,15 +79,15 @@ def test_translation_and_scale_change_nothing(
 
 
 @quick
-@given(n=sizes, seed=seeds, objective=objectives, metric=metrics)
+@given(n=sizes, seed=seeds, objective=objectives, near=neighbourhoods, metric=metrics)
 def test_padding_changes_nothing(
-    backend: str, n: int, seed: int, objective: str, metric: str
+    backend: str, n: int, seed: int, objective: str, near: float | None, metric: str
 ) -> None:
     student, teacher = points(n, seed)
     padding = make_case("outlier", 3, 3, seed=seed), make_case("outlier", 3, 4, seed=seed)
     weights = torch.ones(n + 3)
     weights[n:] = 0
-    options = {"objective": objective, "metric": metric, "backend": backend}
+    options = {"objective": objective, "metric": metric, "neighbourhood": near, "backend": backend}
     loss, gradient = value_and_grad(student, teacher, **options)
     padded, padded_gradient = value_and_grad(
         torch.cat([student, padding[0]]),
@@ -101,10 +102,17 @@ def test_padding_changes_nothing(
 
 
 @quick
-@given(n=sizes, seed=seeds, objective=objectives)
-def test_a_weight_of_two_is_a_duplicate(backend: str, n: int, seed: int, objective: str) -> None:
+@given(n=sizes, seed=seeds, objective=objectives, near=neighbourhoods)
+def test_a_weight_of_two_is_a_duplicate(
+    backend: str, n: int, seed: int, objective: str, near: float | None
+) -> None:
     student, teacher = points(n, seed)
-    anchors = {"student": student + 0.1, "teacher": teacher, "objective": objective}
+    anchors = {
+        "student": student + 0.1,
+        "teacher": teacher,
+        "objective": objective,
+        "neighbourhood": near,
+    }
     weights = torch.ones(n)
     weights[0] = 2
     twice = [*range(n), 0]
@@ -122,13 +130,13 @@ def test_a_weight_of_two_is_a_duplicate(backend: str, n: int, seed: int, objecti
 
 
 @quick
-@given(n=sizes, seed=seeds, objective=objectives, case=st.sampled_from(CASES))
+@given(n=sizes, seed=seeds, objective=objectives, near=neighbourhoods, case=st.sampled_from(CASES))
 def test_loss_is_finite_and_within_bounds(
-    backend: str, n: int, seed: int, objective: str, case: str
+    backend: str, n: int, seed: int, objective: str, near: float | None, case: str
 ) -> None:
     student = make_case(case, n, 3, seed=seed)
     loss, gradient = value_and_grad(
-        student, points(n, seed)[1], objective=objective, backend=backend
+        student, points(n, seed)[1], objective=objective, neighbourhood=near, backend=backend
     )
     assert gradient.isfinite().all()
     unbounded = float("inf")  # the logits of cross_entropy are
@@ -137,14 +145,14 @@ def test_loss_is_finite_and_within_bounds(
 
 
 @quick
-@given(n=sizes, seed=seeds, objective=objectives)
+@given(n=sizes, seed=seeds, objective=objectives, near=neighbourhoods)
 def test_rows_with_any_upstream_equal_the_weighted_sum(
-    backend: str, n: int, seed: int, objective: str
+    backend: str, n: int, seed: int, objective: str, near: float | None
 ) -> None:
     student, teacher = points(n, seed)
     student.requires_grad_()
     upstream = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    options = {"objective": objective, "backend": backend}
+    options = {"objective": objective, "neighbourhood": near, "backend": backend}
     rows = pcoherence.perception_coherence_loss(student, teacher, reduction="none", **options)
     total = pcoherence.perception_coherence_loss(
         student, teacher, reduction="sum", anchor_weights=upstream, **options

@@ -209,6 +209,21 @@ def test_gradcheck_and_gradgradcheck(objective: str, metric: str, scale: str) ->
     assert gradgradcheck(loss, (student,))
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("soft", [None, 0.2])
+def test_gradcheck_and_gradgradcheck_of_a_neighbourhood(soft: float | None, objective: str) -> None:
+    student = make_case("gaussian", 5, 2, seed=5).requires_grad_()
+    teacher = make_case("lattice", 5, 3, seed=6)
+
+    def loss(points: Tensor) -> Tensor:
+        return reference.perception_coherence_loss(
+            points, teacher, objective=objective, teacher_temperature=soft, neighbourhood=0.2
+        )
+
+    assert gradcheck(loss, (student,))
+    assert gradgradcheck(loss, (student,))
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_derivatives_at_duplicates(metric: str) -> None:
     """Stretching keeps duplicates duplicates: the loss is smooth although sqrt is not."""
