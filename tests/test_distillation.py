@@ -351,7 +351,7 @@ def test_our_losses_are_the_library(batch: tuple[Tensor, Seen]) -> None:
             if method.name.startswith("coherence"):
                 objective = method.name.removeprefix("coherence ").removesuffix(" near")
                 assert ("neighbourhood" in options) == method.name.endswith(" near")
-                own = {"objective": objective, "neighbourhood": None} | options
+                own = {"objective": objective} | options
                 expected = perception_coherence_loss(x, seen.embeddings, **own)
             elif method.name == "transport":
                 expected = optimal_transport_loss(x, seen.embeddings, **options)
@@ -428,12 +428,16 @@ def test_every_method_has_as_many_trials() -> None:
     for setting in plans.SEARCHED:
         for method in plans.PLACES[setting].methods:
             own = [job for job in jobs if (job.setting, job.method) == (setting, method.name)]
-            assert len({job.key for job in own}) == len(own) == 12
+            assert len({job.key for job in own}) == len(own) == 13
             tried = {(job.rate, job.batch) for job in own if job.options == method.options[0]}
             assert tried >= set(itertools.product((0.005, 0.01, 0.02, 0.04), (128, 512)))
-            # Its own options, all of them, at the best of those.
-            first = {repr(job.options) for job in own}
-            assert first == {repr(options) for options in method.options}
+            # Its own options, all of them, and a rate beyond the grid if the best is at its end.
+            assert {repr(job.options) for job in own} == set(map(repr, method.options))
+            first, *others = own[8:]
+            best = max(own[:8], key=arbitrary)
+            beyond = {0.005: 0.0025, 0.04: 0.08}.get(best.rate, best.rate * 2**-0.5)
+            assert (first.rate, first.batch) == (pytest.approx(beyond), best.batch)
+            assert all(own.rate == best.rate for own in others if own.options != best.options)
 
 
 def test_no_two_trials_are_the_same_training() -> None:
@@ -502,6 +506,8 @@ def test_the_test_split_comes_last_and_once() -> None:
         assert count == (4 if method in (*AWARE, "untrained") else 8)
     assert protocol.SEARCH_SEED not in plans.FULL.seeds
     assert len(plans.FULL.seeds) == 8
+    for plan in plans.PLANS.values():
+        assert not {protocol.SEARCH_SEED, *plan.effect_seeds} & {*plan.seeds}
     assert len(plans.FULL.effect_seeds) >= 3
 
 
@@ -518,7 +524,7 @@ def test_the_best_trial_is_tested() -> None:
             and own.job.setting == place.chosen_in
             and own.job.method == job.method
         ]
-        assert len(searched) == 12
+        assert len(searched) == 13
         _, best = max(searched, key=lambda own: own[0])
         assert (job.rate, job.batch, job.options) == (best.rate, best.batch, best.options)
         names = evaluation.IN_INDEX if place.in_index else evaluation.BY_DISTANCE
@@ -571,12 +577,12 @@ def test_comparisons_have_as_many_steps() -> None:
 
 def judged(objective: str, near: float | None, seed: int, knn: float, overlap: float) -> Result:
     """A result of an option, or of the baseline "cka"."""
-    method = Candidate(objective, 0.1, near).method if objective != "cka" else "cka"
+    own = Candidate(objective, 0.1, near, "euclidean")
     job = dataclasses.replace(
         JOB,
         phase="baseline" if objective == "cka" else OPTION,
-        method=method,
-        options={"temperature": 0.1, "neighbourhood": near},
+        method="cka" if objective == "cka" else own.method,
+        options=own.beside_objective,
         seed=seed,
         split="validation",
     )
@@ -595,10 +601,10 @@ def test_the_rule_takes_the_least_bad() -> None:
         judged("cross_entropy", 0.4, 2, 0.70, 0.31),
     ]
     margins = rule.margins(found)
-    wanted = Candidate("cross_entropy", 0.1, 0.4)
+    wanted = Candidate("cross_entropy", 0.1, 0.4, "euclidean")
     assert margins[wanted]["images", "knn"] == pytest.approx(-0.01)
     assert margins[wanted]["images", "overlap"] == pytest.approx(0.01)
-    assert rule.worst(margins[Candidate("mse", 0.1, None)]) == pytest.approx(-0.05)
+    assert rule.worst(margins[Candidate("mse", 0.1, None, "euclidean")]) == pytest.approx(-0.05)
     assert rule.choose(found) == wanted
 
 
@@ -960,7 +966,7 @@ def test_results_survive_their_file(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     wanted = [result(job, 0.123456) for job in protocol.search(plans.QUICK)[:3]]
     for own in wanted:
-        results.append(path, own)
+        results.append(path, dataclasses.replace(own, measures=results.rounded(own.measures)))
     found = results.load(path)
     assert [own.job for own in found] == [own.job for own in wanted]
     assert [own.job.key for own in found] == [own.job.key for own in wanted]

@@ -1,6 +1,7 @@
 """The losses that are compared: student's embeddings [n, ds] against what is known of the batch.
 
-Each is written as its source defines it, and is tested against that formula spelt out in loops.
+Each is written as its source defines it, unless it says "in the manner of", and is tested against
+that formula spelt out in loops.
 Criteria with parameters of their own (heads, projectors) train them along with the student.
 """
 
@@ -42,7 +43,7 @@ class Widths(NamedTuple):
 
 
 class Criterion(nn.Module):
-    """A loss of a batch; subclasses say which parts of `Seen` they look at."""
+    """A loss of a batch; `Method.learns_from` says which part of `Seen` it looks at."""
 
     def forward(self, student: Tensor, seen: Seen) -> Tensor:
         """A 0-d loss of the student's embeddings [n, ds]."""
@@ -174,7 +175,7 @@ class Contrastive(Criterion):
 class RowRelations(Criterion):
     """KL(softmax(C_T / T) || softmax(C_S / T)) by rows, C the cosines with all other points.
 
-    As embedding models are distilled now (SEED, Fang et al. 2021, with the batch as its queue).
+    In the manner of SEED (Fang et al. 2021), with the batch for its queue and one T for both sides.
 
     Args:
         temperature: T, of both sides.

@@ -52,12 +52,12 @@ def _rule(found: Sequence[Result]) -> list[str]:
     default = rule.choose(found)
     margins = rule.margins(found)
     spec = LossSpec()
-    used = rule.Candidate(spec.objective, spec.temperature, spec.neighbourhood)
+    used = rule.Candidate(spec.objective, spec.temperature, spec.neighbourhood, str(spec.metric))
     rows = []
     for option, own in sorted(margins.items(), key=lambda item: -rule.worst(item[1])):
         place, measure = min(own, key=lambda where, own=own: own[where])  # type: ignore[misc]
         near = "none" if option.neighbourhood is None else f"{option.neighbourhood:g}"
-        name = f"{option.objective}, temperature {option.temperature:g}, neighbourhood {near}"
+        name = f"{option.objective}, {option.temperature:g}, {near}, {option.metric}"
         if option == default:
             name = f"**{name}** (by the rule{', the library has it' if option == used else ''})"
         means = (
@@ -70,7 +70,14 @@ def _rule(found: Sequence[Result]) -> list[str]:
         "Points more than the best of the others, by means over seeds: the worst difference, which",
         f"decides, and means over {' and '.join(WITH_EFFECTS)}.",
         "",
-        *markdown(("option", "worst", *(HEADINGS[own] for own in rule.MEASURES)), rows),
+        *markdown(
+            (
+                "objective, temperature, neighbourhood, metric",
+                "worst",
+                *(HEADINGS[own] for own in rule.MEASURES),
+            ),
+            rows,
+        ),
     ]
 
 
@@ -78,12 +85,12 @@ def _options(plan: Plan, found: Sequence[Result]) -> list[str]:
     lines = []
     for setting in WITH_EFFECTS:
         lines += [f"{setting}, each at the rate and batch of its objective:", ""]
-        names = ("method", "temperature", "neighbourhood")
+        names = ("method", "temperature", "neighbourhood", "metric")
         tables = {own: effects(found, OPTION, setting, names, own) for own in rule.MEASURES}
         rows = []
         for key in tables["knn"]:
-            method, temperature, near = key
-            name = short(str(method)).removesuffix(" near")
+            method, temperature, near, metric = key
+            name = f"{short(str(method)).removesuffix(' near')}, {metric}"
             own = [
                 "none" if near is None else f"{near:g}",
                 *(percent(t[key]) for t in tables.values()),

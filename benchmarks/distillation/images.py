@@ -28,6 +28,8 @@ FILES = tuple(
 )
 PARTS = ("teacher", "labelled", "gallery", "transfer", "validation")
 """Of what is not tested."""
+TESTED = 10_000
+"""Images that the full study tests, and no smoke run."""
 READ = 5_000
 """Training images, the last by seed 0: an earlier round's validation, and leads, came of them."""
 CLASSES = 10
@@ -123,20 +125,21 @@ def _floats(pixels: Tensor) -> Tensor:
 
 
 def _splits(sizes: Sizes, folder: Path) -> dict[str, Images]:
-    """Parts at random; none of the test part was validation or test of an earlier round.
+    """Parts at random; none of the test part was validation or test of the last full study.
 
-    That round tested the data set's own test images: here they are among the other parts.
+    That one tested the data set's own test images: here they are among the other parts.
     """
-    train, tested = load(folder)
-    images = Images(*map(torch.cat, zip(train, tested, strict=True)))
+    train, others = load(folder)
+    images = Images(*map(torch.cat, zip(train, others, strict=True)))
     order = _shuffled(torch.arange(len(train.labels)), seed=0)
     fresh = _shuffled(order[:-READ], seed=1)
-    others = torch.arange(len(train.labels), len(images.labels))
-    rest = _shuffled(torch.cat([fresh[sizes.test :], order[-READ:], others]), seed=2)
-    counts = {name: getattr(sizes, name) for name in PARTS}
-    rows = torch.split(rest[: sum(counts.values())], list(counts.values()))
-    parts = {name: _rows(images, own) for name, own in zip(counts, rows, strict=True)}
-    return parts | {"test": _rows(images, fresh[: sizes.test])}
+    known = torch.arange(len(train.labels), len(images.labels))
+    rest = _shuffled(torch.cat([fresh[TESTED:], order[-READ:], known]), seed=2)
+    counts = [getattr(sizes, name) for name in PARTS]
+    *rows, left = torch.split(rest, [*counts, len(rest) - sum(counts)])
+    parts = {name: _rows(images, own) for name, own in zip(PARTS, rows, strict=True)}
+    tested = fresh[:TESTED] if sizes.test == TESTED else left[: sizes.test]
+    return parts | {"test": _rows(images, tested)}
 
 
 def _shuffled(rows: Tensor, seed: int) -> Tensor:

@@ -56,13 +56,13 @@ def _relations(widths: Widths) -> Criterion:
 
 TEMPERATURES = _each("temperature", 0.03, 0.1, 0.01, 0.3)
 NEAR: tuple[Options, ...] = tuple(
-    {"temperature": temperature, "neighbourhood": neighbourhood}
-    for temperature, neighbourhood in (
-        (0.03, 0.4),
-        (0.03, 0.1),
-        (0.015, 0.4),
-        (0.015, 0.1),
-        (0.1, 0.1),
+    {"temperature": temperature, "neighbourhood": neighbourhood, "metric": metric}
+    for temperature, neighbourhood, metric in (
+        (0.03, 0.4, "euclidean"),
+        (0.03, 0.1, "euclidean"),
+        (0.03, 0.1, "cosine"),
+        (0.1, 0.1, "cosine"),
+        (0.03, 0.05, "cosine"),
     )
 )
 ROWS: tuple[Options, ...] = tuple(
@@ -125,7 +125,7 @@ METHODS = (
     # The third cost, cosine, is half of "sqeuclidean" for standardised neurons: the same training.
     Method("transport", _plain(criteria.Transport), _each("cost", "euclidean", "sqeuclidean")),
     *(
-        _coherence(whole(own), TEMPERATURES, objective=own, neighbourhood=None)
+        _coherence(whole(own), TEMPERATURES, objective=own, neighbourhood=None, metric="euclidean")
         for own in OBJECTIVES
     ),
     *(_coherence(near(own), NEAR, objective=own) for own in ("mse", "cross_entropy")),

@@ -145,10 +145,11 @@ def _head(plan: Plan, found: Sequence[Result], outcomes: Outcomes) -> str:
         batches=len(plan.batches),
         more=plan.more,
         default=DEFAULT.name,
-        setting=f"{option.objective} at temperature {option.temperature:g} with {near}",
+        setting=f"{option.objective} of {option.metric} distances, temperature "
+        f"{option.temperature:g}, {near}",
         seeds=len(plan.seeds),
         forms=len(OURS),
-        tried=sum(len(own[0]) * len(own[1]) for own in plan.objectives.values()),
+        tried=len(plan.options),
     )
 
 

@@ -26,6 +26,7 @@ from .summary import (
     duels,
     effects,
 )
+from .tables import short
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 OURS, BASELINE, CLASSES, NOTHING = "#0072B2", "#D55E00", "#009E73", "#888888"
@@ -215,11 +216,11 @@ WHOLE = 3.0
 
 def _neighbourhoods(results: Sequence[Result]) -> Figure:
     def curves(setting: str, measure: str) -> Curves:
-        names = ("method", "temperature", "neighbourhood")
+        names = ("method", "temperature", "neighbourhood", "metric")
         found: dict[str, dict[float, Interval]] = {}
         for key, value in effects(results, OPTION, setting, names, measure).items():
-            method, temperature, near = key
-            name = f"{str(method).removesuffix(' near')}, {temperature:g}"
+            method, temperature, near, metric = key
+            name = f"{short(str(method)).removesuffix(' near')}, {temperature:g}, {metric}"
             found.setdefault(name, {})[near or WHOLE] = value
         return {name: curve for name, curve in found.items() if len(curve) > 1}
 

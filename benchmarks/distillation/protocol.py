@@ -1,12 +1,13 @@
 """Which students are trained, and what of each is measured.
 
-search       every rate and batch with the first of a method's own options; then its other options,
-             and further rates, at the best of them: as many trials for every method, each one
-             student with one seed, on the validation split
+search       every rate and batch with the first of a method's own options; then, at the best of
+             them, a rate beyond the end of the grid if it is there, its other options, and rates
+             between: as many trials for every method, each one student with one seed, on the
+             validation split
 effects      what options, batches, comparisons and banks do, on the validation split
 defaults     the library's are chosen from these by the rule of rule.py
-test         the best trial of each method, and the default, with other seeds, on the test split:
-             once
+test         the best trial of each method, and the default, with seeds that no choice has seen, on
+             the test split: once
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pcoherence.spec import SCALES
 
 from . import rule
-from .methods import AWARE, BASELINES, DEFAULT, UNTRAINED, Method, Options, near, whole
+from .methods import AWARE, BASELINES, DEFAULT, UNTRAINED, Method, Options, whole
 from .plans import PLACES, SEARCHED, WITH_EFFECTS, Plan
 from .results import (
     BANK,
@@ -39,11 +40,13 @@ from .results import (
 )
 
 SEARCH_SEED = 0
-"""Of the search; the tests have 1, 2, ..."""
+"""Of the search; effects and tests have others."""
 TEACHER = "teacher"
 """A method of the test phase: the teacher's own embeddings, as the measure of all others."""
-BETWEEN = (2**-0.5, 2**0.5)
-"""Of the best rate: halfway to those that the search has tried."""
+BEYOND = 2.0
+"""Of the rate at an end of the grid, or its inverse: the step of the grid."""
+BETWEEN = (BEYOND**-0.5, BEYOND**0.5, BEYOND**0.25)
+"""Of the best rate: halfway to its neighbours in the grid, and a quarter."""
 EFFECT_RATES = (5e-3, 2e-2, 8e-2)
 """For every batch size: large batches make few steps, and need higher rates."""
 
@@ -117,22 +120,30 @@ def search(plan: Plan, _: Sequence[Result] = ()) -> list[Job]:
 
 
 def refine(plan: Plan, results: Sequence[Result]) -> list[Job]:
-    """At the best of them the other options; who has fewer tries rates between, near the best."""
+    """At the best of them: who is at an end of the grid goes beyond; others try a rate between.
+
+    Then come a method's other options; who has fewer tries further rates near the best.
+    """
     chosen = choices(results)
     jobs = []
     for name in SEARCHED:
         for method in PLACES[name].methods:
             best = chosen[name, method.name]
-            tried = [
+            others = [batch for batch in plan.batches if batch != best.batch]
+            near = list(itertools.product((best.batch, *others), BETWEEN))
+            if best.rate == min(plan.rates):
+                near.insert(0, (best.batch, 1 / BEYOND))
+            elif best.rate == max(plan.rates):
+                near.insert(0, (best.batch, BEYOND))
+            first, *further = [
+                _trial(name, method, method.options[0], best.rate * factor, batch)
+                for batch, factor in near
+            ]
+            own = [
                 _trial(name, method, options, best.rate, best.batch)
                 for options in method.options[1:]
             ]
-            others = [batch for batch in plan.batches if batch != best.batch]
-            tried += [
-                _trial(name, method, method.options[0], best.rate * factor, batch)
-                for batch, factor in itertools.product((best.batch, *others), BETWEEN)
-            ]
-            jobs += tried[: plan.more]
+            jobs += [first, *own, *further][: plan.more]
     return jobs
 
 
@@ -157,16 +168,12 @@ def _effect(name: str, method: str, choice: Choice, phase: str, **changes: objec
 
 
 def options(plan: Plan, results: Sequence[Result]) -> list[Job]:
-    """Objectives, temperatures and neighbourhoods, at the objective's chosen rate and batch."""
+    """Those among which the rule chooses, at the rate and batch chosen for their objective."""
     chosen = choices(results)
     jobs = []
-    for name, (objective, (temperatures, neighbourhoods)) in itertools.product(
-        WITH_EFFECTS, plan.objectives.items()
-    ):
-        for temperature, neighbourhood in itertools.product(temperatures, neighbourhoods):
-            own = {"temperature": temperature, "neighbourhood": neighbourhood}
-            method = near(objective) if neighbourhood else whole(objective)
-            jobs.append(_effect(name, method, chosen[name, method], OPTION, options=own))
+    for name, own in itertools.product(WITH_EFFECTS, plan.options):
+        job = _effect(name, own.method, chosen[name, own.method], OPTION)
+        jobs.append(dataclasses.replace(job, options=own.beside_objective))
     return _seeded(jobs, plan.effect_seeds)
 
 
@@ -188,7 +195,7 @@ def teachers_and_scales(plan: Plan, results: Sequence[Result]) -> list[Job]:
     """
     chosen = choices(results)
     method = whole("mse")
-    temperatures, _ = plan.objectives["mse"]
+    temperatures = dict.fromkeys(own.temperature for own in plan.options if own.objective == "mse")
     jobs = []
     for name, temperature in itertools.product(WITH_EFFECTS, temperatures):
         choice, own = chosen[name, method], {"temperature": temperature}
@@ -210,7 +217,7 @@ def comparisons(plan: Plan, results: Sequence[Result]) -> list[Job]:
         for method, group in itertools.product(plan.grouped, plan.groups):
             own = {"batch": plan.large, "steps": plan.steps, "group": group}
             jobs.append(_effect(name, method, chosen[name, method], COMPARISONS, **own))
-        for method, group in itertools.product(plan.banked, plan.batch_groups):
+        for method, group in itertools.product(plan.comparing, plan.batch_groups):
             own = {"batch": plan.batch, "group": group}
             jobs.append(_effect(name, method, chosen[name, method], COMPARISONS, **own))
     return _seeded(jobs, plan.effect_seeds)
@@ -222,7 +229,7 @@ def banks(plan: Plan, results: Sequence[Result]) -> list[Job]:
     jobs = [
         _effect(name, method, chosen[name, method], BANK, batch=plan.bank_batch, bank=bank)
         for name in WITH_EFFECTS
-        for method, bank in itertools.product(plan.banked, (0, plan.bank))
+        for method, bank in itertools.product(plan.comparing, (0, plan.bank))
     ]
     return _seeded(jobs, plan.effect_seeds)
 

@@ -70,6 +70,14 @@ class Result:
         return found[measure] if measure in found else self.measures[distance][measure]
 
 
+def rounded(measures: Measures) -> Measures:
+    """To the digits that a file keeps, so that a result is the same before and after."""
+    return {
+        distance: {name: float(f"{value:.5g}") for name, value in own.items()}
+        for distance, own in measures.items()
+    }
+
+
 def load(path: Path) -> list[Result]:
     """The results of a file, none if there is no file; without a line that was cut off."""
     if not path.exists():
@@ -94,11 +102,7 @@ def save(path: Path, results: list[Result]) -> None:
 
 
 def _write(result: Result) -> str:
-    rounded = {
-        distance: {name: float(f"{value:.5g}") for name, value in own.items()}
-        for distance, own in result.measures.items()
-    }
-    content = {"job": dataclasses.asdict(result.job), "measures": rounded}
+    content = {"job": dataclasses.asdict(result.job), "measures": result.measures}
     return json.dumps(content | {"seconds": round(result.seconds, 2)})
 
 

@@ -1,10 +1,11 @@
 """Which options become the library's defaults: a rule, written before it was run.
 
 On validation splits alone, with the seeds of the effects: of every option (objective, temperature,
-neighbourhood) and in every setting, each of MEASURES is compared with the baseline without classes
-that is best in it. The option whose worst difference is greatest becomes the default. Options
-within TIE of it are as good: then the simplest is taken, which has no neighbourhood, an objective
-earlier in the library's list, a higher temperature, a wider neighbourhood, in this order.
+neighbourhood, metric) and in every setting, each of MEASURES is compared with the baseline without
+classes that is best in it. The option whose worst difference is greatest becomes the default.
+Options within TIE of it are as good: then the simplest is taken, which has no neighbourhood, an
+objective and a metric earlier in the library's lists, a higher temperature, a wider neighbourhood,
+in this order.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pcoherence.spec import OBJECTIVES
+from pcoherence.spec import METRICS, OBJECTIVES
 
 from .methods import Options, near, whole
 from .results import BASELINE, DISTANCES, OPTION, Result
 
 MEASURES = ("knn", "probe", "map", "coherence", "overlap")
 TIE = 1e-3
-"""A tenth of a point: less than any interval over three seeds here."""
+"""A tenth of a point: less than what means over three seeds can tell apart."""
 
 
 class Candidate(NamedTuple):
@@ -31,11 +32,13 @@ class Candidate(NamedTuple):
     objective: str
     temperature: float
     neighbourhood: float | None
+    metric: str
 
     @property
     def method(self) -> str:
-        """Whose rate and batch are used with it."""
-        return near(self.objective) if self.neighbourhood else whole(self.objective)
+        """Whose rate and batch are used with it: one with its metrics, if it needs another one."""
+        plain = self.neighbourhood is None and self.metric == METRICS[0]
+        return whole(self.objective) if plain else near(self.objective)
 
     @property
     def options(self) -> Options:
@@ -43,11 +46,16 @@ class Candidate(NamedTuple):
         return self._asdict()
 
     @property
-    def complexity(self) -> tuple[bool, int, float, float]:
+    def beside_objective(self) -> Options:
+        """Of a method that has the objective."""
+        return {name: value for name, value in self.options.items() if name != "objective"}
+
+    @property
+    def complexity(self) -> tuple[bool, int, int, float, float]:
         """Less is simpler."""
         wide = math.inf if self.neighbourhood is None else self.neighbourhood
-        order = OBJECTIVES.index(self.objective)
-        return self.neighbourhood is not None, order, -self.temperature, -wide
+        order = OBJECTIVES.index(self.objective), METRICS.index(self.metric)
+        return self.neighbourhood is not None, *order, -self.temperature, -wide
 
 
 Where = tuple[str, str]
@@ -59,8 +67,7 @@ def candidate(result: Result) -> Candidate:
     """Of a result of the phase OPTION."""
     job = result.job
     objective = job.method.removeprefix("coherence ").removesuffix(" near")
-    own = job.options
-    return Candidate(objective, float(own["temperature"]), own["neighbourhood"])  # type: ignore[arg-type]
+    return Candidate(objective, **job.options)  # type: ignore[arg-type]
 
 
 def margins(results: Iterable[Result]) -> dict[Candidate, dict[Where, float]]:

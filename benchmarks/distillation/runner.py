@@ -72,7 +72,7 @@ def do(plan: str, folder: Path, job: Job) -> Result:
     own = job.method == protocol.TEACHER
     student = None if own else trained(plans.PLANS[plan], setting, job)
     measures = _measures(job, setting, split, functools.partial(_embeddings, student))
-    return Result(job, measures, time.perf_counter() - start)
+    return Result(job, results.rounded(measures), time.perf_counter() - start)
 
 
 Look = Callable[[Split | Judgement], Tensor]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .settings import Judgement, Setting, Split, kept, teacher_logits
 
 CLASSES = 45
-# Of the order of texts, whose first ones were an earlier round's splits. The example draws others,
-# and its settings were looked at on its test texts.
+# Of the order of texts, whose first ones were the splits of the last full study. The example draws
+# by another seed; a few of its test texts, on which its settings were looked at, may be here, too.
 SEED = 3
 READ = 34_000
 # A sixteenth of the example's table of words: training it takes most of the time.

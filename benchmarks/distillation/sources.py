@@ -1,4 +1,7 @@
-"""What results depend on: a change of it must not meet results that were kept before."""
+"""What results depend on: a change of it must not meet results that were kept before.
+
+The library is left out: after a change of what it computes, empty the folder of results.
+"""
 
 from __future__ import annotations
 
