@@ -51,6 +51,7 @@ from benchmarks.distillation.images import Pixels, _idx, _only
 from benchmarks.distillation.methods import AWARE, DEFAULT, INDEX_METHODS, METHODS, NAMED, near
 from benchmarks.distillation.results import (
     ANY,
+    BANK,
     BATCH_RATES,
     BATCH_SIZE,
     COMPARISONS,
@@ -73,6 +74,7 @@ from benchmarks.distillation.summary import (
     differs,
     duels,
     gains,
+    in_index,
     interval,
 )
 from pcoherence import (
@@ -443,14 +445,15 @@ def test_every_method_has_as_many_trials() -> None:
 def test_no_two_trials_are_the_same_training() -> None:
     """Adam divides a factor away: losses in proportion would be one trial, tried twice."""
     torch.manual_seed(0)
-    x, *known = (torch.randn(70, width).double() for width in (STUDENT, TEACHER, CLASSES))
+    x, *known = (torch.randn(70, width).double() for width in (TEACHER, TEACHER, CLASSES))
     seen = Seen(known[0], known[1], torch.arange(70) % CLASSES)
-    for method in METHODS:
+    for method in (*METHODS, *INDEX_METHODS):
         gradients = []
+        width = TEACHER if method in INDEX_METHODS else STUDENT
         for own in method.options:
             torch.manual_seed(0)
             criterion = method.build(WIDTHS, **own).double()
-            leaf = x.clone().requires_grad_()
+            leaf = x[:, :width].clone().requires_grad_()
             (gradient,) = torch.autograd.grad(criterion(leaf, seen), leaf)
             gradients.append(gradient.flatten() / gradient.norm())
         for one, other in itertools.combinations(gradients, 2):
@@ -530,6 +533,32 @@ def test_the_best_trial_is_tested() -> None:
         names = evaluation.IN_INDEX if place.in_index else evaluation.BY_DISTANCE
         distances = chosen[place.chosen_in, job.method].distances
         assert distances == dict.fromkeys(names, "cosine")
+
+
+def test_choices_of_a_batch_alone() -> None:
+    """Where there are trials of it; effects at that batch have its rates."""
+    found = simulated(plans.FULL, arbitrary)
+    for batch in (128, 512):
+        for choice in protocol.choices(found, batch).values():
+            assert choice.batch == batch
+    assert protocol.choices(found, 77) == protocol.choices(found)
+    for phase, batch in ((COMPARISONS, 512), (BANK, 128)):
+        chosen = protocol.choices(found, batch)
+        for job in (own.job for own in found if own.job.phase == phase):
+            choice = chosen[job.setting, job.method]
+            assert (job.rate, job.options) == (choice.rate, choice.options)
+
+
+def test_in_an_index_one_distance_serves_all() -> None:
+    outcomes = Outcomes(simulated(plans.QUICK, by_method))
+    choice = outcomes.choice("index of images", "index rop")
+    assert choice is not None
+    outcomes.choices["index of images", "index rop"] = dataclasses.replace(
+        choice, distances={"map": "euclidean", "overlap": "cosine"}
+    )
+    assert outcomes.distance("index of images", "index rop", "overlap") == "euclidean"
+    assert outcomes.distance("images", "rop", "probe") == "euclidean"
+    assert outcomes.distance("images", "teacher", "knn") is None
 
 
 def test_each_measure_has_its_own_distance() -> None:
@@ -1040,9 +1069,13 @@ def test_duels_favour_the_baseline() -> None:
         assert outcomes.leaders(duel.cell, duel.measure) == [DEFAULT.name]
     for duel in duels(outcomes, by_default(outcomes)):
         assert duel.ours == DEFAULT.name
-    for duel in duels(outcomes, by_search(outcomes, in_index=True)):
-        assert duel.ours == "index cosine + coherence"
-        assert duel.theirs == "index rop"
+    for mixed, ours in (
+        (False, "index coherence cross_entropy"),
+        (True, "index cosine + coherence"),
+    ):
+        for duel in duels(outcomes, in_index(outcomes, mixed)):
+            assert duel.ours == ours
+            assert duel.theirs == "index rop"
 
 
 def test_gains_are_paired_by_seed() -> None:

@@ -8,17 +8,18 @@ from pcoherence.spec import LossSpec
 
 from . import rule
 from .plans import WITH_EFFECTS, Plan
-from .plots import CANDIDATES, NEAR
+from .plots import CANDIDATES, NEIGHBOURHOOD
 from .results import BANK, BASELINE, BATCH_SIZE, COMPARISONS, OPTION, SCALE, SOFT_TEACHER, Result
-from .summary import HEADINGS, Interval, effects, gains
+from .summary import HEADINGS, Interval, gains, intervals
 from .tables import markdown, percent, short, signed
 
 
 def lines(plan: Plan, found: Sequence[Result], shown: Sequence[str]) -> list[str]:
     """Of the page; shown: its pictures."""
     return [
-        "By the Euclidean distance, except for the rule, which takes the better one. Intervals are",
-        f"of 95 % over {len(plan.effect_seeds)} seeds.",
+        "By the distance, Euclidean or cosine, that is better. Intervals are of 95 % over",
+        f"{len(plan.effect_seeds)} seeds. Options are those that the search chose, at batches of",
+        f"{' and '.join(map(str, plan.batches))}.",
         "",
         "### The defaults, by a rule",
         "",
@@ -26,9 +27,9 @@ def lines(plan: Plan, found: Sequence[Result], shown: Sequence[str]) -> list[str
         "",
         "### Neighbourhood, objective and temperature",
         "",
-        *(own for own in shown if f"({NEAR})" in own),
+        *(own for own in shown if f"({NEIGHBOURHOOD})" in own),
         "",
-        *_options(plan, found),
+        *_options(found),
         "### Batch size and candidates",
         "",
         *(own for own in shown if f"({CANDIDATES})" in own),
@@ -38,7 +39,8 @@ def lines(plan: Plan, found: Sequence[Result], shown: Sequence[str]) -> list[str
         "",
         f"What a bank of {plan.bank} points adds to batches of {plan.bank_batch}, in points. The",
         "coherence loss has the library's `CandidateBank`; for others the bank's points, without",
-        "gradient, join the batch.",
+        f"gradient, join the batch. Rates are those chosen for batches of {plan.bank_batch}",
+        "without a bank.",
         "",
         *_gains(found, BANK, "bank", 0),
         "### A soft teacher, and scales",
@@ -67,8 +69,8 @@ def _rule(found: Sequence[Result]) -> list[str]:
         worst = f"{100 * rule.worst(own):+.1f} ({HEADINGS[measure]}, {place})"
         rows.append([name, worst, *means])
     return [
-        "Points more than the best of the others, by means over seeds: the worst difference, which",
-        f"decides, and means over {' and '.join(WITH_EFFECTS)}.",
+        "Points more than the best of the other losses without classes, by means over seeds: the",
+        f"worst difference, which decides, and means over {' and '.join(WITH_EFFECTS)}.",
         "",
         *markdown(
             (
@@ -81,12 +83,12 @@ def _rule(found: Sequence[Result]) -> list[str]:
     ]
 
 
-def _options(plan: Plan, found: Sequence[Result]) -> list[str]:
+def _options(found: Sequence[Result]) -> list[str]:
     lines = []
     for setting in WITH_EFFECTS:
         lines += [f"{setting}, each at the rate and batch of its objective:", ""]
         names = ("method", "temperature", "neighbourhood", "metric")
-        tables = {own: effects(found, OPTION, setting, names, own) for own in rule.MEASURES}
+        tables = {own: intervals(found, OPTION, setting, names, own) for own in rule.MEASURES}
         rows = []
         for key in tables["knn"]:
             method, temperature, near, metric = key
@@ -109,7 +111,7 @@ def _baselines(found: Sequence[Result], setting: str) -> dict[str, list[Interval
     """The other losses with the same seeds."""
     values: dict[str, list[Interval]] = {}
     for measure in rule.MEASURES:
-        for (method,), value in effects(found, BASELINE, setting, ("method",), measure).items():
+        for (method,), value in intervals(found, BASELINE, setting, ("method",), measure).items():
             values.setdefault(method, []).append(value)
     return values
 
@@ -117,7 +119,8 @@ def _baselines(found: Sequence[Result], setting: str) -> dict[str, list[Interval
 def _batches(plan: Plan, found: Sequence[Result]) -> list[str]:
     lines = [
         "Batches of different sizes, each at the best of three rates, while as many points are",
-        "seen in all: large batches make fewer steps.",
+        "seen in all: large batches make fewer steps. The rates, in the order of the columns, are",
+        "in the last one.",
         "",
     ]
     for setting in WITH_EFFECTS:
@@ -125,17 +128,19 @@ def _batches(plan: Plan, found: Sequence[Result]) -> list[str]:
     large = [own for own in found if own.job.batch == plan.large]
     lines += [
         f"Batches of {plan.large:,} and {plan.steps} steps, but points are compared within groups",
-        "only: what more candidates buy when steps are as many.",
+        "only: what more candidates buy when steps are as many. The rate is the one chosen for",
+        f"batches of {plan.batch}, whatever the group.",
         "",
     ]
     for setting in WITH_EFFECTS:
         lines += [f"{setting}:", "", *_table(large, COMPARISONS, setting, "group"), ""]
     ordinary = [own for own in found if own.job.batch == plan.batch]
-    few, *_, many = (min(plan.batch_groups), max(plan.batch_groups))
+    few, many = min(plan.batch_groups), max(plan.batch_groups)
     if few != many:
         lines += [
             f"For all losses that compare points, in batches of {plan.batch}: what comparisons",
-            f"within groups of {few} give, over those of all {many}, in points.",
+            f"within groups of {few} give, over those of all {many}, in points (at the rate chosen",
+            f"for all {many}).",
             "",
             *_gains(ordinary, COMPARISONS, "group", many),
         ]
@@ -145,7 +150,7 @@ def _batches(plan: Plan, found: Sequence[Result]) -> list[str]:
 def _table(found: Sequence[Result], phase: str, setting: str, column: str) -> list[str]:
     """5-NN, overlap and order of every method, by a field of the job."""
     tables = {
-        measure: effects(found, phase, setting, ("method", column), measure)
+        measure: intervals(found, phase, setting, ("method", column), measure)
         for measure in ("knn", "overlap", "coherence")
     }
     across = sorted({key[1] for key in tables["knn"]})
@@ -161,7 +166,20 @@ def _table(found: Sequence[Result], phase: str, setting: str, column: str) -> li
         for name in dict.fromkeys(key[0] for key in tables["knn"])
     ]
     headings = [f"{HEADINGS[own]}, {x}" for own in tables for x in across]
+    if phase == BATCH_SIZE:
+        headings.append("rates")
+        for row, rates in zip(rows, _rates(found, setting), strict=True):
+            row.append(rates)
     return markdown((f"method; {column}", *headings), rows)
+
+
+def _rates(found: Sequence[Result], setting: str) -> list[str]:
+    """Of every method in the effect of batches, by batch."""
+    jobs = [own.job for own in found if own.job.phase == BATCH_SIZE and own.job.setting == setting]
+    rates: dict[str, dict[int, float]] = {}
+    for job in jobs:
+        rates.setdefault(job.method, {})[job.batch] = job.rate
+    return [", ".join(f"{own[batch]:g}" for batch in sorted(own)) for own in rates.values()]
 
 
 def _gains(found: Sequence[Result], phase: str, field: str, base: int) -> list[str]:
@@ -183,7 +201,7 @@ def _teachers(found: Sequence[Result]) -> list[str]:
     for setting in WITH_EFFECTS:
         rows = []
         for phase, names in ((SOFT_TEACHER, ("temperature",)), (SCALE, ("temperature", "scale"))):
-            tables = [effects(found, phase, setting, names, own) for own in rule.MEASURES]
+            tables = [intervals(found, phase, setting, names, own) for own in rule.MEASURES]
             for key in tables[0]:
                 title = "soft" if phase == SOFT_TEACHER else f"scale {key[1]}"
                 rows.append([title, f"{key[0]:g}", *(percent(table[key]) for table in tables)])

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot no display is needed
 from matplotlib.lines import Line2D
 
+from .evaluation import IN_INDEX
 from .methods import AWARE, BASELINES, DEFAULT, INDEX_BASELINES, UNTRAINED
 from .plans import WITH_EFFECTS
 from .results import BATCH_SIZE, COMPARISONS, OPTION, Result
@@ -24,16 +25,16 @@ from .summary import (
     by_default,
     differs,
     duels,
-    effects,
+    intervals,
 )
 from .tables import short
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
-OURS, BASELINE, CLASSES, NOTHING = "#0072B2", "#D55E00", "#009E73", "#888888"
-LINES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
+LINES = (BLUE, "#E69F00", GREEN, ORANGE, "#CC79A7", "#000000", "#56B4E9", GREY)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DPI = 120
-SUMMARY, NEAR, CANDIDATES = "summary.png", "neighbourhood.png", "candidates.png"
+SUMMARY, NEIGHBOURHOOD, CANDIDATES = "summary.png", "neighbourhood.png", "candidates.png"
 SHOWN = ("knn", "map", "overlap", "coherence")
 """Measures of the effects."""
 
@@ -49,7 +50,7 @@ def write(results: Sequence[Result], folder: Path) -> dict[str, str]:
     for setting in dict.fromkeys(cell.setting for cell in outcomes.cells):
         cells = [cell for cell in outcomes.cells if cell.setting == setting]
         figures[picture(setting)] = (f"Test results, {setting}", _tests(outcomes, cells))
-    figures[NEAR] = ("Neighbourhood", _neighbourhoods(results))
+    figures[NEIGHBOURHOOD] = ("Neighbourhood", _neighbourhoods(results))
     figures[CANDIDATES] = ("Batch size and candidates", _candidates(results))
     for name, (_, figure) in figures.items():
         figure.savefig(folder / name, dpi=DPI)
@@ -79,10 +80,10 @@ def _summary(outcomes: Outcomes) -> Figure:
         axes.set_title(f"{cell.setting}, {cell.student} student", fontsize=9, loc="left")
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.set_ylim(-0.6, len(own) - 0.4)
-    panels[-1].set_xlabel("points better (right) or worse (left) than the best of all others")
+    panels[-1].set_xlabel("points better (right) or worse (left) than the best of the others")
     marks = [
         Line2D([], [], color=colour, marker="o", linestyle="", label=text)
-        for colour, text in zip((OURS, NOTHING, BASELINE), VERDICTS.values(), strict=True)
+        for colour, text in zip((BLUE, GREY, ORANGE), VERDICTS.values(), strict=True)
     ]
     figure.legend(handles=marks, ncols=3, loc="outside upper right", fontsize=8)
     figure.suptitle(
@@ -95,7 +96,7 @@ def _summary(outcomes: Outcomes) -> Figure:
 
 
 def _dot(axes: Axes, row: float, difference: Interval) -> None:
-    colour = {1: OURS, 0: NOTHING, -1: BASELINE}[differs(difference)]
+    colour = {1: BLUE, 0: GREY, -1: ORANGE}[differs(difference)]
     half = 0.0 if math.isnan(difference.half) else 100 * difference.half
     axes.errorbar(
         100 * difference.mean, row, xerr=half, marker="o", color=colour, markersize=5, capsize=2
@@ -108,16 +109,16 @@ def _against(duel: Duel) -> str:
 
 def _colour(method: str) -> str:
     if method in AWARE:
-        return CLASSES
+        return GREEN
     if method in (*BASELINES, *INDEX_BASELINES):
-        return BASELINE
-    return NOTHING if method == UNTRAINED.name else OURS
+        return ORANGE
+    return GREY if method == UNTRAINED.name else BLUE
 
 
 def _tests(outcomes: Outcomes, cells: Sequence[Cell]) -> Figure:
     """A column for each measure, a line for each method, a marker for each student."""
     methods = outcomes.methods(cells[0])[::-1]
-    measures = outcomes.measures(cells[0])[:5]
+    measures = IN_INDEX if cells[0].in_index else tuple(HEADINGS)
     figure = Figure(figsize=(14, 0.9 + 0.36 * len(methods)), layout="constrained")
     panels = figure.subplots(1, len(measures), sharey=True)
     for axes, measure in zip(panels, measures, strict=True):
@@ -218,7 +219,7 @@ def _neighbourhoods(results: Sequence[Result]) -> Figure:
     def curves(setting: str, measure: str) -> Curves:
         names = ("method", "temperature", "neighbourhood", "metric")
         found: dict[str, dict[float, Interval]] = {}
-        for key, value in effects(results, OPTION, setting, names, measure).items():
+        for key, value in intervals(results, OPTION, setting, names, measure).items():
             method, temperature, near, metric = key
             name = f"{short(str(method)).removesuffix(' near')}, {temperature:g}, {metric}"
             found.setdefault(name, {})[near or WHOLE] = value
@@ -239,7 +240,7 @@ def _candidates(results: Sequence[Result]) -> Figure:
         name = "batch" if phase == BATCH_SIZE else "group"
         chosen = [own for own in results if phase == BATCH_SIZE or own.job.batch == large]
         found: dict[str, dict[float, Interval]] = {}
-        for (method, x), value in effects(
+        for (method, x), value in intervals(
             chosen, phase, setting, ("method", name), measure
         ).items():
             found.setdefault(method, {})[x] = value

@@ -263,11 +263,15 @@ def accuracy(result: Result) -> float:
     return result.value("knn", "euclidean")
 
 
+def few(plan: Plan) -> Sequence[int]:
+    """Seeds of the test phase for what is there for orientation only."""
+    return plan.seeds[: (len(plan.seeds) + 1) // 2]
+
+
 def test(plan: Plan, results: Sequence[Result]) -> list[Job]:
     """What was chosen, with other seeds; the default; and the two that need no choice."""
     chosen = choices(results)
     default = rule.choose(results)
-    few = plan.seeds[: (len(plan.seeds) + 1) // 2]
     jobs = []
     for name, students in plan.students.items():
         place = PLACES[name]
@@ -285,7 +289,7 @@ def test(plan: Plan, results: Sequence[Result]) -> list[Job]:
         jobs.append(base)
         for student in students:
             untrained = dataclasses.replace(base, student=student, method=UNTRAINED.name)
-            jobs += _seeded([untrained], few)
+            jobs += _seeded([untrained], few(plan))
             trials = {own.name: chosen[place.chosen_in, own.name] for own in place.methods}
             if not place.in_index:
                 choice = chosen[place.chosen_in, default.method]
@@ -299,7 +303,7 @@ def test(plan: Plan, results: Sequence[Result]) -> list[Job]:
                     rate=choice.rate,
                     batch=choice.batch,
                 )
-                jobs += _seeded([job], few if method in AWARE else plan.seeds)
+                jobs += _seeded([job], few(plan) if method in AWARE else plan.seeds)
     return jobs
 
 

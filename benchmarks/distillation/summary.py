@@ -69,11 +69,6 @@ class Cell(NamedTuple):
         """The other losses that see no classes."""
         return INDEX_BASELINES if self.in_index else BASELINES
 
-    @property
-    def ours(self) -> tuple[str, ...]:
-        """The coherence loss, in all its forms that were tuned."""
-        return INDEX_OURS if self.in_index else OURS
-
 
 class Outcomes:
     """What was chosen, and the test phase: values by cell, method, measure and seed."""
@@ -90,12 +85,12 @@ class Outcomes:
 
     def _add(self, result: Result) -> None:
         job = result.job
-        choice = self.choice(job.setting, job.method)
         for name in dict.fromkeys(name for own in result.measures.values() for name in own):
-            if choice is None:  # of what nothing was chosen for, the better distance counts
-                value = max(result.value(name, distance) for distance in DISTANCES)
+            distance = self.distance(job.setting, job.method, name)
+            if distance is None:  # of what nothing was chosen for, the better one counts
+                value = max(result.value(name, own) for own in DISTANCES)
             else:
-                value = result.value(name, choice.distances.get(name, DISTANCES[0]))
+                value = result.value(name, distance)
             if job.method == TEACHER:
                 self.teacher[job.setting, name] = value
             else:
@@ -107,10 +102,21 @@ class Outcomes:
         searched = self.default.method if method == DEFAULT.name else method
         return self.choices.get((PLACES[setting].chosen_in, searched))
 
-    def tuned(self, cell: Cell) -> str:
-        """Our loss as the search would have it: the form that did best in it."""
+    def distance(self, setting: str, method: str, measure: str) -> str | None:
+        """By which a measure goes: the better one in the chosen trial; None without a choice.
+
+        In an index all measures go by the one that was better for what trials are chosen by.
+        """
+        choice = self.choice(setting, method)
+        if choice is None:
+            return None
+        place = PLACES[setting]
+        return choice.distances.get(place.chosen_by if place.in_index else measure, DISTANCES[0])
+
+    def tuned(self, cell: Cell, methods: Sequence[str]) -> str:
+        """Which of some methods did best in the search."""
         place = PLACES[cell.setting].chosen_in
-        return max(cell.ours, key=lambda name: self.choices[place, name].value)
+        return max(methods, key=lambda name: self.choices[place, name].value)
 
     def measures(self, cell: Cell) -> list[str]:
         """Names, those of every setting first."""
@@ -181,9 +187,15 @@ def by_default(outcomes: Outcomes) -> dict[Cell, str]:
     return {cell: DEFAULT.name for cell in outcomes.cells if not cell.in_index}
 
 
-def by_search(outcomes: Outcomes, in_index: bool = False) -> dict[Cell, str]:
+def by_search(outcomes: Outcomes) -> dict[Cell, str]:
     """The form of ours that did best in the search of each setting."""
-    return {cell: outcomes.tuned(cell) for cell in outcomes.cells if cell.in_index == in_index}
+    return {cell: outcomes.tuned(cell, OURS) for cell in outcomes.cells if not cell.in_index}
+
+
+def in_index(outcomes: Outcomes, mixed: bool) -> dict[Cell, str]:
+    """The same in the teacher's index: of the loss alone, or mixed with a regression."""
+    methods = [name for name in INDEX_OURS if ("+" in name) == mixed]
+    return {cell: outcomes.tuned(cell, methods) for cell in outcomes.cells if cell.in_index}
 
 
 def counted(fought: Iterable[Duel]) -> list[int]:
@@ -202,31 +214,50 @@ def score(outcomes: Outcomes, ours: Mapping[Cell, str], other: str) -> list[int]
     return [found[verdict] for verdict in VERDICTS]
 
 
-def effects(
+def intervals(
     results: Iterable[Result], phase: str, setting: str, names: Sequence[str], measure: str
 ) -> dict[tuple, Interval]:
-    """Intervals over seeds of an effect, by what tells its jobs apart; by Euclidean distance.
+    """Over seeds, of an effect, by what tells its jobs apart; by the distance that is better.
 
     names: fields of the job, or names of its options.
     """
-    values = _by_seed(results, phase, setting, names, measure)
-    return {key: interval(list(own.values())) for key, own in values.items()}
+    found = list(results)
+    either = [_by_seed(found, phase, setting, names, measure, own) for own in DISTANCES]
+    return {
+        key: max(
+            (interval(list(values[key].values())) for values in either), key=lambda own: own.mean
+        )
+        for key in either[0]
+    }
 
 
 def gains(
     results: Iterable[Result], phase: str, setting: str, name: str, base: object, measure: str
 ) -> dict[tuple, Interval]:
-    """By method and value of a field: what it gains over the base value, seed by seed."""
-    values = _by_seed(results, phase, setting, ("method", name), measure)
-    return {
-        (method, value): interval([own[seed] - values[method, base][seed] for seed in own])
-        for (method, value), own in values.items()
-        if value != base
-    }
+    """By method and value of a field: what it gains over the base value, seed by seed.
+
+    By the distance that is better with the base value.
+    """
+    found = list(results)
+    either = [_by_seed(found, phase, setting, ("method", name), measure, own) for own in DISTANCES]
+    gained = {}
+    for method, value in either[0]:
+        if value != base:
+            sums = [sum(own[method, base].values()) for own in either]
+            values = either[sums.index(max(sums))]
+            theirs = values[method, base]
+            ours = values[method, value].items()
+            gained[method, value] = interval([own - theirs[seed] for seed, own in ours])
+    return gained
 
 
 def _by_seed(
-    results: Iterable[Result], phase: str, setting: str, names: Sequence[str], measure: str
+    results: Iterable[Result],
+    phase: str,
+    setting: str,
+    names: Sequence[str],
+    measure: str,
+    distance: str,
 ) -> dict[tuple, dict[int, float]]:
     values: dict[tuple, dict[int, float]] = {}
     for result in results:
@@ -235,5 +266,5 @@ def _by_seed(
             key = tuple(
                 job.options[name] if name in job.options else getattr(job, name) for name in names
             )
-            values.setdefault(key, {})[job.seed] = result.value(measure, DISTANCES[0])
+            values.setdefault(key, {})[job.seed] = result.value(measure, distance)
     return values
