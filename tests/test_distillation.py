@@ -982,6 +982,52 @@ def test_image_files(tmp_path: Path) -> None:
     assert torch.equal(_idx(path), torch.arange(12, dtype=torch.uint8).view(2, 2, 3))
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_fresh_images_are_tested(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full study's test images were in no test or validation split of the last one.
+
+    A smoke run tests none of them.
+    """
+    from benchmarks.distillation import images
+
+    def numbered(start: int, count: int) -> images.Images:
+        rows = torch.arange(start, start + count)
+        return images.Images(rows.view(-1, 1, 1, 1).float(), rows % 10)
+
+    monkeypatch.setattr(images, "load", lambda _: (numbered(0, 60_000), numbered(60_000, 10_000)))
+    full, own = (
+        images._splits(sizes, Path())
+        for sizes in (plans.FULL.images, (plans.QUICK if quick else plans.FULL).images)
+    )
+    rows = {name: set(part.pixels.flatten().int().tolist()) for name, part in own.items()}
+    counted_once = sum(map(len, rows.values()))
+    assert len(set().union(*rows.values())) == counted_once
+    read = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))[55_000:]
+    assert not rows["test"] & {*read.tolist(), *range(60_000, 70_000)} or quick
+    tested = set(full["test"].pixels.flatten().int().tolist())
+    assert len(tested) == 10_000
+    assert quick == (not any(part & tested for part in rows.values()))
+
+
+def test_fresh_texts_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After those of the last study, which are the first of the same order."""
+    import random
+
+    from benchmarks.distillation import sentences
+
+    everything = range(88_000)
+    last = random.Random(sentences.SEED).sample(everything, sentences.READ)
+    now = random.Random(sentences.SEED).sample(everything, 2 * sentences.READ)
+    assert now[: sentences.READ] == last
+    asked = []
+    monkeypatch.setattr(
+        sentences, "load_glosses", lambda folder, sizes, seed: asked.append((sizes, seed)) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        sentences.glosses(plans.FULL.sentences, Path())
+    assert asked == [((sentences.READ, *plans.FULL.sentences), sentences.SEED)]
+
+
 def test_classes_become_consecutive() -> None:
     from benchmarks.distillation.images import Images
 
