@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -96,7 +96,7 @@ def pooled_errors(
         teacher = make_case(case, n, 24, dtype=dtype, seed=n + 1000 * draw + 1)
         weights = torch.zeros(n, dtype=dtype)
         weights[torch.linspace(0, n - 1, min(n, ANCHORS)).long()] = 1.0
-        options: dict[str, Any] = {"anchor_weights": weights, "temperature": tau}
+        options = {**measure.PLAIN, "anchor_weights": weights, "temperature": tau}
         loss, gradient, _ = reference_value_and_grad(student, teacher, **options)
         rough = reference_value_and_grad(student, teacher, dtype=dtype, **options)[:2]
         brute.append(relative_errors(rough, (loss, gradient)))
@@ -148,6 +148,20 @@ def against_products(n: int, d: int, bar: float, repeats: int) -> Figure:
     ratio = measure.median_ratio(seconds["loss"], seconds["products"])
     ms = statistics.median(seconds["loss"]) * 1e3
     return at_most(f"n {n:,}, d {d}: times the four products ({ms:.0f} ms)", ratio, bar, "x")
+
+
+def defaults_against_plain(n: int, d: int, bar: float, repeats: int) -> Figure:
+    """The library's defaults against the plain loss that all other times are of."""
+    seconds = measure.interleaved(
+        {
+            "plain": measure.loss_step(n, d, backend="cpu"),
+            "defaults": measure.loss_step(n, d, backend="cpu", **measure.defaults()),
+        },
+        repeats,
+    )
+    ratio = measure.median_ratio(seconds["defaults"], seconds["plain"])
+    ms = statistics.median(seconds["defaults"]) * 1e3
+    return at_most(f"n {n:,}, d {d}: defaults, times mse ({ms:.0f} ms)", ratio, bar, "x")
 
 
 def against_reference(n: int, d: int, bar: float, repeats: int) -> Figure:
@@ -213,6 +227,7 @@ def figures(quick: bool) -> Iterator[Figure]:
     yield against_reference(512, 128, 150.0, 3)
     yield against_products(4096, 512, 1.5, repeats)
     yield against_products(4096, 128, 2.0, repeats)
+    yield defaults_against_plain(4096, 128, 2.0, repeats)
     yield growth(repeats)
     yield memory(4096)
     yield memory(16384)

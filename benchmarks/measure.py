@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import pcoherence
+from pcoherence.spec import LossSpec
 
 
 def interleaved(
@@ -72,15 +73,25 @@ def median_ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
+PLAIN: Mapping[str, Any] = {"objective": "mse", "temperature": 0.1, "neighbourhood": None}
+"""The loss that is measured: all candidates alike, as whoever it is compared with has it."""
+
+
+def defaults() -> dict[str, Any]:
+    """The same options as the library has them, which cost more."""
+    return {name: getattr(LossSpec(), name) for name in PLAIN}
+
+
 def loss_step(n: int, d: int, **options: Any) -> Callable[[], None]:
-    """Forward and backward of the loss on standard normal features, [n, d] each."""
+    """Forward and backward of the plain loss on standard normal features, [n, d] each."""
+    asked = {**PLAIN, **options}
     generator = torch.Generator().manual_seed(n + d)
     student = torch.randn(n, d, generator=generator).requires_grad_()
     teacher = torch.randn(n, d, generator=generator)
 
     def step() -> None:
         student.grad = None
-        pcoherence.perception_coherence_loss(student, teacher, **options).backward()  # type: ignore[no-untyped-call]
+        pcoherence.perception_coherence_loss(student, teacher, **asked).backward()  # type: ignore[no-untyped-call]
 
     return step
 

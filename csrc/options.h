@@ -23,13 +23,13 @@ inline constexpr std::array<std::string_view, 2> kScaleNames{"anchor", "none"};
 inline constexpr std::array<std::string_view, 5> kObjectiveNames{"mse", "l1", "huber", "cross_entropy", "spearman"};
 inline constexpr std::array<std::string_view, 4> kMethodNames{"auto", "grid", "scan", "pairs"};
 
-// The defaults are the first names, and those of pcoherence/spec.py.
+// What is not said is the first name, or no number: ROW_OPTIONS of pcoherence/spec.py.
 struct Options {
   Metric metric = Metric::euclidean, teacher_metric = Metric::euclidean;
   Scale scale = Scale::anchor;
   Objective objective = Objective::mse;
   Method method = Method::automatic;
-  double temperature = 0.1;
+  double temperature = 1;          // always said
   double teacher_temperature = 0;  // 0: hard mid-ranks
   double neighbourhood = 0;        // 0: weights as given
 
@@ -76,8 +76,8 @@ void read(std::string_view option, const Names& names, std::string_view value, F
     field = named<Field>(names, value, option);
 }
 
-// Of LossSpec.packed() in pcoherence/spec.py: "objective=l1,metric=cosine,teacher_metric=cosine". What is not named has
-// its default.
+// Of LossSpec.packed() in pcoherence/spec.py: "objective=l1,metric=cosine,teacher_metric=cosine". What is not named is
+// as in Options.
 inline Options unpacked(std::string_view packed, double temperature, double teacher_temperature) {
   if (!(temperature > 0))
     throw std::invalid_argument("temperature: expected a number > 0, got " + std::to_string(temperature));

@@ -37,36 +37,30 @@ def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
     return float(classifier.score(test.numpy(), test_labels.numpy()))
 
 
-def loss_and_gradient(
-    student: Tensor, teacher: Tensor, temperature: float, backend: str
-) -> tuple[float, Tensor]:
+def loss_and_gradient(student: Tensor, teacher: Tensor, backend: str) -> tuple[float, Tensor]:
     """One forward and backward step, as in training."""
     points = student.clone().requires_grad_()
-    loss = perception_coherence_loss(points, teacher, temperature=temperature, backend=backend)
+    loss = perception_coherence_loss(points, teacher, backend=backend)
     (gradient,) = torch.autograd.grad(loss, points)
     return loss.item(), gradient
 
 
-def step_cost(
-    student: Tensor, teacher: Tensor, temperature: float, backend: str, repeats: int
-) -> StepCost:
+def step_cost(student: Tensor, teacher: Tensor, backend: str, repeats: int) -> StepCost:
     """The median time of a step, after one to warm up, and its mean system time."""
-    loss, _ = loss_and_gradient(student, teacher, temperature, backend)
+    loss, _ = loss_and_gradient(student, teacher, backend)
     seconds = []
     system = os.times().system
     for _ in range(repeats):
         start = time.perf_counter()
-        loss_and_gradient(student, teacher, temperature, backend)
+        loss_and_gradient(student, teacher, backend)
         seconds.append(time.perf_counter() - start)
     system = (os.times().system - system) / repeats
     return StepCost(1e3 * float(np.median(seconds)), 1e3 * system, loss)
 
 
-def errors(student: Tensor, teacher: Tensor, temperature: float, backend: str) -> Errors:
+def errors(student: Tensor, teacher: Tensor, backend: str) -> Errors:
     """How far a backend is from the reference in float64."""
-    loss, gradient = loss_and_gradient(student, teacher, temperature, backend)
-    true_loss, true_gradient = loss_and_gradient(
-        student.double(), teacher.double(), temperature, "reference"
-    )
+    loss, gradient = loss_and_gradient(student, teacher, backend)
+    true_loss, true_gradient = loss_and_gradient(student.double(), teacher.double(), "reference")
     difference = (gradient - true_gradient).norm() / true_gradient.norm()
     return Errors(abs(loss - true_loss) / true_loss, difference.item())

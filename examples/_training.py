@@ -15,8 +15,6 @@ from pcoherence import PerceptionCoherenceLoss
 TEACHER_BATCH = 128
 TEACHER_RATE = 4e-3
 STUDENT_BATCH = 1024
-# Chosen on 800 images held out of the training split. Anything from 0.02 to 0.1 does about as well.
-TEMPERATURE = 0.05
 STUDENT_RATE = 2e-2
 
 
@@ -80,7 +78,7 @@ def train_student(
     student: nn.Module, pixels: Tensor, targets: Tensor, epochs: int
 ) -> Iterator[float]:
     """Train by the teacher's embeddings [n, 64] alone, without labels; yields each epoch's loss."""
-    criterion = PerceptionCoherenceLoss(temperature=TEMPERATURE, backend="cpu")
+    criterion = PerceptionCoherenceLoss(backend="cpu")
     optimizer = torch.optim.Adam(student.parameters())
     steps = len(pixels) // STUDENT_BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(

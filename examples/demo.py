@@ -20,7 +20,6 @@ from _measures import StepCost, errors, knn_accuracy, step_cost
 from _plots import Epoch, plot_embeddings, plot_learning, save
 from _training import (
     STUDENT_BATCH,
-    TEMPERATURE,
     embed,
     make_student,
     make_teacher,
@@ -176,7 +175,7 @@ def report_cost(console: Console, student: Tensor, teacher: Tensor, settings: Se
     """Time a step of the loss at several batches, and compare one with the reference."""
 
     def measured(batch: int, backend: str, repeats: int) -> StepCost:
-        return step_cost(student[:batch], teacher[:batch], TEMPERATURE, backend, repeats)
+        return step_cost(student[:batch], teacher[:batch], backend, repeats)
 
     small, large, repeats = settings.reference_batch, settings.large_batch, settings.repeats
     reference = measured(small, "reference", 1 + repeats // 3)  # slow, so timed fewer times
@@ -212,8 +211,8 @@ def report_comparison(console: Console, batch: int, reference: StepCost, fast: S
 
 def report_errors(console: Console, student: Tensor, teacher: Tensor) -> None:
     """Compare both backends with the reference in float64."""
-    fast = errors(student, teacher, TEMPERATURE, "cpu")
-    naive = errors(student, teacher, TEMPERATURE, "reference")
+    fast = errors(student, teacher, "cpu")
+    naive = errors(student, teacher, "reference")
     agree = fast.loss <= LOSS_TOLERANCE and fast.gradient <= GRADIENT_TOLERANCE
     console.print(
         f"Batch {len(student)}: the cpu backend and the float64 reference {verdict(agree)}:\n"

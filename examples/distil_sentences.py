@@ -32,7 +32,6 @@ from pcoherence import Coherence, PerceptionCoherenceLoss, coherence
 DATA = Path(__file__).resolve().parent.parent / "demo-output" / "sentences"
 BAR_WIDTH = 80
 BATCH = 512
-TEMPERATURE = 0.05
 RATE = 1e-2
 
 
@@ -112,7 +111,7 @@ def embed(student: Student, bags: Bags) -> Tensor:
 
 def train_student(student: Student, bags: Bags, targets: Tensor, epochs: int) -> Iterator[float]:
     """Train by the teacher's embeddings [texts, d] alone; yields each epoch's loss."""
-    criterion = PerceptionCoherenceLoss(temperature=TEMPERATURE)
+    criterion = PerceptionCoherenceLoss()
     optimizer = torch.optim.Adam(student.parameters())
     steps = len(targets) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=epochs * steps)

@@ -38,13 +38,13 @@ def perception_coherence_loss(
     anchor_weights: Tensor | None = None,
     candidate_weights: Tensor | None = None,
     self_index: Tensor | str | None = "auto",
-    temperature: float = 0.1,
+    temperature: float = LossSpec.temperature,
     teacher_temperature: float | None = None,
-    neighbourhood: float | None = None,
+    neighbourhood: float | None = LossSpec.neighbourhood,
     metric: Metric = "euclidean",
     teacher_metric: Metric | None = None,
     scale: str = "anchor",
-    objective: str = "mse",
+    objective: str = LossSpec.objective,
     reduction: str = "mean",
     num_anchors: int | None = None,
     generator: torch.Generator | None = None,
@@ -69,8 +69,8 @@ def perception_coherence_loss(
                          d^T_ik < d^T_ij (1, 1/2, 0 or soft), and H its entropy
         "spearman"       1 - weighted correlation of F^S_i. and F^T_i., 1 where either is constant
 
-    Source: perception coherence, arXiv 2505.06595. Which norm, tie rule and scale are the defaults
-    is this library's choice.
+    Source: perception coherence, arXiv 2505.06595. Ties, scale, neighbourhood and all defaults are
+    this library's choice: see docs/evidence.rst.
 
     Args:
         student: [m, ds], float16, bfloat16, float32 or float64; the only side with gradients.
@@ -85,7 +85,8 @@ def perception_coherence_loss(
         teacher_temperature: teacher's tau > 0; None: hard ranks.
         neighbourhood: h > 0: near candidates count more, w_ij = w_j / (1 + F_ij / h), F_ij in
             (0, 1) the teacher's hard mid-rank under w_j: the weight of the nearest is whole, and
-            has halved at the share h of candidates. Only `scale` keeps w_j. None: w_ij = w_j.
+            has halved at the share h of candidates. Only `scale` keeps w_j. None: w_ij = w_j, all
+            candidates alike.
         metric: "euclidean", "sqeuclidean", "cosine", "cityblock", or a callable
             (a [m, d], b [n, d]) -> [m, n]. Its parameters get gradients too.
         teacher_metric: likewise, without gradients; None: the same as `metric`.
@@ -161,13 +162,13 @@ class PerceptionCoherenceLoss(nn.Module):
     def __init__(
         self,
         *,
-        temperature: float = 0.1,
+        temperature: float = LossSpec.temperature,
         teacher_temperature: float | None = None,
-        neighbourhood: float | None = None,
+        neighbourhood: float | None = LossSpec.neighbourhood,
         metric: Metric = "euclidean",
         teacher_metric: Metric | None = None,
         scale: str = "anchor",
-        objective: str = "mse",
+        objective: str = LossSpec.objective,
         reduction: str = "mean",
         num_anchors: int | None = None,
         method: str = "auto",

@@ -80,6 +80,8 @@ def check_count(argument: str, value: object) -> None:
 class LossSpec:
     """The options of the loss that are not tensors; checked on construction.
 
+    Defaults of temperature, neighbourhood, metric, objective came of a study: docs/evidence.rst.
+
     Attributes:
         temperature: student's tau > 0, in units of the scaled distance.
         teacher_temperature: teacher's tau; None ranks the teacher hard (ties count 1/2).
@@ -98,13 +100,13 @@ class LossSpec:
         TypeError, ValueError: naming the option, what was expected and what came.
     """
 
-    temperature: float = 0.1
+    temperature: float = 0.03
     teacher_temperature: float | None = None
-    neighbourhood: float | None = None
+    neighbourhood: float | None = 0.4
     metric: Metric = "euclidean"
     teacher_metric: Metric | None = None
     scale: str = "anchor"
-    objective: str = "mse"
+    objective: str = "cross_entropy"
     reduction: str = "mean"
     num_anchors: int | None = None
     method: str = "auto"
@@ -138,12 +140,12 @@ class LossSpec:
     def packed(self, distances: bool = False) -> str:
         """The options of a row in one word: "objective=l1,metric=cosine,teacher_metric=cosine".
 
-        Those at their defaults are left out: kernels need not know of them. With `distances`, of
-        rows that are given as distances, so are the metrics, which may be callables.
+        What kernels take unsaid (ROW_OPTIONS) is left out: they need not know of it. With
+        `distances`, of rows given as distances, so are the metrics, which may be callables.
         """
         parts = []
-        for name, default in ROW_OPTIONS.items():
-            if getattr(self, name) != default:
+        for name, unsaid in ROW_OPTIONS.items():
+            if getattr(self, name) != unsaid:
                 parts.append(f"{name}={getattr(self, name)}")
         if not distances:
             parts += [f"metric={self.metric}", f"teacher_metric={self.resolved_teacher_metric}"]
@@ -157,7 +159,7 @@ class LossSpec:
         Raises:
             TypeError, ValueError: as on construction; or a name is unknown.
         """
-        options: dict[str, Any] = {}
+        options = dict(ROW_OPTIONS)
         for part in packed.split(",") if packed else ():
             name, _, text = part.partition("=")
             if name in ROW_OPTIONS:
@@ -179,12 +181,15 @@ OF_DISTANCES = {"metric", "teacher_metric"}
 OF_A_CALL = {"reduction", "num_anchors", "backend"}
 """Options that are done with before a row is computed."""
 
+ROW_NAMES = {"scale": SCALES, "objective": OBJECTIVES, "method": METHODS}
+"""Options of a row that are one of some names; others are a number, or None."""
+
 ROW_OPTIONS: dict[str, Any] = {
-    field.name: field.default
+    field.name: ROW_NAMES[field.name][0] if field.name in ROW_NAMES else None
     for field in dataclasses.fields(LossSpec)
     if field.name not in TEMPERATURES | OF_DISTANCES | OF_A_CALL
 }
-"""The options that the kernels of a row are asked for, and their defaults.
+"""The options that the kernels of a row are asked for, and what they take unsaid.
 
-That is a string, or for a number a float or None.
+That is the first name, or no number: not the library's defaults, which may change.
 """

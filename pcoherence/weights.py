@@ -50,11 +50,13 @@ def in_neighbourhood(
     neighbourhood: float | None,
     ranks: Callable[[Tensor, Tensor], Tensor] = hard_ranks,
 ) -> Tensor:
-    """w_ij / (1 + F^T_ij / h), F^T the teacher's hard mid-ranks in (0, 1) under w; None: w.
+    """w_ij / (1 + F^T_ij / h) times 1 + 1 / (2 h), which matters to nobody; None: w.
 
-    h is the share of candidates, nearest first, at which a weight has halved. teacher (distances),
-    weights [m, n] -> [m, n]. ranks: who computes F^T; `mid_ranks` does it by sorting.
+    F^T are the teacher's hard mid-ranks in (0, 1) under w; h is the share of candidates, nearest
+    first, at which a weight has halved. With that factor weights stay near w for any h. teacher
+    (distances), weights [m, n] -> [m, n]. ranks: who computes F^T; `mid_ranks` does it by sorting.
     """
     if neighbourhood is None:
         return weights
-    return weights / (1.0 + ranks(teacher, weights) / neighbourhood)
+    middle = neighbourhood + 0.5
+    return weights / (neighbourhood / middle + ranks(teacher, weights) / middle)

@@ -41,9 +41,8 @@ def all_pairs(
 @pytest.mark.parametrize(("metric", "scale"), list(itertools.product(METRICS, SCALES)))
 def test_estimates_equal_all_pairs(metric: str, scale: str, temperature: float) -> None:
     student, teacher = batch()
-    found = PerceptionCoherenceLoss(temperature=temperature, metric=metric, scale=scale).diagnose(
-        student, teacher
-    )
+    options = {"metric": metric, "scale": scale, "neighbourhood": None}
+    found = PerceptionCoherenceLoss(temperature=temperature, **options).diagnose(student, teacher)
     z, sign, every = all_pairs(student, teacher, metric, scale)
     wrong = z.sign() != sign
     saturated = (z / temperature).abs().gt(SATURATED)

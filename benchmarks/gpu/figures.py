@@ -73,7 +73,9 @@ def step(backend: str, n: int, d: int, kind: str = "gaussian") -> Callable[[], t
     student, teacher = points(kind, n, d, 0).requires_grad_(), points(kind, n, d, 1)
 
     def run() -> tuple[Tensor, ...]:
-        loss = pcoherence.perception_coherence_loss(student, teacher, backend=backend)
+        loss = pcoherence.perception_coherence_loss(
+            student, teacher, backend=backend, **measure.PLAIN
+        )
         return loss.detach(), *torch.autograd.grad(loss, student)
 
     return run
@@ -161,13 +163,14 @@ def accuracy(backend: str) -> Iterator[Event]:
     anchors[::400] = 1
     for dtype in (torch.float32, torch.bfloat16):
         student, teacher = (make_case("gaussian", n, d, dtype=dtype, seed=i) for i in (0, 1))
-        right = truth(student, teacher, anchor_weights=anchors)
+        right = truth(student, teacher, anchor_weights=anchors, **measure.PLAIN)
         leaf = student.to(device.DEVICE).requires_grad_()
         loss = pcoherence.perception_coherence_loss(
             leaf,
             teacher.to(device.DEVICE),
             anchor_weights=anchors.to(device.DEVICE, dtype),
             backend=backend,
+            **measure.PLAIN,
         )
         (gradient,) = torch.autograd.grad(loss, leaf)
         name = str(dtype).removeprefix("torch.")

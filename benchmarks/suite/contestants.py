@@ -67,6 +67,7 @@ def _ours(backend: str, method: str, devices: tuple[str, ...]) -> Contestant:
                 anchor_weights=weights,
                 temperature=case.tau,
                 objective=case.objective,
+                neighbourhood=None,
                 method=method,
                 backend=backend,
             )
@@ -90,6 +91,7 @@ def _reference(case: Case) -> Loss:
             anchor_weights=weights,
             temperature=case.tau,
             objective=case.objective,
+            neighbourhood=None,
         )
 
     return loss

@@ -128,8 +128,7 @@ PYBIND11_MODULE(_C, m) {
                                              {"series degree float64", kSeriesDegree<double>},
                                              {"anchors of a block", kMaxBlock},
                                              {"pool bytes", kPoolBytes},
-                                             {"neighbourhood", Options{}.neighbourhood},
-                                             {"temperature", Options{}.temperature}};
+                                             {"neighbourhood", Options{}.neighbourhood}};
       },
       "Constants that Python states too, or that tests go by.");
   m.def(
