@@ -75,7 +75,7 @@ bench: $(VENV)/peers  ## how it compares with others, a table and pictures: benc
 bench-quick: $(VENV)/installed  ## a small part of it, the table alone (under 2 minutes)
 	$(BIN)/python -m benchmarks run --quick --output .benchmarks/quick.json
 
-study: $(VENV)/installed  ## does it transfer representations? all students, tables, pictures (about 45 minutes)
+study: $(VENV)/installed  ## does it transfer representations? all students, tables, pictures (about 95 minutes)
 	$(BIN)/python -m benchmarks.distillation run
 
 study-quick: $(VENV)/installed  ## the same on little data, to see that it works (under 5 minutes)

@@ -273,8 +273,9 @@ def _index(outcomes: Outcomes) -> list[str]:
     others = ", ".join(short(name) for name in INDEX_BASELINES)
     return [
         "The objective of the coherence loss that did best in the search, in the teacher's own",
-        f"space, against whichever of {others} tested best. `index own space` in the tables",
-        "below is the loss as it is used elsewhere, which leaves the spaces unaligned.",
+        f"space, against whichever of {others} tested best.",
+        "`index own space` in the tables below is the loss as it is used elsewhere, which leaves",
+        "the spaces unaligned.",
         "",
         *_fought(outcomes, duels(outcomes, in_index(outcomes, mixed=False))),
         "",

@@ -187,7 +187,8 @@ def _panels(
         rows[row][0].set_ylabel("%")
     for axes in rows[-1]:
         axes.set_xlabel(label)
-    rows[0][0].legend(fontsize=8)
+    handles, names = rows[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=9, ncols=4, loc="outside lower center")
     return figure
 
 
