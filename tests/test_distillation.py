@@ -353,7 +353,7 @@ def test_our_losses_are_the_library(batch: tuple[Tensor, Seen]) -> None:
             if method.name.startswith("coherence"):
                 objective = method.name.removeprefix("coherence ").removesuffix(" near")
                 assert ("neighbourhood" in options) == method.name.endswith(" near")
-                own = {"objective": objective} | options
+                own = {"objective": objective, "neighbourhood": None} | options
                 expected = perception_coherence_loss(x, seen.embeddings, **own)
             elif method.name == "transport":
                 expected = optimal_transport_loss(x, seen.embeddings, **options)
@@ -386,7 +386,8 @@ def test_banks_keep_the_last_points() -> None:
 def test_our_bank_is_the_library() -> None:
     torch.manual_seed(0)
     ours = NAMED["coherence mse"].build(WIDTHS, temperature=0.1).with_bank(N)
-    library = PerceptionCoherenceLoss(temperature=0.1, bank=CandidateBank(N))
+    plain = {"objective": "mse", "neighbourhood": None}
+    library = PerceptionCoherenceLoss(temperature=0.1, bank=CandidateBank(N), **plain)
     for _ in range(3):
         x, y = torch.randn(N, STUDENT), torch.randn(N, TEACHER)
         assert torch.equal(ours(x, Seen(y, y, torch.zeros(N))), library(x, y))
@@ -647,6 +648,20 @@ def test_ties_go_to_the_simpler(gap: float, simpler: bool) -> None:
         judged("mse", 0.1, 1, 0.6, 0.3),
     ]
     assert rule.choose(found).neighbourhood == (None if simpler else 0.4)
+
+
+def test_the_default_is_read_as_it_did_better_itself() -> None:
+    """Not as the trial of its objective, which may have had another metric."""
+    found = simulated(plans.QUICK, by_method)
+    default = rule.choose(found)
+    for own in found:
+        if own.job.phase == OPTION and rule.candidate(own) == default:
+            own.measures["euclidean"]["map"] = 1.0
+    outcomes = Outcomes(found)
+    for setting in ("images", "sentences", "new classes"):
+        assert outcomes.distance(setting, DEFAULT.name, "map") == "euclidean"
+        assert outcomes.distance(setting, DEFAULT.name, "knn") == "cosine"
+        assert outcomes.distance(setting, default.method, "map") == "cosine"
 
 
 def test_the_rule_sees_validation_alone() -> None:

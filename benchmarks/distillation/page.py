@@ -77,10 +77,10 @@ rates between) were made by 5-NN, in an index by mAP, on a validation split, wit
 student. Euclidean or cosine distance is chosen, too: by what does better in the chosen trial, for
 5-NN and mAP each; in an index, by mAP for all. (The teacher and untrained students are shown by the
 better one on the test split.) `{default}` was chosen by a rule on the validation split: {setting},
-for all data; only rate, batch and the distance by which it is read are those that the search chose
-for its objective. Then the test split was measured, once, with other seeds. None of its points was
-in a test or validation split of the last full study; the pairs of WordSim, SimLex and Lee are the
-same.
+for all data. Only its rate and batch are those that the search chose for its objective, and the
+distance by which it is read is the one that was better for it on the validation split. Then the
+test split was measured, once, with other seeds. None of its points was in a test or validation
+split of the last full study; the pairs of WordSim, SimLex and Lee are the same.
 
 **What the intervals mean**: 95 % confidence by Student's t over {seeds} seeds ({few} for methods
 that look at classes and untrained students), that is, over initial students and orders of the
@@ -313,8 +313,7 @@ def _described(outcomes: Outcomes, cell: Cell, method: str) -> str:
     choice: Choice | None = outcomes.choice(cell.setting, method)
     if choice is None:
         return ""
-    options = outcomes.default.options if method == DEFAULT.name else choice.options
-    own = [f"{name} {value}" for name, value in options.items() if value is not None]
+    own = [f"{name} {value}" for name, value in choice.options.items() if value is not None]
     read = {
         measure: outcomes.distance(cell.setting, method, measure) for measure in choice.distances
     }

@@ -101,6 +101,21 @@ def _means(labelled: Iterable[tuple[str | Candidate, Result]]) -> Means:
     return means
 
 
+def distances(results: Iterable[Result], option: Candidate) -> dict[str, dict[str, str]]:
+    """By setting and measure: by which distance an option did better, where that matters."""
+    values: dict[tuple[str, str], dict[str, float]] = {}
+    for result in results:
+        if result.job.phase == OPTION and candidate(result) == option:
+            for distance in DISTANCES:
+                for measure, value in result.measures[distance].items():
+                    own = values.setdefault((result.job.setting, measure), {})
+                    own[distance] = own.get(distance, 0.0) + value
+    found: dict[str, dict[str, str]] = {}
+    for (setting, measure), own in values.items():
+        found.setdefault(setting, {})[measure] = max(DISTANCES, key=own.__getitem__)
+    return found
+
+
 def worst(margin: dict[Where, float]) -> float:
     """The difference that the rule looks at."""
     return min(margin.values())

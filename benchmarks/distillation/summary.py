@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -76,6 +77,7 @@ class Outcomes:
     def __init__(self, results: Sequence[Result]) -> None:
         self.choices = choices(results)
         self.default = rule.choose(results)
+        self._add_default(results)
         self.values: dict[tuple[Cell, str, str], dict[int, float]] = {}
         self.teacher: dict[tuple[str, str], float] = {}
         for result in results:
@@ -97,10 +99,17 @@ class Outcomes:
                 key = Cell(job.setting, job.student), job.method, name
                 self.values.setdefault(key, {})[job.seed] = value
 
+    def _add_default(self, results: Sequence[Result]) -> None:
+        """The default has its objective's rate and batch; it is read as it did better itself."""
+        for setting, distances in rule.distances(results, self.default).items():
+            own = self.choices.get((setting, self.default.method))
+            if own is not None:
+                own = dataclasses.replace(own, options=self.default.options, distances=distances)
+                self.choices[setting, DEFAULT.name] = own
+
     def choice(self, setting: str, method: str) -> Choice | None:
-        """What the search chose for a method; the default has its objective's rate and batch."""
-        searched = self.default.method if method == DEFAULT.name else method
-        return self.choices.get((PLACES[setting].chosen_in, searched))
+        """What was chosen for a method on validation."""
+        return self.choices.get((PLACES[setting].chosen_in, method))
 
     def distance(self, setting: str, method: str, measure: str) -> str | None:
         """By which a measure goes: the better one in the chosen trial; None without a choice.
