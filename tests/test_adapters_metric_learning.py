@@ -93,9 +93,11 @@ def test_labels_are_rows_of_the_teacher() -> None:
 def test_distance_and_reducer_of_the_library() -> None:
     student, rows = embeddings(0), torch.arange(8)
     lp = distances.LpDistance()  # normalised
-    criterion = CoherenceLoss(TABLE, distance=lp, reducer=reducers.ThresholdReducer(low=0.05))
+    options = {"objective": "mse", "temperature": 0.1, "neighbourhood": None}
+    reducer = reducers.ThresholdReducer(low=0.05)
+    criterion = CoherenceLoss(TABLE, distance=lp, reducer=reducer, **options)
     each = perception_coherence_loss(
-        student, TABLE[:8], metric=DistanceMetric(lp), reduction="none"
+        student, TABLE[:8], metric=DistanceMetric(lp), reduction="none", **options
     )
     assert 0 < (each > 0.05).sum() < 8
     same(criterion(student, rows), each[each > 0.05].mean(), student)

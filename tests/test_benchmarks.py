@@ -25,12 +25,15 @@ PLUGIN = """
 import os, signal, time
 import torch
 from pcoherence import reference
+from benchmarks import measure
 from benchmarks.suite.contestants import SAME, Contestant
 
 def contestant(name, spoil):
     def build(case):
         def loss(student, teacher, weights):
-            value = reference.perception_coherence_loss(student, teacher, anchor_weights=weights)
+            value = reference.perception_coherence_loss(
+                student, teacher, anchor_weights=weights, **measure.PLAIN
+            )
             return spoil(value)
         return loss
     return Contestant(name=name, note="for a test", build=build, check=SAME)

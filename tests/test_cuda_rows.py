@@ -327,6 +327,8 @@ def test_features(
             metric=metric,
             scale=scale,
             temperature=temperature,
+            objective="mse",
+            neighbourhood=None,
         )
 
 

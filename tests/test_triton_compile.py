@@ -24,6 +24,7 @@ KERNELS = {
     "clear_near",
     "difference_distances",
     "find_centre",
+    "near_weights",
     "objective",
     "pair_pullback",
     "pair_ranks",
