@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pcoherence.testing import make_case
+
+from ..measure import PLAIN
 
 PEERS = ("reference", "compile", "keops", "torchsort")
 LIMITS = ("products", "cdist")
@@ -51,6 +54,11 @@ class Case:
         parts += [self.objective] if self.objective not in ("mse", self.family) else []
         parts += [f"tau{self.tau:g}"] if self.tau != 0.1 else []
         return "-".join(parts)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the loss."""
+        return {**PLAIN, "temperature": self.tau, "objective": self.objective}
 
     @property
     def torch_dtype(self) -> torch.dtype:

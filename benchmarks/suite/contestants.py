@@ -65,11 +65,9 @@ def _ours(backend: str, method: str, devices: tuple[str, ...]) -> Contestant:
                 student,
                 teacher,
                 anchor_weights=weights,
-                temperature=case.tau,
-                objective=case.objective,
-                neighbourhood=None,
                 method=method,
                 backend=backend,
+                **case.options,
             )
 
         return loss
@@ -86,12 +84,7 @@ def _ours(backend: str, method: str, devices: tuple[str, ...]) -> Contestant:
 def _reference(case: Case) -> Loss:
     def loss(student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
         return pcoherence.reference.perception_coherence_loss(
-            student,
-            teacher,
-            anchor_weights=weights,
-            temperature=case.tau,
-            objective=case.objective,
-            neighbourhood=None,
+            student, teacher, anchor_weights=weights, **case.options
         )
 
     return loss

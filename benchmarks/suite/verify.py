@@ -62,11 +62,7 @@ def truth(case: Case, device: str) -> Truth:
         found = _by_pot(student, teacher)
         ones = torch.ones(n, dtype=torch.float64, device=device)
         return Truth(ones, *found, (0.0, 0.0), found, "batch, POT in float64")
-    options: dict[str, Any] = {
-        "temperature": case.tau,
-        "objective": case.objective,
-        "neighbourhood": None,
-    }
+    options = case.options
     weights = torch.zeros(n, dtype=torch.float64, device=device)
     weights[torch.linspace(0, n - 1, n if n <= ALL_ANCHORS else ANCHORS).long()] = 1.0
     scan = pcoherence.available_backends()["cpu"] is None
