@@ -165,14 +165,22 @@ class Contrastive(Criterion):
 
     def forward(self, student: Tensor, seen: Seen) -> Tensor:
         """A 0-d loss."""
-        ours = functional.normalize(self.student(student), dim=1)
-        theirs = functional.normalize(self.teacher(seen.embeddings), dim=1)
-        scores = ours @ theirs.T / self.temperature
-        own = torch.arange(len(scores))
-        return (functional.cross_entropy(scores, own) + functional.cross_entropy(scores.T, own)) / 2
+        return contrast(self.student(student), self.teacher(seen.embeddings), self.temperature)
 
 
-class RowRelations(Criterion):
+class OfCosines(Criterion):
+    """A loss of every point's cosines with candidates, as student and teacher have them."""
+
+    def forward(self, student: Tensor, seen: Seen) -> Tensor:
+        """A 0-d loss; candidates are all other points."""
+        return self.of_cosines(*(_others(cosines(own, own)) for own in (student, seen.embeddings)))
+
+    def of_cosines(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """A 0-d loss of cosines [n, candidates]."""
+        raise NotImplementedError
+
+
+class RowRelations(OfCosines):
     """KL(softmax(C_T / T) || softmax(C_S / T)) by rows, C the cosines with all other points.
 
     In the manner of SEED (Fang et al. 2021), with the batch for its queue and one T for both sides.
@@ -187,10 +195,6 @@ class RowRelations(Criterion):
         self.temperature = temperature
         self.divergence = divergence
 
-    def forward(self, student: Tensor, seen: Seen) -> Tensor:
-        """A 0-d loss."""
-        return self.of_cosines(*(_others(cosines(own, own)) for own in (student, seen.embeddings)))
-
     def of_cosines(self, ours: Tensor, theirs: Tensor) -> Tensor:
         """A 0-d loss of cosines [n, candidates]."""
         ours, theirs = (
@@ -201,7 +205,7 @@ class RowRelations(Criterion):
         return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
-class RankPreserving(Criterion):
+class RankPreserving(OfCosines):
     """In the manner of ROP (Wu et al. 2023): comparisons of those that the teacher finds nearest.
 
     For the `top` candidates of a row in the teacher's order, a = 1, 2, ..., with cosines C,
@@ -220,12 +224,8 @@ class RankPreserving(Criterion):
         self.temperature = temperature
         self.top = top
 
-    def forward(self, student: Tensor, seen: Seen) -> Tensor:
-        """A 0-d loss; n top^2 comparisons."""
-        return self.of_cosines(*(_others(cosines(own, own)) for own in (student, seen.embeddings)))
-
     def of_cosines(self, ours: Tensor, theirs: Tensor) -> Tensor:
-        """A 0-d loss of cosines [n, candidates]."""
+        """A 0-d loss of cosines [n, candidates]; n top^2 comparisons."""
         top = min(self.top, theirs.shape[1])
         ours = ours.gather(1, theirs.topk(top, dim=1).indices)
         before = ours.new_ones(top, top).tril(-1) + ours.new_full((top,), 0.5).diag()
@@ -301,6 +301,13 @@ class Banked(Criterion):
         rows = slice(self.size)
         self.kept = points[rows].detach(), Seen(*(part[rows] for part in known))
         return self.criterion(points, known)
+
+
+def contrast(ours: Tensor, theirs: Tensor, temperature: float) -> Tensor:
+    """Cross entropy of finding one's own, both ways, by cosines / temperature; [n, d] each."""
+    scores = cosines(ours, theirs) / temperature
+    own = torch.arange(len(scores))
+    return (functional.cross_entropy(scores, own) + functional.cross_entropy(scores.T, own)) / 2
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:

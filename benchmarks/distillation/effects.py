@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pcoherence.spec import LossSpec
 
@@ -13,9 +13,12 @@ from .results import BANK, BASELINE, BATCH_SIZE, COMPARISONS, OPTION, SCALE, SOF
 from .summary import HEADINGS, Interval, gains, intervals
 from .tables import markdown, percent, short, signed
 
+MEASURED = tuple(HEADINGS[own] for own in rule.MEASURES)
+"""Headings of the rule's measures, which most tables here are of."""
 
-def lines(plan: Plan, found: Sequence[Result], shown: Sequence[str]) -> list[str]:
-    """Of the page; shown: its pictures."""
+
+def lines(plan: Plan, found: Sequence[Result], shown: Mapping[str, str]) -> list[str]:
+    """Of the page; shown: its pictures, by file."""
     return [
         "By the distance, Euclidean or cosine, that is better. Intervals are of 95 % over",
         f"{len(plan.effect_seeds)} seeds. Options are those that the search chose, at batches of",
@@ -27,12 +30,12 @@ def lines(plan: Plan, found: Sequence[Result], shown: Sequence[str]) -> list[str
         "",
         "### Neighbourhood, objective and temperature",
         "",
-        *(own for own in shown if f"({NEIGHBOURHOOD})" in own),
+        shown[NEIGHBOURHOOD],
         "",
         *_options(found),
         "### Batch size and candidates",
         "",
-        *(own for own in shown if f"({CANDIDATES})" in own),
+        shown[CANDIDATES],
         "",
         *_batches(plan, found),
         "### Banks",
@@ -76,7 +79,7 @@ def _rule(found: Sequence[Result]) -> list[str]:
             (
                 "objective, temperature, neighbourhood, metric",
                 "worst",
-                *(HEADINGS[own] for own in rule.MEASURES),
+                *MEASURED,
             ),
             rows,
         ),
@@ -102,8 +105,7 @@ def _options(found: Sequence[Result]) -> list[str]:
             [method, "", "", *(percent(own) for own in values)]
             for method, values in _baselines(found, setting).items()
         ]
-        headings = (HEADINGS[own] for own in rule.MEASURES)
-        lines += [*markdown(("loss", "temperature", "neighbourhood", *headings), rows), ""]
+        lines += [*markdown(("loss", "temperature", "neighbourhood", *MEASURED), rows), ""]
     return lines
 
 
@@ -187,8 +189,7 @@ def _gains(found: Sequence[Result], phase: str, field: str, base: int) -> list[s
     for setting in WITH_EFFECTS:
         tables = [gains(found, phase, setting, field, base, own) for own in rule.MEASURES]
         rows = [[str(key[0]), *(signed(table[key]) for table in tables)] for key in tables[0]]
-        headings = (HEADINGS[own] for own in rule.MEASURES)
-        lines += [f"{setting}:", "", *markdown(("method", *headings), rows), ""]
+        lines += [f"{setting}:", "", *markdown(("method", *MEASURED), rows), ""]
     return lines
 
 
@@ -205,6 +206,5 @@ def _teachers(found: Sequence[Result]) -> list[str]:
             for key in tables[0]:
                 title = "soft" if phase == SOFT_TEACHER else f"scale {key[1]}"
                 rows.append([title, f"{key[0]:g}", *(percent(table[key]) for table in tables)])
-        headings = (HEADINGS[own] for own in rule.MEASURES)
-        lines += [f"{setting}:", "", *markdown(("", "temperature", *headings), rows), ""]
+        lines += [f"{setting}:", "", *markdown(("", "temperature", *MEASURED), rows), ""]
     return lines

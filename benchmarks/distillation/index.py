@@ -6,13 +6,11 @@ the teacher's embeddings of the batch, the point's own among them.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pcoherence import PerceptionCoherenceLoss
-
-from .criteria import Criterion, Option, RankPreserving, RowRelations, Seen, cosines
+from . import criteria
+from .criteria import Criterion, OfCosines, Seen, contrast, cosines
 
 
 class Regression(Criterion):
@@ -41,15 +39,13 @@ class Contrastive(Criterion):
 
     def forward(self, student: Tensor, seen: Seen) -> Tensor:
         """A 0-d loss."""
-        scores = cosines(student, seen.embeddings) / self.temperature
-        own = torch.arange(len(scores))
-        return (functional.cross_entropy(scores, own) + functional.cross_entropy(scores.T, own)) / 2
+        return contrast(student, seen.embeddings, self.temperature)
 
 
 class Across(Criterion):
-    """`RowRelations` or `RankPreserving` of the student's cosines with the teacher's points."""
+    """A loss of cosines, of the student's with the teacher's points."""
 
-    def __init__(self, criterion: RowRelations | RankPreserving) -> None:
+    def __init__(self, criterion: OfCosines) -> None:
         super().__init__()
         self.criterion = criterion
 
@@ -59,12 +55,8 @@ class Across(Criterion):
         return self.criterion.of_cosines(cosines(student, teacher), cosines(teacher, teacher))
 
 
-class Coherence(Criterion):
-    """`pcoherence.PerceptionCoherenceLoss` with the teacher's embeddings as both's candidates."""
-
-    def __init__(self, **options: Option) -> None:
-        super().__init__()
-        self.loss = PerceptionCoherenceLoss(**options)  # type: ignore[arg-type]
+class Coherence(criteria.Coherence):
+    """The same with the teacher's embeddings as the candidates of both."""
 
     def forward(self, student: Tensor, seen: Seen) -> Tensor:
         """A 0-d loss."""
