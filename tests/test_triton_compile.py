@@ -107,7 +107,7 @@ register(operators, Implementation(triton_kernels.row_kernels(), PORTED), "CPU")
 for size in offline.SIZES:
     for method in ("pairs", "scan"):
         x, y = (torch.zeros(size) for _ in range(2))
-        spec = LossSpec(objective="spearman", method=method)
+        spec = LossSpec(objective="spearman", neighbourhood=None, method=method)
         operators.coherence(x, None, y, None, None, None, None, *spec.temperatures,
                             spec.packed(), False, True, True)
 launched = dict.fromkeys(name for name, _, _ in compiled)
