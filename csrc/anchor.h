@@ -296,6 +296,7 @@ PCOH_APART Status student_stage(G& g, const Options& options, const AnchorRow<T>
       result.loss = objective(g, options.objective, ranked, kept.ranks, total, ranks);
       if (a.gradient != nullptr) pull = work.pullback(sums, ranks, n);
     }
+    if (result.loss < 0) result.loss = 0;  // by rounding: no objective has a loss below 0
     g.sync();
     if (a.gradient != nullptr) result.stored = store_gradient(g, options, a, row, ranked, s, scale, pull, factor);
   });

@@ -148,6 +148,7 @@ def objective(
             loss = (loss - row_total(entropies, tiles, r, rows, BR)) / (weight * weight)
         else:
             loss = loss / weight
+    loss = tl.where(loss < 0.0, 0.0, loss)  # by rounding: no objective has a loss below 0
     state = row_state(student_stats, teacher_stats, r, rows)
     tl.store(losses + r, tl.where(state == 1.0, loss, state), mask=r < rows)
 

@@ -38,18 +38,21 @@ class Diagnosis(NamedTuple):
     Attributes:
         loss: the loss itself.
         temperature: the loss's own, for comparison.
-        candidates: how many have a weight, on average over anchors: the resolution's upper bound.
-        saturated: share of the pairs of candidates whose comparison passes on less than 1 % of
-            the gradient that it could: ``|z| > 5.99``.
+        candidates: how many count, the resolution's upper bound: 1 / mean of sum_j p_j^2, p_j the
+            shares of an anchor's weight. All of them, where they are alike.
+        saturated: share of the pairs of candidates with ``|z| > 5.99``, where the sigmoid's slope
+            is under 1 % of its peak. With "mse", "l1", "huber" and "spearman" their comparisons
+            pass on next to no gradient. With "cross_entropy" those that are ordered as the teacher
+            orders them are settled, and those that are not pull with all their weight.
         resolution: how many ranks the student can tell apart, 1 / mean of 4 sigmoid'(z) over all
-            pairs: 1 (temperature too high: all ranks are one) to the number of candidates (hard
-            ranks).
+            pairs: 1 (temperature too high: all ranks are one) to `candidates` (hard ranks).
         misordered: share of the pairs that student and teacher order differently.
         gradient_scale: ``|d loss / d x| |x - mean x|`` (Frobenius norms, x the student's
             features): the change of the loss, to first order, per relative change of the features.
             Near 0 there is nothing to learn from, or everything has been learnt.
         suggested_temperature: the temperature at which half of the misordered pairs have
-            ``|z| <= 2``. None where nothing is misordered, or half of it ties in the student.
+            ``|z| <= 2``. None where nothing is misordered, or half of it ties in the student; and
+            with "cross_entropy", whose gradient does not fade where comparisons are saturated.
     """
 
     loss: float
@@ -93,10 +96,12 @@ def diagnose(
     loss, gradient_scale = _gradient(spec, inputs, evaluate)
     weights, pairs = _draw(spec, inputs)
     z = pairs.student / spec.temperature
-    count_candidates = (weights > 0).double().sum(1).mean().item()
+    shares = weights.double() / weights.double().sum(1, keepdim=True)
+    count_candidates = 1 / shares.square().sum(1).mean().item()
     wrong = pairs.distinct & (pairs.student.sign() != pairs.teacher)
     count = max(1, int(pairs.distinct.sum()))
-    middle = pairs.student[wrong].abs().median().item() if bool(wrong.any()) else 0.0
+    fades = spec.objective != "cross_entropy"
+    middle = pairs.student[wrong].abs().median().item() if fades and bool(wrong.any()) else 0.0
     return Diagnosis(
         loss=loss,
         temperature=spec.temperature,

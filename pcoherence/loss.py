@@ -83,10 +83,10 @@ def perception_coherence_loss(
             none. "auto": 0..m-1 without given candidates, otherwise None (nobody is left out).
         temperature: student's tau > 0, in units of the scaled distance.
         teacher_temperature: teacher's tau > 0; None: hard ranks.
-        neighbourhood: h > 0: near candidates count more, w_ij = w_j / (1 + F_ij / h), F_ij in
-            (0, 1) the teacher's hard mid-rank under w_j: the weight of the nearest is whole, and
-            has halved at the share h of candidates. Only `scale` keeps w_j. None: w_ij = w_j, all
-            candidates alike.
+        neighbourhood: h in (0, 1]: near candidates count more, w_ij = w_j / (1 + F_ij / h), F_ij
+            in (0, 1) the teacher's hard mid-rank under w_j, also beside a soft teacher: weights
+            fall from near w_j to half of it at the share h of candidates (a share, no count), and
+            on. Only `scale` keeps w_j. None: w_ij = w_j, all candidates alike.
         metric: "euclidean", "sqeuclidean", "cosine", "cityblock", or a callable
             (a [m, d], b [n, d]) -> [m, n]. Its parameters get gradients too.
         teacher_metric: likewise, without gradients; None: the same as `metric`.
@@ -142,7 +142,9 @@ def perception_coherence_loss(
 class PerceptionCoherenceLoss(nn.Module):
     """`perception_coherence_loss` with its options fixed; same names, defaults and errors.
 
-    A metric that is itself a module becomes a submodule, so that its parameters are found.
+    Each option can be read by its name, `temperature` set, too; `repr` says them all. None is in
+    `state_dict()`: they belong into the configuration that a checkpoint is saved with. A metric
+    that is itself a module becomes a submodule, so that its parameters are found.
 
     Args:
         gather: take the batches of all processes as candidates, with gradient, and this
@@ -178,7 +180,7 @@ class PerceptionCoherenceLoss(nn.Module):
         bank: CandidateBank | None = None,
     ) -> None:
         super().__init__()
-        self._spec = LossSpec(
+        spec = LossSpec(
             temperature=temperature,
             teacher_temperature=teacher_temperature,
             neighbourhood=neighbourhood,
@@ -199,6 +201,13 @@ class PerceptionCoherenceLoss(nn.Module):
         for name, function in (("metric", metric), ("teacher_metric", teacher_metric)):
             if isinstance(function, nn.Module):
                 self.add_module(name, function)
+        self._spec = spec  # last: from here on the names of options are taken
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what is found nowhere else comes here; without _spec, while it is being unpickled.
+        if name in FIXED and name not in self._modules and "_spec" in self.__dict__:
+            return getattr(self._spec, name)
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A metric may be wrapped in place, as tools for checkpoints and sharding do.
@@ -348,12 +357,11 @@ class PerceptionCoherenceLoss(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """The options that differ from their defaults."""
-        default = LossSpec()
+        """All options, as defaults may change, and submodules' own lines say the rest."""
         return ", ".join(
             f"{name}={value!r}"
             for name, value in vars(self.spec).items()
-            if value != getattr(default, name)
+            if name not in self._modules
         )
 
 

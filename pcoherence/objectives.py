@@ -107,8 +107,8 @@ def cross_entropy(
     else:
         z = ((teacher[:, :, None] - teacher[:, None, :]) / teacher_temperature).abs()
         entropy = torch.log1p(torch.exp(-z)) + z * torch.sigmoid(-z)
-    pair = weights[:, :, None] * weights[:, None, :]
-    return safe_ratio((pair * (cross - entropy)).sum((1, 2)), weights.sum(1).square())
+    shares = safe_ratio(weights, weights.sum(1, keepdim=True))  # W^2 may be 0, or inf
+    return (shares[:, :, None] * shares[:, None, :] * (cross - entropy)).sum((1, 2))
 
 
 def spearman(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .inputs import at_least_float32
 from .metrics import coherence, evenly_spaced, ordered_distances
-from .spec import Metric, check_metrics, check_positive
+from .spec import Metric, check_metrics, check_share
 from .weights import in_neighbourhood, mid_ranks
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def rank_agreement(
     """
     check_metrics(metric, teacher_metric)
     if neighbourhood is not None:
-        check_positive("neighbourhood", neighbourhood)
+        check_share("neighbourhood", neighbourhood)
     theirs = metric if teacher_metric is None else teacher_metric
     if not isinstance(students, (Tensor, Mapping)):
         raise TypeError(

@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import math
 import numbers
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 METRICS = ("euclidean", "sqeuclidean", "cosine", "cityblock")
@@ -33,14 +35,25 @@ def check_name(argument: str, value: object, known: tuple[str, ...]) -> None:
 
 
 def check_positive(argument: str, value: object) -> None:
-    """Raise unless `value` is a finite number above 0."""
+    """Raise unless `value` is a finite number above 0, also as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         kind = type(value).__name__
         hint = " (take its .item())" if isinstance(value, Tensor) else ""
         raise TypeError(f"{argument}: expected a finite number above 0; got {kind} {value!r}{hint}")
     # Comparisons, which torch.compile can follow for a temperature that changes.
-    if not 0 < float(value) < math.inf:
+    large = isinstance(value, numbers.Rational) and value > sys.float_info.max  # type: ignore[operator]
+    if large or not 0 < float(value) < math.inf:
         raise ValueError(f"{argument}: expected a finite number above 0; got {value!r}")
+
+
+def check_share(argument: str, value: object) -> None:
+    """Raise unless `value` is a number above 0 and at most 1."""
+    check_positive(argument, value)
+    if value > 1:  # type: ignore[operator]
+        raise ValueError(
+            f"{argument}: expected a share of the candidates, at most 1; got {value!r} "
+            "(k of n candidates are the share k / n)"
+        )
 
 
 def check_flag(argument: str, value: object) -> None:
@@ -76,6 +89,26 @@ def check_count(argument: str, value: object) -> None:
         raise ValueError(f"{argument}: expected an int of at least 1; got {value}")
 
 
+def fixed(value: Any) -> Any:
+    """An option that torch.compile must know: it may take a number for a variable.
+
+    It compiles again for another one.
+    """
+    if isinstance(value, str) or not torch.compiler.is_compiling():
+        return value
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # imports much
+
+    return guard_scalar(value)
+
+
+NUMBERS: dict[str, Callable[[str, object], None]] = {
+    "temperature": check_positive,
+    "teacher_temperature": check_positive,
+    "neighbourhood": check_share,
+}
+"""Options that are numbers, and what checks them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossSpec:
     """The options of the loss that are not tensors; checked on construction.
@@ -85,8 +118,8 @@ class LossSpec:
     Attributes:
         temperature: student's tau > 0, in units of the scaled distance.
         teacher_temperature: teacher's tau; None ranks the teacher hard (ties count 1/2).
-        neighbourhood: share of candidates, nearest first, at which weights have halved; None: no
-            weight depends on the rank.
+        neighbourhood: share of candidates in (0, 1], nearest first, at which weights have halved;
+            None: no weight depends on the rank.
         metric: student's distance, a name from METRICS or a callable.
         teacher_metric: teacher's distance; None means the same as `metric`.
         scale: what distances are divided by: the mean of an anchor's, or nothing.
@@ -113,11 +146,11 @@ class LossSpec:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        check_positive("temperature", self.temperature)
-        if self.teacher_temperature is not None:
-            check_positive("teacher_temperature", self.teacher_temperature)
-        if self.neighbourhood is not None:
-            check_positive("neighbourhood", self.neighbourhood)
+        for name, check in NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None or name == "temperature":
+                check(name, value)
+                object.__setattr__(self, name, float(value))  # whatever number it is; it is frozen
         check_metrics(self.metric, self.teacher_metric)
         check_name("scale", self.scale, SCALES)
         check_name("objective", self.objective, OBJECTIVES)
@@ -145,8 +178,9 @@ class LossSpec:
         """
         parts = []
         for name, unsaid in ROW_OPTIONS.items():
-            if getattr(self, name) != unsaid:
-                parts.append(f"{name}={getattr(self, name)}")
+            value = getattr(self, name)
+            if value != unsaid:
+                parts.append(f"{name}={fixed(value)}")
         if not distances:
             parts += [f"metric={self.metric}", f"teacher_metric={self.resolved_teacher_metric}"]
         return ",".join(parts)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import objectives, reference
-from .inputs import LossInputs, candidates, prepare_inputs
+from .inputs import LossInputs, candidates, prepare_inputs, rows_of
 from .loss import perception_coherence_loss
 from .remembered import remembered
 from .spec import LossSpec
@@ -132,6 +132,8 @@ def tolerances(dtype: torch.dtype, brute_force: tuple[float, float]) -> tuple[fl
     `brute_force` are the errors of the reference run in dtype itself: where rounding the
     distances already costs more than ACCURACY, nobody can do better.
     """
+    if any(map(math.isnan, brute_force)):  # which max would let pass
+        raise ValueError(f"brute_force: expected numbers; got {brute_force}")
     loss, gradient = ACCURACY[dtype]
     return max(loss, 2 * brute_force[0]), max(gradient, 2 * brute_force[1])
 
@@ -185,6 +187,7 @@ def _backward_by_anchor(
             student=inputs.student[row],
             teacher=inputs.teacher[row],
             anchor_weights=None,
+            candidate_weights=rows_of(inputs.candidate_weights, row),
             self_index=None if inputs.self_index is None else inputs.self_index[row],
         )
         loss = coefficients[i] * reference.evaluate(alone, anchor)

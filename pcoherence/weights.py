@@ -59,4 +59,6 @@ def in_neighbourhood(
     if neighbourhood is None:
         return weights
     middle = neighbourhood + 0.5
-    return weights / (neighbourhood / middle + ranks(teacher, weights) / middle)
+    divisor = neighbourhood / middle + ranks(teacher, weights) / middle
+    # Who has no weight may rank 0, and h may be 0 in the dtype of the ranks.
+    return weights / torch.where(weights > 0, divisor, 1.0)

@@ -16,7 +16,7 @@ from torch.library import opcheck
 
 import pcoherence
 from pcoherence import backends, ops
-from pcoherence.spec import METHODS, METRICS, OBJECTIVES, SCALES, LossSpec
+from pcoherence.spec import METHODS, METRICS, NUMBERS, OBJECTIVES, SCALES, LossSpec
 from pcoherence.testing import make_case, relative_error
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
@@ -202,6 +202,30 @@ def test_compiled_equals_eager(options: dict[str, Any]) -> None:
         results.append((value, *torch.autograd.grad(value, student, upstream)))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-14)
+
+
+def test_compiled_with_numbers_for_variables() -> None:
+    """As torch.compile takes floats with dynamic=True."""
+    student, teacher = make_case("gaussian", 9, 3), make_case("gaussian", 9, 2, seed=1)
+    torch.compiler.reset()
+    module = pcoherence.PerceptionCoherenceLoss(teacher_temperature=0.2, backend="cpu")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(student, teacher), module(student, teacher))
+
+
+@pytest.mark.parametrize("name", list(NUMBERS))
+def test_compiled_with_numbers_that_change(name: str) -> None:
+    student, teacher = make_case("gaussian", 9, 3), make_case("gaussian", 9, 2, seed=1)
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for value in (0.4, 0.3, 1):
+        expected = loss(student, teacher, **{name: value})
+        torch.testing.assert_close(compiled(student, teacher, **{name: value}), expected)
+    torch.compiler.reset()
+    for value in (0.4, 0.3):  # the second criterion of a process
+        module = pcoherence.PerceptionCoherenceLoss(**{name: value}, backend="cpu")
+        again = torch.compile(module, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(again(student, teacher), module(student, teacher))
 
 
 def test_compiled_module_and_soft_rank() -> None:

@@ -501,3 +501,16 @@ def test_the_value_of_cross_entropy_in_float32(
     ours, brute_force = torch.tensor(errors).square().mean(0).sqrt().tolist()
     for error, bar, brute in zip(ours, (5e-6, 2e-5), brute_force, strict=True):
         assert error <= max(bar, 2 * brute)
+
+
+@on_all_paths("objective", singles(OBJECTIVES), singles(["cross_entropy", "spearman"]))
+def test_no_loss_is_below_0(objective: str, evaluate: Evaluate) -> None:
+    """Rounding alone would leave -5e-8 of two points, whose single candidates agree."""
+    for n, seed in itertools.product((2, 3), range(3)):
+        points = make_case("gaussian", n, 4, seed=seed).float()
+        for temperature in (0.03, 10.0):
+            options = {"objective": objective, "reduction": "none", "temperature": temperature}
+            losses, _ = evaluate([points], {"teacher": points}, **options)
+            assert (losses >= 0).all()
+            if n == 2 and objective != "spearman":  # to which one rank is a constant
+                assert (losses <= torch.finfo(torch.float32).eps).all()

@@ -41,7 +41,7 @@ def all_pairs(
 @pytest.mark.parametrize(("metric", "scale"), list(itertools.product(METRICS, SCALES)))
 def test_estimates_equal_all_pairs(metric: str, scale: str, temperature: float) -> None:
     student, teacher = batch()
-    options = {"metric": metric, "scale": scale, "neighbourhood": None}
+    options = {"metric": metric, "scale": scale, "neighbourhood": None, "objective": "mse"}
     found = PerceptionCoherenceLoss(temperature=temperature, **options).diagnose(student, teacher)
     z, sign, every = all_pairs(student, teacher, metric, scale)
     wrong = z.sign() != sign
@@ -56,6 +56,21 @@ def test_estimates_equal_all_pairs(metric: str, scale: str, temperature: float) 
     margin = 2 * SHARE / wrong.double().mean().item()
     low, high = torch.quantile(gaps, torch.tensor([0.5 - margin, 0.5 + margin]).double())
     assert low <= 2 * found.suggested_temperature <= high
+
+
+@pytest.mark.parametrize("neighbourhood", [None, 0.4, 0.02])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_hard_ranks_reach_the_bound_of_the_resolution(
+    weighted: bool, neighbourhood: float | None
+) -> None:
+    """Unequal weights are fewer candidates."""
+    student, teacher = batch(100)
+    weights = torch.linspace(0, 1, 100) if weighted else None
+    criterion = PerceptionCoherenceLoss(temperature=1e-9, neighbourhood=neighbourhood)
+    found = criterion.diagnose(student, teacher, candidate_weights=weights)
+    assert found.resolution == pytest.approx(found.candidates, rel=0.05)
+    alike = neighbourhood is None and not weighted
+    assert (found.candidates == pytest.approx(99)) == alike
 
 
 def test_a_neighbourhood_is_looked_at() -> None:
@@ -92,8 +107,10 @@ def test_loss_and_gradient_scale(objective: str) -> None:
 
 def test_limits_of_the_temperature() -> None:
     student, teacher = batch()
-    cold = PerceptionCoherenceLoss(temperature=1e-7).diagnose(student, teacher)
-    hot = PerceptionCoherenceLoss(temperature=1e6).diagnose(student, teacher)
+    cold, hot = (
+        PerceptionCoherenceLoss(temperature=temperature, objective="mse").diagnose(student, teacher)
+        for temperature in (1e-7, 1e6)
+    )
     # Only j = k passes anything on: one draw in N - 1.
     assert cold.saturated > 0.999
     assert cold.resolution == pytest.approx(N - 1, rel=2 * SHARE * N)
@@ -102,9 +119,16 @@ def test_limits_of_the_temperature() -> None:
     assert hot.gradient_scale < 1e-4 < cold.suggested_temperature == hot.suggested_temperature
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_temperature_is_suggested_where_gradients_fade(objective: str) -> None:
+    """Those of cross_entropy do not: what is suggested for others led it astray in training."""
+    found = PerceptionCoherenceLoss(objective=objective).diagnose(*batch())
+    assert (found.suggested_temperature is None) == (objective == "cross_entropy")
+
+
 def test_perfect_student_has_nothing_to_suggest() -> None:
     points, _ = batch()
-    found = PerceptionCoherenceLoss().diagnose(points, 2 * points)
+    found = PerceptionCoherenceLoss(objective="mse").diagnose(points, 2 * points)
     assert found.misordered == 0
     assert found.suggested_temperature is None
     assert "suggested              -" in str(found)
@@ -138,14 +162,14 @@ def test_where_gradients_are_off(within: type) -> None:
 
 def test_padding_does_not_count() -> None:
     student, teacher = batch()
-    loss = PerceptionCoherenceLoss()
+    loss = PerceptionCoherenceLoss(neighbourhood=None)
     weights = torch.ones(N)
     weights[N // 2 :] = 0
     far = student.clone()
     far[N // 2 :] += 100
     found = loss.diagnose(far, teacher, anchor_weights=weights, candidate_weights=weights)
     alone = loss.diagnose(student[: N // 2], teacher[: N // 2])
-    assert found.candidates == alone.candidates == N // 2 - 1
+    assert found.candidates == pytest.approx(N // 2 - 1) == alone.candidates
     for name in ("saturated", "misordered"):
         assert getattr(found, name) == pytest.approx(getattr(alone, name), abs=3 * SHARE)
     assert found.loss == pytest.approx(alone.loss, rel=1e-5)
@@ -154,8 +178,9 @@ def test_padding_does_not_count() -> None:
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_scale_of_the_features_does_not_matter(scale: float) -> None:
     student, teacher = (t.float() for t in batch())
-    found = PerceptionCoherenceLoss().diagnose(student * scale, teacher * scale)
-    expected = PerceptionCoherenceLoss().diagnose(student, teacher)
+    criterion = PerceptionCoherenceLoss(objective="mse")
+    found = criterion.diagnose(student * scale, teacher * scale)
+    expected = criterion.diagnose(student, teacher)
     for name in ("saturated", "misordered", "resolution", "suggested_temperature"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-3)
 
@@ -174,7 +199,8 @@ def test_bank_counts() -> None:
     student, teacher = batch()
     bank = CandidateBank(10)
     bank.push(student[:10], teacher[:10])
-    assert PerceptionCoherenceLoss(bank=bank).diagnose(student, teacher).candidates == N + 9
+    criterion = PerceptionCoherenceLoss(neighbourhood=None, bank=bank)
+    assert criterion.diagnose(student, teacher).candidates == pytest.approx(N + 9)
 
 
 def test_errors() -> None:
@@ -193,7 +219,8 @@ def test_where_no_pair_is_near_the_resolution_is_the_number_of_candidates(
     temperature: float,
 ) -> None:
     candidates = make_case("gaussian", 5000, 3)
-    found = PerceptionCoherenceLoss(temperature=temperature).diagnose(
+    criterion = PerceptionCoherenceLoss(temperature=temperature, neighbourhood=None)
+    found = criterion.diagnose(
         candidates[:1],
         candidates[:1],
         student_candidates=candidates,
@@ -201,4 +228,4 @@ def test_where_no_pair_is_near_the_resolution_is_the_number_of_candidates(
     )
     # A pair of one candidate with itself is drawn with probability 1 / 5,000, 4,096 times: of four
     # or more in one draw the probability is 1 %, and each counts 1 in the mean.
-    assert 4096 / 4 <= found.resolution <= found.candidates == 5000
+    assert 4096 / 4 <= found.resolution <= found.candidates == pytest.approx(5000)

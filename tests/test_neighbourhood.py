@@ -15,7 +15,7 @@ from torch import Tensor
 from pcoherence import CandidateBank, PerceptionCoherenceLoss, perception_coherence_loss
 from pcoherence.spec import OBJECTIVES, SCALES
 from pcoherence.testing import CASES, make_case, relative_error
-from pcoherence.weights import mid_ranks
+from pcoherence.weights import in_neighbourhood, mid_ranks
 
 BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float64, torch.float32)
@@ -48,7 +48,7 @@ def test_cases(cpu_backend: str, objective: str, case: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("n", [2, 33, 130])
-@pytest.mark.parametrize("neighbourhood", [1e-300, 1e-2, 1e300])
+@pytest.mark.parametrize("neighbourhood", [1e-300, 1e-2, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes(cpu_backend: str, dtype: torch.dtype, neighbourhood: float, n: int) -> None:
     for rectangular in (False, True):
@@ -82,13 +82,20 @@ def test_it_is_weights_that_fall_with_the_teachers_rank(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("scale", SCALES)
-def test_a_large_one_is_none(scale: str, objective: str, backend: str) -> None:
-    student, teacher = make_case("gaussian", 23, 4), make_case("gaussian", 23, 2, seed=1)
+def test_where_all_tie_it_is_none(scale: str, objective: str, backend: str) -> None:
+    """Candidates of one rank have one weight."""
+    student, teacher = make_case("gaussian", 23, 4), make_case("equal", 23, 2, seed=1)
     options: dict[str, Any] = {"objective": objective, "scale": scale, "backend": backend}
-    found = loss_and_gradient(student, teacher, neighbourhood=1e12, **options)
+    found = loss_and_gradient(student, teacher, neighbourhood=0.1, **options)
     none = loss_and_gradient(student, teacher, neighbourhood=None, **options)
     for ours, theirs in zip(found, none, strict=True):
         assert relative_error(ours, theirs) < 1e-8
+
+
+def test_a_wide_one_is_none() -> None:
+    """What is no share of the candidates is refused, but it is the limit of the definition."""
+    teacher, weights = torch.rand(5, 23).double(), torch.rand(5, 23).double()
+    torch.testing.assert_close(in_neighbourhood(teacher, weights, 1e12), weights)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -181,6 +181,19 @@ def test_cross_entropy_identities(teacher_temperature: float | None) -> None:
     torch.testing.assert_close(pairs, alone)
 
 
+@pytest.mark.parametrize("size", [1e-23, 1e19, 1e30])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_weights_have_no_size(objective: str, size: float) -> None:
+    """Their squares, and those of their sum, are 0 or inf in float32."""
+    x, y, w = (make_case("gaussian", 7, 3, seed=seed).float() for seed in range(3))
+    weights = w[:, 0].abs()
+    found, expected = (
+        reference.perception_coherence_loss(x, y, objective=objective, candidate_weights=each)
+        for each in (weights * size, weights)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_cross_entropy_of_agreement_is_zero_in_the_limit() -> None:
     points = make_case("gaussian", 8, 3)
     agreement = reference.perception_coherence_loss(
@@ -335,8 +348,9 @@ def test_nan_and_inf_give_nan(bad: float, side: str, objective: str) -> None:
 
 
 @pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("by_anchor", [False, True])
 @pytest.mark.parametrize("rectangular", [False, True])
-def test_anchor_by_anchor_equals_the_whole(scale: str, rectangular: bool) -> None:
+def test_anchor_by_anchor_equals_the_whole(scale: str, rectangular: bool, by_anchor: bool) -> None:
     student = make_case("gaussian", 7, 3).requires_grad_()
     teacher = make_case("lattice", 7, 2)
     arguments = {"scale": scale, "anchor_weights": torch.arange(7), "teacher_temperature": 0.2}
@@ -344,7 +358,8 @@ def test_anchor_by_anchor_equals_the_whole(scale: str, rectangular: bool) -> Non
     if rectangular:
         leaves.append(make_case("gaussian", 9, 3, seed=8).requires_grad_())
         arguments |= {"student_candidates": leaves[1], "teacher_candidates": teacher[[0] * 9]}
-        arguments["candidate_weights"] = torch.rand(9)
+    n = len(leaves[-1])
+    arguments["candidate_weights"] = torch.rand(7, n) if by_anchor else torch.rand(n)
     loss = reference.perception_coherence_loss(student, teacher, **arguments)
     gradients = torch.autograd.grad(loss, leaves)
     found, *found_gradients = reference_value_and_grad(student, teacher, **arguments)

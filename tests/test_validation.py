@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import pickle
 import re
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from pcoherence import (
     reference,
     soft_rank,
 )
-from pcoherence.spec import METRICS, OBJECTIVES, REDUCTIONS, SCALES
+from pcoherence.spec import METRICS, NUMBERS, OBJECTIVES, REDUCTIONS, SCALES, LossSpec
 
 X = torch.randn(5, 3)
 Y = torch.randn(5, 4)
@@ -66,6 +68,10 @@ WRONG: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("temperature", TypeError, {"temperature": True}),
     ("temperature", TypeError, {"temperature": None}),
     ("teacher_temperature", ValueError, {"teacher_temperature": 0}),
+    ("neighbourhood", ValueError, {"neighbourhood": 0}),
+    ("neighbourhood", ValueError, {"neighbourhood": 1.5}),
+    ("neighbourhood", ValueError, {"neighbourhood": 10}),
+    ("neighbourhood", TypeError, {"neighbourhood": "0.1"}),
     ("metric", ValueError, {"metric": "manhattan"}),
     ("metric", TypeError, {"metric": 2}),
     ("metric", ValueError, {"metric": lambda a, b: torch.zeros(2, 2)}),
@@ -210,6 +216,48 @@ def test_a_metric_is_the_submodule_that_is_there(name: str, way: str) -> None:
 def test_quantised_embeddings_are_told_what_to_do(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=r"^teacher: .*quantised embeddings, take teacher\.float"):
         perception_coherence_loss(X, torch.ones(len(X), 4).to(dtype))
+
+
+@pytest.mark.parametrize("name", list(NUMBERS))
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("value", [Fraction(2, 5), np.float16(0.1), np.float32(0.1), 1])
+def test_numbers_of_any_kind_are_floats(value: Any, backend: str, name: str) -> None:
+    found, expected = (
+        perception_coherence_loss(X.double(), Y.double(), backend=backend, **{name: each})
+        for each in (value, float(value))
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", list(NUMBERS))
+@pytest.mark.parametrize("value", [10**400, Fraction(10**400), Fraction(1, 10**400)])
+def test_numbers_that_are_no_floats(value: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: expected a finite number above 0; got "):
+        perception_coherence_loss(X, Y, **{name: value})
+
+
+def test_a_count_is_no_neighbourhood() -> None:
+    with pytest.raises(ValueError, match=r"got 10 \(k of n candidates are the share k / n\)"):
+        PerceptionCoherenceLoss(neighbourhood=10)
+
+
+@pytest.mark.parametrize("made", [{}, {"neighbourhood": None, "metric": "cosine"}])
+def test_options_can_be_read(made: dict[str, Any]) -> None:
+    """Defaults, too: a log or a checkpoint can say which were in force."""
+    criterion = PerceptionCoherenceLoss(**made)
+    options = vars(LossSpec(**made))
+    for copied in (criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert {name: getattr(copied, name) for name in options} == options
+    assert all(f"{name}={value!r}" in repr(criterion) for name, value in options.items())
+    with pytest.raises(AttributeError, match="nothing"):
+        criterion.nothing  # noqa: B018
+
+
+def test_a_metric_that_is_a_module_is_read_as_one() -> None:
+    metric = torch.nn.PairwiseDistance()
+    criterion = PerceptionCoherenceLoss(metric=metric)
+    assert criterion.metric is metric
+    assert repr(criterion).count("metric=") == 1  # the teacher's; the other has a line of its own
 
 
 def test_a_temperature_may_be_set() -> None:
