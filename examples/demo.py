@@ -178,7 +178,8 @@ def report_cost(console: Console, student: Tensor, teacher: Tensor, settings: Se
         return step_cost(student[:batch], teacher[:batch], backend, repeats)
 
     small, large, repeats = settings.reference_batch, settings.large_batch, settings.repeats
-    reference = measured(small, "reference", 1 + repeats // 3)  # slow, so timed fewer times
+    with console.status(f"Timing the reference at batch {small:,}: its n^3 take a while"):
+        reference = measured(small, "reference", 1 + repeats // 3)  # slow, so timed fewer times
     fast = measured(small, "cpu", 4 * repeats)
     table = Table(title=f"\nOne forward + backward step, threads: {torch.get_num_threads()}")
     for name in ("batch", "backend", "milliseconds", "loss"):

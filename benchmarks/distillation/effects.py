@@ -73,7 +73,8 @@ def _rule(found: Sequence[Result]) -> list[str]:
         rows.append([name, worst, *means])
     return [
         "Points more than the best of the other losses without classes, by means over seeds: the",
-        f"worst difference, which decides, and means over {' and '.join(WITH_EFFECTS)}.",
+        f"worst difference, which decides, and means over {' and '.join(WITH_EFFECTS)}. Of those",
+        "within a tenth of a point of the best the simplest is chosen: see docs/evidence.rst.",
         "",
         *markdown(
             (

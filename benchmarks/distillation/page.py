@@ -41,10 +41,13 @@ A small student learns from a teacher's embeddings of points without labels; the
 is used. Beside the coherence loss, with each of its objectives (`near`: with a neighbourhood),
 stand {others} other ways to learn from the same points (`labels`: from other, labelled ones), from
 the same initial student, with Adam and one cycle of the rate, seeing as many points. `labels` and
-`logits` are for orientation: they look at classes, which the others never see. `rkd angle` compares
-points in groups of {group}: its triples cost n^3. `contrastive` is CRD with the batch as its
-negatives; `rkd both` is distances + 2 angles; `row relations` softmaxes rows of cosines; `rop`
-compares near candidates by a sigmoid, in the manner of ROP.
+`logits` are for orientation: they look at classes, which the others never see. `fitnet` is a
+regression through a projector (FitNets); `rkd distance` compares scaled distances, `rkd angle`
+angles of triples (in groups of {group} points: they cost n^3), `rkd both` is distances + 2 angles;
+`sp` compares rows of inner products (similarity preserving), `cka` is linear centred kernel
+alignment; `contrastive` is CRD with the batch as its negatives; `row relations` softmaxes rows of
+cosines; `rop` compares near candidates by a sigmoid, in the manner of ROP; `transport` matches
+neurons by optimal transport. Formulas and sources: benchmarks/distillation/criteria.py.
 
 - **images**: Fashion-MNIST, 10 classes. A convolutional teacher (220,000 parameters, 64 numbers an
   image) learnt {images.teacher:,} labels. Students with {students} see {images.transfer:,} other
@@ -77,14 +80,15 @@ rates between) were made by 5-NN, in an index by mAP, on a validation split, wit
 student. Euclidean or cosine distance is chosen, too: by what does better in the chosen trial, for
 5-NN and mAP each; in an index, by mAP for all. (The teacher and untrained students are shown by the
 better one on the test split.) `{default}` was chosen by a rule on the validation split: {setting},
-for all data. Only its rate and batch are those that the search chose for its objective, and the
+for all data. Only its rate and batch are those that the search chose, for `{searched}`, and the
 distance by which it is read is the one that was better for it on the validation split. Then the
 test split was measured, once, with other seeds. None of its points was in a test or validation
 split of the last full study; the pairs of WordSim, SimLex and Lee are the same.
 
 **What the intervals mean**: 95 % confidence by Student's t over {seeds} seeds ({few} for methods
 that look at classes and untrained students), that is, over initial students and orders of the
-batches: not over test points, nor over teachers. Differences are paired by seed. A student that
+batches: not over test points, nor over teachers. Differences are paired by seed; verdicts are of
+unrounded numbers (-0.5 ± 0.5 may be -0.54 ± 0.46). A student that
 diverged would count as 0. Nothing corrects for the number of comparisons, and those within a
 student are not independent. With one seed the search itself chooses within its noise.
 
@@ -155,6 +159,7 @@ def _head(plan: Plan, found: Sequence[Result], outcomes: Outcomes) -> str:
         rates=len(plan.rates),
         batches=len(plan.batches),
         default=DEFAULT.name,
+        searched=option.method,
         setting=f"{option.objective} of {option.metric} distances, temperature "
         f"{option.temperature:g}, {near}",
         seeds=len(plan.seeds),

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot no display is needed
 from matplotlib.lines import Line2D
 
-from .evaluation import IN_INDEX
 from .methods import AWARE, BASELINES, DEFAULT, INDEX_BASELINES, UNTRAINED
 from .plans import WITH_EFFECTS
 from .results import BATCH_SIZE, COMPARISONS, OPTION, Result
@@ -118,8 +118,10 @@ def _colour(method: str) -> str:
 def _tests(outcomes: Outcomes, cells: Sequence[Cell]) -> Figure:
     """A column for each measure, a line for each method, a marker for each student."""
     methods = outcomes.methods(cells[0])[::-1]
-    measures = IN_INDEX if cells[0].in_index else tuple(HEADINGS)
-    figure = Figure(figsize=(14, 0.9 + 0.36 * len(methods)), layout="constrained")
+    measures = outcomes.measures(cells[0])
+    figure = Figure(
+        figsize=(2.4 * len(measures) + 2, 0.9 + 0.36 * len(methods)), layout="constrained"
+    )
     panels = figure.subplots(1, len(measures), sharey=True)
     for axes, measure in zip(panels, measures, strict=True):
         for row, method in enumerate(methods):
@@ -136,12 +138,14 @@ def _tests(outcomes: Outcomes, cells: Sequence[Cell]) -> Figure:
                     label=f"{cell.student} student" if row == 0 else None,
                 )
         _fit(axes, outcomes, cells, measure, methods)
+        _off_axis(axes)
     panels[0].set_yticks(range(len(methods)), methods)
     if len(cells) > 1:
-        panels[0].legend(fontsize=8, loc="upper left")
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, fontsize=8, ncols=2, loc="outside lower center")
     figure.suptitle(
         f"{cells[0].setting}: means over seeds with 95 % intervals, test split (blue: coherence; "
-        "orange: other losses on embeddings; green: by classes; far ones may lie off the axis)",
+        "orange: other losses on embeddings; green: by classes; arrows: off the axis)",
         fontsize=11,
     )
     return figure
@@ -152,14 +156,20 @@ def _fit(
 ) -> None:
     """Title and limits: what was not trained, or failed, must not squeeze all others together."""
     heading = HEADINGS.get(measure, measure)
-    means = sorted(
-        100 * outcomes.interval(cell, method, measure).mean
+    found = sorted(
+        outcomes.interval(cell, method, measure)
         for method in methods
         for cell in cells
         if method != UNTRAINED.name
     )
-    middle = means[len(means) // 2]
-    ends = [mean for mean in means if mean > middle / 2]
+    middle = found[len(found) // 2].mean
+    near = [own for own in found if own.mean > 0.6 * middle]
+    halves = [0.0 if math.isnan(own.half) else own.half for own in near]
+    ends = [
+        100 * (own.mean + sign * half)
+        for own, half in zip(near, halves, strict=True)
+        for sign in (-1, 1)
+    ]
     if measure in AGREEMENT:
         axes.set_title(f"{heading} with the teacher", fontsize=10)
     else:
@@ -172,6 +182,31 @@ def _fit(
     axes.set_xlim(low - margin, high + margin)
     axes.set_xlabel("%")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+
+
+def _off_axis(axes: Axes) -> None:
+    """An arrow at the edge, with the numbers of a method that the limits leave out."""
+    low, high = axes.get_xlim()
+    beyond: dict[tuple[int, bool], list[tuple[float, Line2D]]] = {}
+    for line in axes.get_lines():
+        if line.get_marker() in MARKERS:  # not the ends of an interval, nor the teacher's line
+            x, y = (float(own[0]) for own in np.asarray(line.get_data()))
+            if not low <= x <= high:
+                beyond.setdefault((round(y), x < low), []).append((x, line))
+    for (row, left), found in beyond.items():
+        colour = found[0][1].get_color()
+        axes.annotate(
+            ", ".join(f"{x:.0f}" for x, _ in found),
+            (0.0 if left else 1.0, row),
+            (10 if left else -10, 0),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            ha="left" if left else "right",
+            va="center",
+            fontsize=7,
+            color=colour,
+            arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 0.8},
+        )
 
 
 def _panels(
@@ -192,19 +227,26 @@ def _panels(
     return figure
 
 
+BESIDE = 1.04
+"""The step by which curves stand beside each other: intervals over one another cannot be read."""
+
+
 def _lines(axes: Axes, curves: Curves) -> None:
     for i, (name, curve) in enumerate(curves.items()):
         points = sorted(curve.items())
+        aside = BESIDE ** (i - (len(curves) - 1) / 2)
         axes.errorbar(
-            [x for x, _ in points],
+            [x * aside for x, _ in points],
             [100 * y.mean for _, y in points],
             yerr=[100 * y.half for _, y in points],
             color=LINES[i % len(LINES)],
             marker=MARKERS[i % len(MARKERS)],
-            markersize=5,
-            capsize=2,
+            markersize=4,
+            linewidth=1,
+            elinewidth=0.7,
             label=name,
         )
+    axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
     axes.set_xscale("log")
     axes.grid(color="#dddddd", linewidth=0.6)
     ticks = sorted({x for curve in curves.values() for x in curve})
@@ -228,7 +270,8 @@ def _neighbourhoods(results: Sequence[Result]) -> Figure:
 
     figure = _panels([(HEADINGS[own], own) for own in SHOWN], curves, "neighbourhood")
     figure.suptitle(
-        "Objective, temperature and neighbourhood, validation split: means with 95 % intervals"
+        "Objective, temperature, metric and neighbourhood, validation split: means with 95 % "
+        "intervals (other objectives were tried without a neighbourhood only)"
     )
     return figure
 
