@@ -551,3 +551,9 @@ def test_nothing_but_nan(bad: float) -> None:
         points = torch.full((18, 3), bad)
         loss, _ = evaluate(points, points, method=method, metric=metric)
         assert loss.isnan()
+
+
+@pytest.mark.parametrize("brute_force", [(math.nan, 0.0), (0.0, math.nan)])
+def test_brute_force_that_gives_nan_is_no_bound(brute_force: Errors) -> None:
+    with pytest.raises(ValueError, match="^brute_force: expected numbers"):
+        tolerances(torch.float32, brute_force)
