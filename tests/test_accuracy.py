@@ -230,7 +230,9 @@ def test_l1_has_subgradient_0_where_ranks_agree(dtype: torch.dtype, seed: int) -
     student, teacher = (make_case("lattice", 33, 2, dtype=dtype, seed=seed + i) for i in (0, 99))
     # Ten thousand bins a row: once will do.
     methods = [m for m in METHODS if m != "grid" or seed == 0]
-    check_against_brute_force(student, teacher, methods, objective="l1", temperature=1e-4)
+    for near in (None, 0.4):
+        options = {"objective": "l1", "temperature": 1e-4, "neighbourhood": near}
+        check_against_brute_force(student, teacher, methods, **options)
 
 
 # 65 points have ranks of k / 64, which float32 holds exactly; 64 do not.
@@ -555,5 +557,5 @@ def test_nothing_but_nan(bad: float) -> None:
 
 @pytest.mark.parametrize("brute_force", [(math.nan, 0.0), (0.0, math.nan)])
 def test_brute_force_that_gives_nan_is_no_bound(brute_force: Errors) -> None:
-    with pytest.raises(ValueError, match="^brute_force: expected numbers"):
+    with pytest.raises(ValueError, match=r"^brute_force: expected numbers"):
         tolerances(torch.float32, brute_force)
