@@ -37,6 +37,7 @@
 //   values(given, n)               where stats() puts the row's values
 //   pullback(sums, residuals, n)   of the sums, in place or not
 //   near_table(count, divisor)     see look_up_near() in anchor.h
+//   bins(row, low, scale)          that a grid of the row costs, whose range is less than most_bins of them
 //   run<Sums>(g, row, low, high, scale, f)   f(sums) by one of the methods
 #pragma once
 
@@ -88,18 +89,18 @@ PCOH_APART Stats<T> stats(G& g, const Row& row, const T* from, const Weighed& we
 
 // ---------------------------------------------------------------- kernel sums
 
-template <class Workplace>
-PCOH_DEVICE Method choose(const Workplace& work, double range, int n) {
+template <class T, class Row, class Workplace>
+PCOH_DEVICE Method choose(Workplace& work, const Row& row, T low, const Scaling& scale) {
   if (work.method != Method::automatic) return work.method;
-  const double bins = range / kBinWidth;
-  if (bins * Workplace::elements_per_bin <= n && bins < work.most_bins) return Method::grid;
-  return n <= Workplace::few_pairs ? Method::pairs : Method::scan;
+  if (scale.range / kBinWidth < work.most_bins && work.bins(row, low, scale) * Workplace::elements_per_bin <= row.n)
+    return Method::grid;
+  return row.n <= Workplace::few_pairs ? Method::pairs : Method::scan;
 }
 
 // Calls f(sums) with the kernel sums of a row, whose positions are there then. low, high: of the values that count.
 template <class T, class G, class Row, class Workplace, class F>
 PCOH_DEVICE Status with_sums(G& g, Row& row, T low, T high, const Scaling& scale, Workplace& work, F f) {
-  switch (choose(work, scale.range, row.n)) {
+  switch (choose(work, row, low, scale)) {
     case Method::grid:
       // As the grid of a GPU rounds it.
       if (!(static_cast<T>(scale.range / kBinWidth) < T(work.most_bins))) return Status::too_many_bins;

@@ -236,8 +236,8 @@ void Cloud<T>::distances(T* products, T* row, std::int64_t anchor, bool order_on
   task.factor = static_cast<T>(traits().factor);
   task.anchor = this->anchor(anchor);
   task.candidates = given_candidates();
-  task.candidate_lengths = lengths_of_candidates().empty() ? nullptr : lengths_of_candidates().data();
-  task.unit = scale_ * scale_;
+  task.candidate_lengths = candidate_lengths();
+  task.scale = scale_;
   task.width = input_.width;
   kernels().of<T>().finish_distances(task, near);
   for (const auto& [candidate, original] : duplicates_) row[candidate] = row[original];

@@ -51,6 +51,9 @@ class Cloud {
     return {given_candidates() + j * input_.width, length(lengths_of_candidates(), j)};
   }
   double scale() const { return scale_; }
+  const T* given_candidates() const { return same() ? input_.anchors : input_.candidates; }
+  const double* anchor_lengths() const { return data_or_null(anchor_lengths_); }
+  const double* candidate_lengths() const { return data_or_null(lengths_of_candidates()); }
 
   // How a gradient w.r.t. distances becomes V (docs/mathematics.rst): see AnchorRow::chain.
   double chain() const { return traits().chain; }
@@ -67,7 +70,7 @@ class Cloud {
   void find_duplicates(Runtime<T>& runtime);
   void pull(T* gradient, const T* given, const std::vector<double>& lengths, std::int64_t rows) const;
 
-  const T* given_candidates() const { return same() ? input_.anchors : input_.candidates; }
+  static const double* data_or_null(const std::vector<double>& of) { return of.empty() ? nullptr : of.data(); }
   const std::vector<double>& lengths_of_candidates() const { return same() ? anchor_lengths_ : candidate_lengths_; }
   static double length(const std::vector<double>& lengths, std::int64_t i) {
     return lengths.empty() ? 1.0 : lengths[i];

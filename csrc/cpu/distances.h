@@ -100,6 +100,37 @@ double squared_distance(const Point<T>& a, const Point<T>& b, std::int64_t width
   return sum_lanes(sum) + rest;
 }
 
+// Whether differences in float32 times a power of two, and their squares, fit into it.
+inline bool fits_float(double scale) { return std::abs(scale) < 1e30 && std::abs(scale) > 1e-30; }
+
+// The same times `scale`^2, a power of two, for near pairs. Differences in float32 are exact to a unit; squares and
+// sums in float64: a distance is as exact as T can say it, which small temperatures multiply.
+inline double near_square(const Point<float>& a, const Point<float>& b, std::int64_t width, double scale) {
+  if (!fits_float(scale) || a.length != 1 || b.length != 1) return squared_distance(a, b, width) * (scale * scale);
+  dvec sum[4] = {};  // an addition need not wait for the one before
+  const auto add = [&](std::int64_t f, int to) {
+    const vec_t<float> diff = load(a.x + f) - load(b.x + f);
+    const dvec low = low_half(diff), high = high_half(diff);
+    sum[to] += low * low;
+    sum[to + 1] += high * high;
+  };
+  std::int64_t f = 0;
+  for (; f + 32 <= width; f += 32) {
+    add(f, 0);
+    add(f + 16, 2);
+  }
+  for (; f + 16 <= width; f += 16) add(f, 0);
+  double rest = 0;
+  for (; f < width; ++f) {
+    const double diff = a.x[f] - b.x[f];
+    rest += diff * diff;
+  }
+  return (sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest) * (scale * scale);
+}
+inline double near_square(const Point<double>& a, const Point<double>& b, std::int64_t width, double scale) {
+  return squared_distance(a, b, width) * (scale * scale);
+}
+
 // |a|^2 + |c_k|^2 and |a - c_k|^2 for one vector of candidates. The two norms nearly cancel the product where a and c
 // are near: in float64 nothing of them is lost, and only the product itself is as rounded as float32 makes it.
 struct Squares {
@@ -116,6 +147,40 @@ struct WideSquares {
 inline WideSquares squares(double anchor_norm, const double* norms, const double* products) {
   const dvec sum = anchor_norm + load(norms);
   return {sum, sum - 2.0 * load(products)};
+}
+
+// Candidates that are looked at before the near ones of them are measured: their numbers stay in fast memory.
+inline constexpr int kLookedAt = 512;
+
+// Distances of pairs too near for products, by differences.
+template <class T>
+void measure_near(const DistanceRow<T>& a, std::vector<std::int32_t>* near) {
+  using V = vec_t<T>;
+  std::int32_t found[kLookedAt + lanes_v<T>];
+  const T per_factor = 1 / a.factor;
+  for (std::int64_t begin = 0; begin < a.n; begin += kLookedAt) {
+    const std::int64_t end = std::min(padded(a.n), begin + kLookedAt);
+    int count = 0;
+    for (std::int64_t k = begin; k < end; k += lanes_v<T>) {
+      // The bound again, from the distance: at the bound itself rounding may decide otherwise, and either is right.
+      const V d = load(a.row + k), rough = a.root ? d * d : d * per_factor;
+      const V norms = squares(a.anchor_norm, a.candidate_norms + k, a.products + k).norms;
+      alignas(64) T mask[lanes_v<T>];
+      store(mask, select(rough < norms * Nearness<T>::distance, splat<T>(1), V{}));
+      for (int i = 0; i < lanes_v<T>; ++i) {
+        found[count] = static_cast<std::int32_t>(k + i);
+        count += mask[i] != 0;
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      const std::int32_t k = found[i];
+      if (k == a.identical || k >= a.n) continue;
+      const T square = static_cast<T>(near_square(a.anchor, a.candidate(k), a.width, a.scale));
+      a.row[k] = a.root ? std::sqrt(square) : square * a.factor;
+      const T norms = static_cast<T>(a.anchor_norm + a.candidate_norms[k]);
+      if (near != nullptr && square < norms * Nearness<T>::gradient && square > 0) near->push_back(k);
+    }
+  }
 }
 
 template <class T>
@@ -140,17 +205,7 @@ void finish_distances(const DistanceRow<T>& a, std::vector<std::int32_t>* near) 
   std::int64_t nearby = 0;
   for (int i = 0; i < lanes_v<T>; ++i) nearby += counted[i];
   if (a.identical >= 0) a.row[a.identical] = 0;
-  if (nearby <= (a.identical >= 0 ? 1 : 0)) return;
-  // The bound again, from the distance: at the bound itself rounding may decide otherwise, and either is right there.
-  for (std::int64_t k = 0; k < a.n; ++k) {
-    const T norms = static_cast<T>(a.anchor_norm + a.candidate_norms[k]);
-    const T rough = a.root ? a.row[k] * a.row[k] : a.row[k] / a.factor;
-    if (k == a.identical || !(rough < norms * Nearness<T>::distance)) continue;
-    const T square = static_cast<T>(squared_distance(a.anchor, a.candidate(k), a.width) * a.unit);
-    a.row[k] = a.root ? std::sqrt(square) : square * a.factor;
-    if (near != nullptr && square < norms * Nearness<T>::gradient && square > 0)
-      near->push_back(static_cast<std::int32_t>(k));
-  }
+  if (nearby > (a.identical >= 0 ? 1 : 0)) measure_near(a, near);
 }
 
 template <class T>
@@ -171,6 +226,55 @@ void cityblock_distances(T* row, const T* anchor, const T* candidates, std::int6
     row[k] = static_cast<T>(total.total() + rest);
   }
   for (std::int64_t k = n; k < padded(n); ++k) row[k] = 0;
+}
+
+// For `strip` vectors of features from f on.
+template <int strip>
+void add_float_differences(float* out, const PullRow<float>& a, std::int64_t f) {
+  using V = vec_t<float>;
+  V own[strip], sum[strip] = {};
+  for (int i = 0; i < strip; ++i) own[i] = load(a.own.x + f + 16 * i);
+  for (std::int64_t k = 0; k < a.count; ++k) {
+    const float* other = a.others + a.index[k] * a.width + f;
+    const V pull = splat(a.pull[k] * static_cast<float>(a.scale));
+    for (int i = 0; i < strip; ++i) sum[i] += pull * (own[i] - load(other + 16 * i));
+  }
+  for (int i = 0; i < strip; ++i) store(out + f + 16 * i, load(out + f + 16 * i) + sum[i]);
+}
+
+template <class T>
+void add_wide_differences(T* out, const PullRow<T>& a, std::int64_t f) {
+  using Octet = typename Simd<T>::octet;
+  const auto wide = [](const T* x) { return __builtin_convertvector(load_as<Octet>(x), dvec); };
+  const std::int64_t end = std::min(f + 8, a.width);
+  if (end - f == 8) {
+    const dvec own = wide(a.own.x + f) / a.own.length;
+    dvec sum{};
+    for (std::int64_t k = 0; k < a.count; ++k)
+      sum += double(a.pull[k]) * (own - wide(a.others + a.index[k] * a.width + f) / a.length(k));
+    store(out + f, load_as<Octet>(out + f) + __builtin_convertvector(sum * a.scale, Octet));
+    return;
+  }
+  for (; f < end; ++f) {
+    double sum = 0;
+    for (std::int64_t k = 0; k < a.count; ++k)
+      sum += double(a.pull[k]) *
+             (double(a.own.x[f]) / a.own.length - double(a.others[a.index[k] * a.width + f]) / a.length(k));
+    out[f] += static_cast<T>(sum * a.scale);
+  }
+}
+
+// The differences of what is given, which are exact to a unit; of directions, in float64.
+template <class T>
+void add_differences(T* out, const PullRow<T>& a) {
+  std::int64_t f = 0;
+  if constexpr (sizeof(T) == 4) {
+    if (fits_float(a.scale) && a.lengths == nullptr) {
+      for (; f + 128 <= a.width; f += 128) add_float_differences<8>(out, a, f);
+      for (; f + 16 <= a.width; f += 16) add_float_differences<1>(out, a, f);
+    }
+  }
+  for (; f < a.width; f += 8) add_wide_differences(out, a, f);
 }
 
 template <class T>

@@ -98,35 +98,49 @@ class FeatureGradient {
   // The sign convention of candidates_ until finish(): sum_i V_ij x_i, to be subtracted.
   void add_near(T* block, std::vector<double>& sums, std::int64_t begin, std::int64_t rows,
                 const std::vector<std::vector<std::int32_t>>& near, Team& team) {
-    struct Pair {
-      std::int64_t anchor, candidate;
-      T value;
-    };
-    std::vector<Pair> pairs;
-    for (std::int64_t i = 0; i < rows; ++i)
+    std::vector<std::int64_t> start(rows + 1, 0);  // of an anchor's pairs among all
+    for (std::int64_t i = 0; i < rows; ++i) start[i + 1] = start[i] + static_cast<std::int64_t>(near[i].size());
+    if (start[rows] == 0) return;
+    std::vector<T> pulls(start[rows]);
+    const std::int64_t ld = padded(n_);
+    team.run(runtime_, rows, 1, [&](std::int64_t i, Workspace&) {
+      T* to = pulls.data() + start[i];
       for (const std::int32_t j : near[i]) {
-        T& v = block[i * padded(n_) + j];
-        pairs.push_back({begin + i, j, v});
-        v = 0;
+        *to++ = block[i * ld + j];
+        block[i * ld + j] = 0;
       }
-    if (pairs.empty()) return;
-    // Not by subtraction: of a pair that nearly coincides V is so large that nothing else would be left of the sum.
+      if (near[i].empty()) return;
+      // Not by subtraction: of a pair that nearly coincides V is so large that nothing else would be left of the sum.
+      sums[i] = kernels().of<T>().sum_row(block + i * ld, n_);
+      if (anchors_ != nullptr)
+        kernels().of<T>().add_differences(
+            anchors_ + (begin + i) * width_,
+            {cloud_.anchor(begin + i), cloud_.given_candidates(), cloud_.candidate_lengths(), near[i].data(),
+             pulls.data() + start[i], std::ssize(near[i]), width_, cloud_.scale()});
+    });
+    T* to = symmetric_ ? anchors_ : candidates_;
+    if (to == nullptr) return;
+    // By candidate, and there in the order of anchors: every sum keeps its order, whoever computes it.
+    std::vector<std::int64_t> first(n_ + 1, 0);
     for (std::int64_t i = 0; i < rows; ++i)
-      if (!near[i].empty()) sums[i] = kernels().of<T>().sum_row(block + i * padded(n_), n_);
-    // Threads share out the features, not the pairs: every sum keeps its order.
-    constexpr std::int64_t slice = 16;  // 64 bytes of float32: no two threads write to one cache line
-    team.run(runtime_, (width_ + slice - 1) / slice, 1, [&](std::int64_t s, Workspace&) {
-      const std::int64_t end = std::min(width_, (s + 1) * slice);
-      for (const Pair& p : pairs) {
-        const Point<T> a = cloud_.anchor(p.anchor), c = cloud_.candidate(p.candidate);
-        for (std::int64_t f = s * slice; f < end; ++f) {
-          const double difference = double(a.x[f]) / a.length - double(c.x[f]) / c.length;
-          const T pull = static_cast<T>(double(p.value) * difference * cloud_.scale());
-          if (anchors_ != nullptr) anchors_[p.anchor * width_ + f] += pull;
-          if (candidates_ != nullptr) candidates_[p.candidate * width_ + f] += pull;
-          if (symmetric_) anchors_[p.candidate * width_ + f] -= pull;
-        }
+      for (const std::int32_t j : near[i]) ++first[j + 1];
+    for (std::int64_t j = 0; j < n_; ++j) first[j + 1] += first[j];
+    std::vector<std::int64_t> next(first.begin(), first.end() - 1);
+    std::vector<std::int32_t> anchor(start[rows]);
+    std::vector<T> pulled(start[rows]);
+    for (std::int64_t i = 0; i < rows; ++i)
+      for (std::size_t k = 0; k < near[i].size(); ++k) {
+        const std::int64_t at = next[near[i][k]]++;
+        anchor[at] = static_cast<std::int32_t>(begin + i);
+        pulled[at] = pulls[start[i] + static_cast<std::int64_t>(k)];
       }
+    const double sign = symmetric_ ? 1 : -1;
+    team.run(runtime_, n_, 1, [&](std::int64_t j, Workspace&) {
+      if (first[j] < first[j + 1])
+        kernels().of<T>().add_differences(
+            to + j * width_,
+            {cloud_.candidate(j), cloud_.input().anchors, cloud_.anchor_lengths(), anchor.data() + first[j],
+             pulled.data() + first[j], first[j + 1] - first[j], width_, sign * cloud_.scale()});
     });
   }
 

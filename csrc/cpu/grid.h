@@ -4,6 +4,7 @@
 //   kernel(width * (D + (x - y) / 2)) = sum_qr table[D][r][q] x^q y^r
 // so that a bin needs only its moments M_r = sum_k w_k y_k^r, and R_j is a polynomial in x_j whose
 // coefficients are a small matrix product away. x^0 = 1: counts are exact.
+// Where bins are many, those that hold nobody are left out: a far point costs its own bin, not the way to it.
 #pragma once
 
 #include "../tables.h"
@@ -45,6 +46,29 @@ struct FewBins<float> {
 };
 #endif
 
+// held [laid]: 1 for bins that hold somebody, 0 for others.
+inline void mark_bins(const std::int32_t* bin, int n, int laid, std::int32_t* held) {
+  std::fill_n(held, laid, 0);
+  for (int k = 0; k < n; ++k) held[bin[k]] = 1;
+}
+
+// How many bins hold somebody, to within roundings, when a row is laid on 0 .. laid of them.
+template <class T>
+int held_bins(const Row<T>& row, T low, double per_value, double laid, Workspace& ws) {
+  const int bins = static_cast<int>(laid) + 1;
+  auto* bin = ws.bins.need<std::int32_t>(row.n);
+  auto* held = ws.numbers.need<std::int32_t>(bins);
+  const auto last = splat(static_cast<T>(bins - 1));
+  for (int k = 0; k < row.n; k += lanes_v<T>) {
+    const auto t = (load(row.values + k) - low) * static_cast<T>(per_value);
+    store(bin + k, __builtin_convertvector(vmin(vmax(t, vec_t<T>{}), last), index_t<T>));
+  }
+  mark_bins(bin, row.n, bins, held);
+  int count = 0;
+  for (int b = 0; b < bins; ++b) count += held[b];
+  return count;
+}
+
 template <class T>
 class Grid {
  public:
@@ -54,10 +78,11 @@ class Grid {
     const int n = row.n;
     row_ = row;
     bins_ = static_cast<int>(row.scale.range / kBinWidth) + 1;
+    const int laid = bins_;
     bin_ = ws_.bins.need<std::int32_t>(n);
     x_ = ws_.locals.need<T>(n);
     const double per_value = row.scale.per_distance / kBinWidth;
-    const dvec low = dvec{} + double(row.low), last = dvec{} + double(bins_ - 1), end = dvec{} + double(bins_);
+    const dvec low = dvec{} + double(row.low), last = dvec{} + double(laid - 1), end = dvec{} + double(laid);
     // In float64: a bin far from the lowest value resolves as much of its values as the first.
     const auto place = [&](dvec v) {
       const dvec t = vmin(vmax((v - low) * per_value, dvec{}), end);  // only candidates of weight 0 can lie outside
@@ -75,6 +100,12 @@ class Grid {
         store(bin_ + k, __builtin_convertvector(a.bin, index_t<T>));
         store(x_ + k, a.x);
       }
+    }
+    place_ = ws_.places.need<std::int32_t>(laid);
+    if (laid > kDenseBins) {
+      leave_out_empty(laid);
+    } else {
+      for (int b = 0; b < laid; ++b) place_[b] = b;
     }
     moments_ = ws_.moments.need<T>(2 * std::size_t(bins_) * order);
     fields_ = ws_.fields.need<T>(2 * std::size_t(bins_) * order);
@@ -154,6 +185,23 @@ class Grid {
   // What kernel(t) is where t is beyond reach on the far left of a point: 0 or 1.
   enum class Far { nothing, count };
 
+  // Up to here the bins cost less than finding out which of them are empty.
+  static constexpr int kDenseBins = 128;
+
+  // Numbers the bins that hold somebody anew, from the lowest on; place_ keeps where each of them was laid.
+  void leave_out_empty(int laid) {
+    auto* number = ws_.numbers.need<std::int32_t>(laid);
+    mark_bins(bin_, row_.n, laid, number);
+    bins_ = 0;
+    for (int b = 0; b < laid; ++b) {
+      place_[bins_] = b;
+      const int own = number[b];
+      number[b] = bins_;
+      bins_ += own;
+    }
+    for (int k = 0; k < row_.n; ++k) bin_[k] = number[bin_[k]];
+  }
+
   // 1, x, x^2, ...
   static Terms powers(T x) {
     using Mask = decltype(Octet{} > Octet{});
@@ -202,22 +250,20 @@ class Grid {
   void convolve(const GridTable<T>& table, const T* moments, T* field, Far far) {
     constexpr int reach = GridTable<T>::bins_in_reach;
     double count = 0;  // sum of M_0 of all bins below reach
-    for (int b = 0; b < bins_; ++b) {
+    for (int b = 0, begin = 0, end = 0; b < bins_; ++b) {
       Terms sum[2];
-      const int begin = b > reach ? b - reach : 0, end = b + reach < bins_ ? b + reach + 1 : bins_;
+      for (; place_[begin] < place_[b] - reach; ++begin) count += double(moments[std::size_t(begin) * order]);
+      while (end < bins_ && place_[end] <= place_[b] + reach) ++end;
       for (int c = begin; c < end; ++c) {
         const T* m = moments + std::size_t(c) * order;
-        const T* rows = table.at(b - c);
+        const T* rows = table.at(place_[b] - place_[c]);
         for (int r = 0; r < order; r += 2) {
           sum[0].add(Terms::load(rows + r * order), m[r]);
           sum[1].add(Terms::load(rows + (r + 1) * order), m[r + 1]);
         }
       }
       sum[0].add(sum[1], T(1));
-      if (far == Far::count && begin > 0) {
-        count += double(moments[std::size_t(begin - 1) * order]);
-        sum[0].part[0][0] += T(count);
-      }
+      if (far == Far::count) sum[0].part[0][0] += T(count);
       sum[0].store(field + std::size_t(b) * order);
     }
   }
@@ -258,6 +304,7 @@ class Grid {
   Row<T> row_{};
   int bins_ = 0;
   std::int32_t* bin_ = nullptr;                         // [n]
+  std::int32_t* place_ = nullptr;                       // [bins] in the grid as it is laid, ascending
   T* x_ = nullptr;                                      // [n], in [-1, 1]
   T *moments_ = nullptr, *residual_moments_ = nullptr;  // [bins, order]
   T *fields_ = nullptr, *residual_fields_ = nullptr;    // [bins, order]

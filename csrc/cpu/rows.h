@@ -44,16 +44,30 @@ struct DistanceRow {
   std::int64_t identical;         // candidate that is this very anchor, or -1
   bool root;                      // distances; otherwise their squares times `factor`
   T factor;
-  // For pairs that are too near for products: the points as given, and what takes their distances to a and c's units.
+  // For pairs that are too near for products: the points as given, and what takes them to a and c's units.
   Point<T> anchor;
   const T* candidates;              // [n, width]
   const double* candidate_lengths;  // [n], or null: 1
-  double unit;
+  double scale;                     // a power of two
   std::int64_t width;
 
   Point<T> candidate(std::int64_t k) const {
     return {candidates + k * width, candidate_lengths ? candidate_lengths[k] : 1.0};
   }
+};
+
+// A point and others that it pulls at.
+template <class T>
+struct PullRow {
+  Point<T> own;
+  const T* others;            // [.., width], of which these count, with their pulls:
+  const double* lengths;      // [..], or null: 1
+  const std::int32_t* index;  // [count]
+  const T* pull;              // [count]
+  std::int64_t count, width;
+  double scale;  // a power of two
+
+  double length(std::int64_t k) const { return lengths == nullptr ? 1.0 : lengths[index[k]]; }
 };
 
 template <class T>
@@ -83,6 +97,8 @@ struct RowKernels {
   // out_f += sum_k v[k * stride] sign(x_f - others_kf): the gradient of cityblock distances
   void (*accumulate_signs)(T* out, const T* x, const T* others, const T* v, std::int64_t stride, std::int64_t count,
                            std::int64_t width);
+  // out_f += scale sum_k pull_k (own_f - others_kf), of points over their lengths
+  void (*add_differences)(T* out, const PullRow<T>&);
   // Of a square matrix, 64-byte aligned, size and ld (how far rows lie apart) multiples of kRowPadding: one strip of
   // rows from the diagonal on, copied to its mirror image; beyond_cache: the matrix is too large to stay in the cache.
   void (*mirror)(T* matrix, std::int64_t size, std::int64_t ld, std::int64_t strip, bool beyond_cache);

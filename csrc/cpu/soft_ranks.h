@@ -68,6 +68,13 @@ struct Workplace {
     return {static_cast<const NearPlace<T>*>(ws.near_table), ws.near_total};
   }
 
+  // Those that hold somebody, where all of them would be too many; but few elements are for pairs.
+  double bins(const Row<T>& row, T low, const Scaling& scale) const {
+    const double laid = scale.range / kBinWidth;
+    const bool all = laid * elements_per_bin <= row.n || row.n <= few_pairs;
+    return all ? laid : held_bins(row, low, scale.per_distance / kBinWidth, laid, ws);
+  }
+
   template <class Sums, class F>
   void run(Core<T>&, Row<T>& row, T low, T, const Scaling& scale, F& f) {
     row.low = low;

@@ -105,6 +105,9 @@ struct Workplace {
     return {};
   }
 
+  // Empty ones, too: they cost no less.
+  PCOH_DEVICE double bins(const Row<T>&, T, const Scaling& scale) const { return scale.range / kBinWidth; }
+
   // Apart, so that what the caller holds does not take registers from the loops.
   template <class Sums, class F>
   PCOH_APART void run(G& g, Row<T>& row, T low, T high, const Scaling& scale, F& f) {
