@@ -32,6 +32,7 @@ from pcoherence.testing import (
 )
 
 from . import measure
+from .kinds import GAUSSIAN, KINDS
 
 RESULTS = Path(__file__).parent / "results" / "figures.json"
 README = Path(__file__).parent.parent / "README.md"
@@ -164,6 +165,18 @@ def defaults_against_plain(n: int, d: int, bar: float, repeats: int) -> Figure:
     return at_most(f"n {n:,}, d {d}: defaults, times mse ({ms:.0f} ms)", ratio, bar, "x")
 
 
+def any_data(n: int, d: int, bar: float, repeats: int) -> Figure:
+    """The kind of data, or weights, that costs most, against standard normal features."""
+    steps = {kind: measure.loss_step(n, d, kind, backend="cpu") for kind in KINDS}
+    weights = torch.rand(n, generator=torch.Generator().manual_seed(n))
+    steps["weights"] = measure.loss_step(n, d, backend="cpu", candidate_weights=weights)
+    seconds = measure.interleaved(steps, repeats)
+    ratios = {kind: measure.median_ratio(own, seconds[GAUSSIAN]) for kind, own in seconds.items()}
+    worst = max(ratios, key=ratios.__getitem__)
+    name = f"n {n:,}, d {d}: the worst of {len(ratios) - 1} kinds of data ({worst}), times Gaussian"
+    return at_most(name, ratios[worst], bar, "x")
+
+
 def against_reference(n: int, d: int, bar: float, repeats: int) -> Figure:
     """Forward and backward against the reference."""
     seconds = measure.interleaved(
@@ -227,6 +240,7 @@ def figures(quick: bool) -> Iterator[Figure]:
     yield against_reference(512, 128, 150.0, 3)
     yield against_products(4096, 512, 1.5, repeats)
     yield against_products(4096, 128, 2.0, repeats)
+    yield any_data(4096, 128, 1.3, repeats)
     yield defaults_against_plain(4096, 128, 2.0, repeats)
     yield growth(repeats)
     yield memory(4096)

@@ -20,6 +20,8 @@ import torch
 import pcoherence
 from pcoherence.spec import LossSpec
 
+from .kinds import GAUSSIAN, draw
+
 
 def interleaved(
     contestants: Mapping[str, Callable[[], object]],
@@ -82,12 +84,11 @@ def defaults() -> dict[str, Any]:
     return {name: getattr(LossSpec(), name) for name in PLAIN}
 
 
-def loss_step(n: int, d: int, **options: Any) -> Callable[[], None]:
-    """Forward and backward of the plain loss on standard normal features, [n, d] each."""
+def loss_step(n: int, d: int, kind: str = GAUSSIAN, **options: Any) -> Callable[[], None]:
+    """Forward and backward of the plain loss on features of a kind, [n, d] each."""
     asked = {**PLAIN, **options}
-    generator = torch.Generator().manual_seed(n + d)
-    student = torch.randn(n, d, generator=generator).requires_grad_()
-    teacher = torch.randn(n, d, generator=generator)
+    student, teacher = (draw(kind, n, d, seed=n + d + side) for side in (0, 1))
+    student.requires_grad_()
 
     def step() -> None:
         student.grad = None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pcoherence.testing import make_case
 
+from ..kinds import GAUSSIAN, KINDS, draw
 from ..measure import PLAIN
 
 PEERS = ("reference", "compile", "keops", "torchsort")
@@ -21,7 +22,7 @@ TRANSPORT = "transport"
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One loss to compute; student and teacher are standard normal, [n, d] each.
+    """One loss to compute; student and teacher are of one kind, [n, d] each.
 
     Attributes:
         family: what the case is for; a table of the page holds one family.
@@ -29,6 +30,7 @@ class Case:
         dtype: of the inputs, a name in torch.
         objective: as in `perception_coherence_loss`, or "transport": `optimal_transport_loss`.
         tau: the student's temperature.
+        kind: of both sides' points, a name from KINDS.
         methods: of ours, by which every backend computes it.
         others: peers and limits that compute it too.
         quick: whether a quick run takes it.
@@ -41,6 +43,7 @@ class Case:
     dtype: str = "float32"
     objective: str = "mse"
     tau: float = 0.1
+    kind: str = GAUSSIAN
     methods: tuple[str, ...] = ("auto",)
     others: tuple[str, ...] = ()
     quick: bool = False
@@ -53,6 +56,7 @@ class Case:
         parts += [self.dtype] if self.dtype != "float32" else []
         parts += [self.objective] if self.objective not in ("mse", self.family) else []
         parts += [f"tau{self.tau:g}"] if self.tau != 0.1 else []
+        parts += [self.kind.replace(" ", "_")] if self.kind != GAUSSIAN else []
         return "-".join(parts)
 
     @property
@@ -70,6 +74,8 @@ class Case:
         """Student, a leaf that requires gradients, and teacher; [n, d], another draw each turn."""
         student, teacher = (
             make_case("gaussian", self.n, self.d, dtype=self.torch_dtype, seed=2 * turn + side)
+            if self.kind == GAUSSIAN
+            else draw(self.kind, self.n, self.d, seed=2 * turn + side).to(self.torch_dtype)
             for side in (0, 1)
         )
         return student.to(device).requires_grad_(), teacher.to(device)
@@ -107,6 +113,11 @@ CASES: tuple[Case, ...] = (
     *(
         Case(family="objective", n=1024, objective=objective)
         for objective in ("l1", "huber", "cross_entropy", "spearman")
+    ),
+    *(Case(family="data", n=4096, kind=kind, others=LIMITS) for kind in KINDS if kind != GAUSSIAN),
+    *(
+        Case(family="data", n=4096, kind=kind, objective="cross_entropy", tau=0.03)
+        for kind in (GAUSSIAN, "10 clusters", "outlier")
     ),
     # n 512: the largest that the reference computes within the memory limit, in float32.
     *(

@@ -38,6 +38,7 @@ FAMILIES = {
     "width": "Wider features",
     "temperature": "Other temperatures",
     "objective": "Other objectives",
+    "data": "Other data",
     "precision": "Data types and methods",
     "transport": "Transfer by optimal transport",
 }

@@ -103,29 +103,39 @@ double squared_distance(const Point<T>& a, const Point<T>& b, std::int64_t width
 // Whether differences in float32 times a power of two, and their squares, fit into it.
 inline bool fits_float(double scale) { return std::abs(scale) < 1e30 && std::abs(scale) > 1e-30; }
 
-// The same times `scale`^2, a power of two, for near pairs. Differences in float32 are exact to a unit; squares and
-// sums in float64: a distance is as exact as T can say it, which small temperatures multiply.
+// Sums of so many squares at most are rounded in float32: 4 to a lane and accumulator.
+inline constexpr std::int64_t kFloatSquares = 256;
+// Below this squares of single features may have been lost: float64 tells.
+inline constexpr float kLeastSquare = 1e-28f;
+
+// The same times `scale`^2, a power of two, for near pairs. Of points as they are given differences in float32 are
+// exact to a unit, and so few squares add up to hardly more.
 inline double near_square(const Point<float>& a, const Point<float>& b, std::int64_t width, double scale) {
-  if (!fits_float(scale) || a.length != 1 || b.length != 1) return squared_distance(a, b, width) * (scale * scale);
-  dvec sum[4] = {};  // an addition need not wait for the one before
-  const auto add = [&](std::int64_t f, int to) {
-    const vec_t<float> diff = load(a.x + f) - load(b.x + f);
-    const dvec low = low_half(diff), high = high_half(diff);
-    sum[to] += low * low;
-    sum[to + 1] += high * high;
-  };
-  std::int64_t f = 0;
-  for (; f + 32 <= width; f += 32) {
-    add(f, 0);
-    add(f + 16, 2);
+  using V = vec_t<float>;
+  if (fits_float(scale) && a.length == 1 && b.length == 1) {
+    const V unit = splat(static_cast<float>(scale));
+    const auto square = [&](std::int64_t f) {
+      const V diff = (load(a.x + f) - load(b.x + f)) * unit;
+      return diff * diff;
+    };
+    double total = 0;
+    std::int64_t f = 0;
+    while (f + 16 <= width) {
+      V sum[4] = {};
+      const std::int64_t end = std::min(width, f + kFloatSquares);
+      for (; f + 64 <= end; f += 64)
+        for (int i = 0; i < 4; ++i) sum[i] += square(f + 16 * i);
+      for (; f + 16 <= end; f += 16) sum[0] += square(f);
+      const V all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      total += sum_lanes(low_half(all) + high_half(all));
+    }
+    for (; f < width; ++f) {
+      const double diff = double(a.x[f] - b.x[f]) * scale;
+      total += diff * diff;
+    }
+    if (total >= kLeastSquare) return total;
   }
-  for (; f + 16 <= width; f += 16) add(f, 0);
-  double rest = 0;
-  for (; f < width; ++f) {
-    const double diff = a.x[f] - b.x[f];
-    rest += diff * diff;
-  }
-  return (sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest) * (scale * scale);
+  return squared_distance(a, b, width) * (scale * scale);
 }
 inline double near_square(const Point<double>& a, const Point<double>& b, std::int64_t width, double scale) {
   return squared_distance(a, b, width) * (scale * scale);
@@ -152,6 +162,14 @@ inline WideSquares squares(double anchor_norm, const double* norms, const double
 // Candidates that are looked at before the near ones of them are measured: their numbers stay in fast memory.
 inline constexpr int kLookedAt = 512;
 
+// Of which a row is asked for so many before it is used: they lie anywhere, and memory takes as long as several.
+inline constexpr int kAhead = 3;
+template <class T>
+void prefetch(const T* row, std::int64_t width) {
+  constexpr std::int64_t line = 64 / sizeof(T), most = 16 * line;  // of longer rows the rest comes by itself
+  for (std::int64_t f = 0; f < std::min(width, most); f += line) __builtin_prefetch(row + f);
+}
+
 // Distances of pairs too near for products, by differences.
 template <class T>
 void measure_near(const DistanceRow<T>& a, std::vector<std::int32_t>* near) {
@@ -174,6 +192,8 @@ void measure_near(const DistanceRow<T>& a, std::vector<std::int32_t>* near) {
     }
     for (int i = 0; i < count; ++i) {
       const std::int32_t k = found[i];
+      if (i + kAhead < count)
+        prefetch(a.candidates + std::min<std::int64_t>(found[i + kAhead], a.n - 1) * a.width, a.width);
       if (k == a.identical || k >= a.n) continue;
       const T square = static_cast<T>(near_square(a.anchor, a.candidate(k), a.width, a.scale));
       a.row[k] = a.root ? std::sqrt(square) : square * a.factor;

@@ -46,26 +46,44 @@ struct FewBins<float> {
 };
 #endif
 
-// held [laid]: 1 for bins that hold somebody, 0 for others.
-inline void mark_bins(const std::int32_t* bin, int n, int laid, std::int32_t* held) {
-  std::fill_n(held, laid, 0);
-  for (int k = 0; k < n; ++k) held[bin[k]] = 1;
-}
+// Which of `laid` bins hold somebody.
+class HeldBins {
+ public:
+  HeldBins(const std::int32_t* bin, int n, int laid, Workspace& ws) : words_((laid + 7) / 8) {
+    held_ = ws.held.need<char>(8 * words_);
+    std::memset(held_, 0, 8 * words_);
+    for (int k = 0; k < n; ++k) held_[bin[k]] = 1;
+  }
+
+  // f(b) for each of them, ascending. Most hold nobody: eight at a time are passed over.
+  template <class F>
+  void each(F&& f) const {
+    for (std::size_t w = 0; w < words_; ++w) {
+      std::uint64_t word;
+      std::memcpy(&word, held_ + 8 * w, 8);
+      if (word == 0) continue;
+      for (std::size_t b = 8 * w; b < 8 * w + 8; ++b)
+        if (held_[b]) f(static_cast<std::int32_t>(b));
+    }
+  }
+
+ private:
+  std::size_t words_;
+  char* held_;
+};
 
 // How many bins hold somebody, to within roundings, when a row is laid on 0 .. laid of them.
 template <class T>
 int held_bins(const Row<T>& row, T low, double per_value, double laid, Workspace& ws) {
   const int bins = static_cast<int>(laid) + 1;
   auto* bin = ws.bins.need<std::int32_t>(row.n);
-  auto* held = ws.numbers.need<std::int32_t>(bins);
   const auto last = splat(static_cast<T>(bins - 1));
   for (int k = 0; k < row.n; k += lanes_v<T>) {
     const auto t = (load(row.values + k) - low) * static_cast<T>(per_value);
     store(bin + k, __builtin_convertvector(vmin(vmax(t, vec_t<T>{}), last), index_t<T>));
   }
-  mark_bins(bin, row.n, bins, held);
   int count = 0;
-  for (int b = 0; b < bins; ++b) count += held[b];
+  HeldBins(bin, row.n, bins, ws).each([&](std::int32_t) { ++count; });
   return count;
 }
 
@@ -191,14 +209,12 @@ class Grid {
   // Numbers the bins that hold somebody anew, from the lowest on; place_ keeps where each of them was laid.
   void leave_out_empty(int laid) {
     auto* number = ws_.numbers.need<std::int32_t>(laid);
-    mark_bins(bin_, row_.n, laid, number);
-    bins_ = 0;
-    for (int b = 0; b < laid; ++b) {
-      place_[bins_] = b;
-      const int own = number[b];
-      number[b] = bins_;
-      bins_ += own;
-    }
+    std::int32_t count = 0, *place = place_;
+    HeldBins(bin_, row_.n, laid, ws_).each([&](std::int32_t b) {
+      place[count] = b;
+      number[b] = count++;
+    });
+    bins_ = count;
     for (int k = 0; k < row_.n; ++k) bin_[k] = number[bin_[k]];
   }
 
@@ -221,6 +237,8 @@ class Grid {
   // addition need not wait for the one before; many bins make such conflicts rare, and replicas dear.
   void spread(const T* v, T* out) {
     if (bins_ <= 128)
+      spread_replicated<8>(v, out);
+    else if (bins_ <= 512)
       spread_replicated<8>(v, out);
     else
       spread_replicated<1>(v, out);

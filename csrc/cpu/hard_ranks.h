@@ -89,83 +89,76 @@ inline ivec_t<T> compare_with_neighbours(const T* sorted, int window, ivec_t<T>&
 // Buckets for each value: more make the windows shorter and the counters longer (2 measured best).
 inline constexpr int kBucketsPerValue = 2;
 
-// How often buckets may follow the values: each time a bucket gets room for those that it held.
-inline constexpr int kRefinements = 2;
-
-// A row's values in buckets, whose numbers rise with the values. I: holds every bucket's number.
-template <class T, class I>
-struct Buckets {
-  const Row<T>& row;
-  const Stats<T>& s;
-  Workspace& ws;
-  int count = (kBucketsPerValue * row.n + 31) / 32 * 32;  // of those with weight; one more is for the rest
-  T per_unit = T(count) / (s.high - s.low);
-  I* number = ws.bucket.need<I>(row.n);     // [n] the bucket of a value
-  I* start = ws.counts.need<I>(count + 1);  // [count + 1] how many values lie in those below a bucket
-  I* position = ws.arrival.need<I>(row.n);  // [n] how many came to its bucket before a value
-  T* spot = nullptr;                        // [n] number and, as a fraction, place in it; null: by equal widths
-  int fullest = 0;
-
-  bool finite() const { return per_unit <= std::numeric_limits<T>::max(); }
-
-  // Of equal width.
-  void lay() {
-    each_spot([&](int k, vec_t<T> t) { enter(k, t); });
-    fill();
+// The values of crowded buckets take places in their order: then a window sees no more of them than it must. False
+// where they are too many, or so many tie. position [n]: places within buckets, which start at counts [buckets + 1].
+template <class I, class T>
+bool order_crowded(const Row<T>& row, const I* bucket, const I* counts, int buckets, I* position, Workspace& ws) {
+  const auto size = [=](int b) { return b < buckets ? int(counts[b + 1]) - int(counts[b]) : 0; };
+  int members = 0;
+  for (int b = 0; b < buckets; ++b) members += size(b) > kCrowded ? size(b) : 0;
+  if (members * 8 > row.n) return false;  // the sort of all takes less time
+  auto* crowded = ws.crowded.need<std::int32_t>(members);
+  int found = 0;
+  for (int k = 0; k < row.n; ++k)
+    if (size(bucket[k]) > kCrowded) crowded[found++] = k;
+  const T* values = row.values;
+  std::sort(crowded, crowded + found, [=](int a, int b) { return values[a] < values[b]; });
+  for (int i = 0, before = -1, place = 0, run = 0; i < found; ++i) {
+    const int k = crowded[i];
+    place = int(bucket[k]) == before ? place + 1 : 0;
+    run = place > 0 && values[k] == values[crowded[i - 1]] ? run + 1 : 1;
+    if (run > kCrowded) return false;
+    before = bucket[k];
+    position[k] = static_cast<I>(place);
   }
+  return true;
+}
 
-  // Room in proportion to what they hold. By number and place a value stays above those that it is above.
-  void refine() {
-    T* to = ws.spots.need<T>(row.n);
-    if (spot == nullptr) each_spot([&](int k, vec_t<T> t) { store(to + k, t); });
-    spot = to;
-    for (int k = 0; k < row.n; ++k) {
-      const int b = std::min(static_cast<int>(spot[k]), count - 1);
-      const T place = std::min(spot[k] - T(b), T(1));
-      spot[k] = T(kBucketsPerValue) * (T(start[b]) + place * T(start[b + 1] - start[b]));
-    }
-    for (int k = 0; k < row.n; k += lanes_v<T>) enter(k, load(spot + k));
-    fill();
-  }
+// Equal weights: one pass into buckets of equal width, then every value is compared with its neighbours in bucket
+// order as far as the fullest bucket reaches. No branch depends on the data. I: holds every bucket's number.
+// False where a bucket is too crowded; with `want_ties`, `ties` receives sum_jk w_j w_k [v_j = v_k].
+template <bool want_ties, class I, class T, class Out>
+bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, Out* out, double& ties, Workspace& ws) {
+  using V = vec_t<T>;
+  constexpr int lanes = lanes_v<T>;
+  typedef I Index __attribute__((vector_size(lanes_v<T> * sizeof(I))));
+  const T* values = row.values;
+  const T low = s.low;
+  const int n = row.n, buckets = (kBucketsPerValue * n + 31) / 32 * 32;
+  const T per_unit = T(buckets) / (s.high - low);
+  if (!(per_unit <= std::numeric_limits<T>::max())) return false;
 
- private:
-  template <class F>
-  void each_spot(F&& f) const {
-    const vec_t<T> zero{}, end = splat<T>(T(count));
-    for (int k = 0; k < row.n; k += lanes_v<T>) f(k, vmin(vmax((load(row.values + k) - s.low) * per_unit, zero), end));
-  }
-
-  void enter(int k, vec_t<T> t) const {
-    typedef I Index __attribute__((vector_size(lanes_v<T> * sizeof(I))));
-    const vec_t<T> top = splat<T>(T(count - 1)), beyond = splat<T>(T(count));
+  auto* bucket = ws.bucket.need<I>(n);
+  const V zero{}, top = splat<T>(T(buckets - 1)), beyond = splat<T>(T(buckets));
+  for (int k = 0; k < n; k += lanes) {
+    const V b = vmin(vmax((load(values + k) - low) * per_unit, zero), top);
     // By way of 32 bits: there is no direct conversion to 16, and the compiler would go lane by lane.
-    const auto wide =
-        __builtin_convertvector(select(load(row.weights + k) > vec_t<T>{}, vmin(t, top), beyond), index_t<T>);
-    store(number + k, __builtin_convertvector(wide, Index));
+    const auto wide = __builtin_convertvector(select(load(row.weights + k) > zero, b, beyond), index_t<T>);
+    store(bucket + k, __builtin_convertvector(wide, Index));
   }
 
   // The last bucket, of those without weight, stands for itself: it starts where all others end.
-  void fill() {
-    std::memset(start, 0, sizeof(I) * (count + 1));
-    for (int k = 0; k < row.n; ++k) position[k] = start[number[k]]++;
-    fullest = exclusive_sums(start, count);
-    start[count] = static_cast<I>(s.count);
+  auto* counts = ws.counts.need<I>(buckets + 1);
+  auto* position = ws.arrival.need<I>(n);
+  std::memset(counts, 0, sizeof(*counts) * (buckets + 1));
+  for (int k = 0; k < n; ++k) position[k] = counts[bucket[k]]++;
+  int fullest = exclusive_sums(counts, buckets);
+  counts[buckets] = static_cast<I>(s.count);
+  if (fullest > kCrowded) {
+    if (!order_crowded(row, bucket, counts, buckets, position, ws)) return false;
+    fullest = kCrowded;
   }
-};
 
-// Values in the order of their buckets, and on both sides sentinels for "nothing there": they compare as below before,
-// as above after. Vectors go past the last value, and windows past that.
-template <class T>
-inline constexpr int kMargin = kCrowded + lanes_v<T>;
+  // Sentinels on both sides stand for "nothing there": they compare as below before, as above after.
+  constexpr int margin = kCrowded + lanes;
+  T* sorted = ws.sorted.need<T>(n + 2 * margin) + margin;
+  for (int i = 1; i <= margin; ++i) sorted[-i] = -std::numeric_limits<T>::infinity();
+  for (int k = 0; k < n; ++k) sorted[position[k] += counts[bucket[k]]] = values[k];
+  for (int i = s.count; i < n + margin; ++i) sorted[i] = std::numeric_limits<T>::infinity();
 
-// Equal weights. Twice the rank is a whole number: exact in T, and scaled at the end where more digits are wanted.
-template <bool want_ties, class I, class T, class Out>
-double ranks_by_count(const Buckets<T, I>& buckets, const T* sorted, Out* out) {
-  using V = vec_t<T>;
-  constexpr int lanes = lanes_v<T>;
-  const Stats<T>& s = buckets.s;
-  const int n = buckets.row.n, window = buckets.fullest - 1, whole = s.count / lanes * lanes;
-  T* rank = buckets.ws.sorted_ranks.template need<T>(n);
+  T* rank = ws.sorted_ranks.need<T>(n);
+  const int window = fullest - 1, whole = s.count / lanes * lanes;
+  // Twice the rank is a whole number: exact in T, and scaled at the end where more digits are wanted.
   constexpr bool late = sizeof(Out) > sizeof(T);
   const T scale = late ? T(1) : T(0.5) / T(s.count);
   ivec_t<T> iota{}, equal{};
@@ -178,117 +171,50 @@ double ranks_by_count(const Buckets<T, I>& buckets, const T* sorted, Out* out) {
     if (want_ties && p == whole)
       for (int i = 0; i < s.count - whole; ++i) equal[i] += here[i];
   }
-  const I* position = buckets.position;
+  if (want_ties) {
+    double pairs = s.count;
+    for (int i = 0; i < lanes; ++i) pairs += double(equal[i]);
+    const double weight = s.total / s.count;
+    ties = pairs * weight * weight;
+  }
   if constexpr (late)
     for (int k = 0; k < n; ++k) out[k] = Out(rank[position[k]]) * 0.5 / s.count;
   else
     for (int k = 0; k < n; ++k) out[k] = rank[position[k]];
-  double pairs = s.count;
-  for (int i = 0; i < lanes; ++i) pairs += double(equal[i]);
-  const double weight = s.total / s.count;
-  return pairs * weight * weight;
-}
-
-// For one vector of values, at places from `place` on, add(below, tied) of a neighbour at a time: its weight where it
-// lies in the same bucket and below, half of it where it ties; and its weight where it ties. No sums: nothing is
-// rounded before it is added. by_place: values; mass: their weights; first: where their buckets begin.
-template <class T, class Add>
-void each_neighbour(const T* by_place, const T* mass, const ivec_t<T>& first, int place, int window, Add&& add) {
-  using V = vec_t<T>;
-  ivec_t<T> here;
-  for (int i = 0; i < lanes_v<T>; ++i) here[i] = place + i;
-  const T *values = by_place + place, *weights = mass + place;
-  const V own = load(values), zero{};
-  for (int d = 1; d <= window; ++d) {
-    const V left = load(values - d), right = load(values + d), before = load(weights - d), after = load(weights + d);
-    const V tied_left = select(left == own, before, zero), tied_right = select(right == own, after, zero);
-    add(select((left < own) & (here - d >= first), before, tied_left * T(0.5)), tied_left);
-    add(select(right < own, after, tied_right * T(0.5)), tied_right);
-  }
-}
-
-// Any weights: the running sum of those in the buckets below, and what is below in its own. In float64, without a
-// difference: small weights beside large ones keep their digits.
-template <class I, class T, class Out>
-double ranks_by_weight(const Buckets<T, I>& buckets, const T* sorted, Out* out) {
-  using Whole = std::decay_t<decltype(ivec_t<T>{}[0])>;
-  const Row<T>& row = buckets.row;
-  const Stats<T>& s = buckets.s;
-  const int n = row.n, window = buckets.fullest - 1;
-  const I* position = buckets.position;
-  T* mass = buckets.ws.sorted_weights.template need<T>(n + 2 * kMargin<T>) + kMargin<T>;
-  Whole* first = buckets.ws.sorted_starts.template need<Whole>(n);
-  std::fill_n(mass - kMargin<T>, kMargin<T>, T(0));
-  for (int k = 0; k < n; ++k) {
-    mass[position[k]] = row.weights[k];
-    first[position[k]] = buckets.start[buckets.number[k]];
-  }
-  std::fill_n(mass + s.count, n + kMargin<T> - s.count, T(0));
-  double* below = buckets.ws.sorted_sums.template need<double>(n);
-  running_sums(Core<T>{}, n, [&](int p) { return double(mass[p]); }, [&](int p, double sum) { below[p] = sum; });
-  double* rank = buckets.ws.sorted_ranks.template need<double>(n);
-  for (int p = 0; p < n; ++p) rank[p] = below[first[p]];
-  dvec ties{};
-  const auto finish = [&](double* at, dvec weight, dvec beside, dvec tied) {
-    store(at, (load(at) + (weight * 0.5 + beside)) / s.total);
-    ties += weight * (weight + tied);
-  };
-  for (int p = 0; p < n; p += lanes_v<T>) {
-    const vec_t<T> weight = load(mass + p);
-    const auto start = load_as<ivec_t<T>>(first + p);
-    if constexpr (sizeof(T) == sizeof(double)) {
-      dvec beside{}, tied{};
-      each_neighbour(sorted, mass, start, p, window, [&](dvec b, dvec t) { beside += b, tied += t; });
-      finish(rank + p, weight, beside, tied);
-    } else {
-      dvec beside[2] = {}, tied[2] = {};
-      each_neighbour(sorted, mass, start, p, window, [&](vec_t<T> b, vec_t<T> t) {
-        beside[0] += low_half(b), beside[1] += high_half(b);
-        tied[0] += low_half(t), tied[1] += high_half(t);
-      });
-      finish(rank + p, low_half(weight), beside[0], tied[0]);
-      finish(rank + p + 8, high_half(weight), beside[1], tied[1]);
-    }
-  }
-  for (int k = 0; k < n; ++k) out[k] = static_cast<Out>(rank[position[k]]);
-  return sum_lanes(ties);
-}
-
-// One pass into buckets, then every value is compared with its neighbours in bucket order as far as the fullest bucket
-// reaches. No branch depends on the data, but that crowded buckets are laid again where the values are. False where
-// that did not help; with `want_ties`, `ties` receives sum_jk w_j w_k [v_j = v_k].
-template <class I, class T, class Out>
-bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, bool want_ties, Out* out, double& ties, Workspace& ws) {
-  Buckets<T, I> buckets{row, s, ws};
-  if (!buckets.finite()) return false;
-  buckets.lay();
-  for (int round = 0; buckets.fullest > kCrowded; ++round) {
-    const int before = buckets.fullest;
-    if (round == kRefinements) return false;
-    buckets.refine();
-    if (buckets.fullest > kCrowded && 2 * buckets.fullest > before) return false;  // they tie
-  }
-  const int n = row.n;
-  constexpr T inf = std::numeric_limits<T>::infinity();
-  T* sorted = ws.sorted.need<T>(n + 2 * kMargin<T>) + kMargin<T>;
-  std::fill_n(sorted - kMargin<T>, kMargin<T>, -inf);
-  for (int k = 0; k < n; ++k) sorted[buckets.position[k] += buckets.start[buckets.number[k]]] = row.values[k];
-  std::fill_n(sorted + s.count, n + kMargin<T> - s.count, inf);
-  ties = !s.uniform  ? ranks_by_weight(buckets, sorted, out)
-         : want_ties ? ranks_by_count<true>(buckets, sorted, out)
-                     : ranks_by_count<false>(buckets, sorted, out);
   return true;
 }
 
-// Returns sum_jk w_j w_k [v_j = v_k] if want_ties, otherwise anything.
+// So many values of a row stand for all of them, where there are so many of those that looking costs nothing.
+inline constexpr int kSample = 64, kSampled = 1024;
+
+// Whether buckets of equal width would be crowded: of a sample, evenly spaced in the row, more than 5 lie in one of 256
+// parts of the range (of a normal distribution 0.7 are expected in its middle). The sort is then quicker without the
+// attempt.
+template <class T>
+bool crowds(const Row<T>& row, const Stats<T>& s) {
+  constexpr int parts = 256, many = 5;
+  if (row.n < kSampled) return false;
+  int here[parts] = {}, most = 0;
+  const T per_part = T(parts) / (s.high - s.low);
+  for (int i = 0; i < kSample; ++i) {
+    const T v = row.values[std::int64_t(i) * row.n / kSample];
+    const T part = std::min(std::max((v - s.low) * per_part, T(0)), T(parts - 1));
+    most = std::max(most, ++here[static_cast<int>(part)]);
+  }
+  return most > many;
+}
+
+// Returns sum_jk w_j w_k [v_j = v_k] if want_ties, otherwise 0 or that.
 template <class T, class Out, class Workplace>
 double hard_ranks(const Core<T>&, const Row<T>& row, const Stats<T>& s, bool want_ties, Out* out, Workplace& work) {
   double ties = 0;
-  if (s.high > s.low) {
+  if (s.uniform && s.high > s.low && !crowds(row, s)) {
     const bool narrow = kBucketsPerValue * row.n + 32 < std::numeric_limits<std::uint16_t>::max();
-    const auto bucketed =
-        narrow ? hard_ranks_bucketed<std::uint16_t, T, Out> : hard_ranks_bucketed<std::uint32_t, T, Out>;
-    if (bucketed(row, s, want_ties, out, ties, work.ws)) return ties;
+    const auto bucketed = narrow      ? want_ties ? hard_ranks_bucketed<true, std::uint16_t, T, Out>
+                                                  : hard_ranks_bucketed<false, std::uint16_t, T, Out>
+                          : want_ties ? hard_ranks_bucketed<true, std::uint32_t, T, Out>
+                                      : hard_ranks_bucketed<false, std::uint32_t, T, Out>;
+    if (bucketed(row, s, out, ties, work.ws)) return ties;
   }
   return hard_ranks_sorted(row, s, out, work.ws);
 }
