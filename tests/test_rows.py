@@ -54,6 +54,10 @@ def values_of(case: str, n: int, dtype: str) -> Row:
         "widest": lambda: values / np.abs(values).max() * 0.9 * np.finfo(dtype).max,
         "neighbours": lambda: 1 + np.finfo(dtype).eps * rng.permutation(n),
         "exponential": lambda: np.exp(20 * values),  # crowds the buckets
+        # ... a few of them, and there is room for the others
+        "crowd": lambda: np.where(rng.random(n) < 0.06, 0.5 + 1e-5 * values, values),
+        "tied crowd": lambda: np.where(rng.random(n) < 0.06, 0.5, values),
+        "far groups": lambda: 300 * np.round(2 * values) + 0.3 * rng.normal(size=n),  # empty bins
         "sorted": lambda: np.sort(values),
         "reversed": lambda: -np.sort(values),
     }[case]().astype(dtype)  # fmt: skip
@@ -62,7 +66,7 @@ def values_of(case: str, n: int, dtype: str) -> Row:
 VALUES = (
     "gaussian", "positive", "negative", "ties", "duplicates", "equal", "zeros", "signed zeros",
     "outlier", "far outlier", "denormal", "denormal and normal", "widest", "neighbours",
-    "exponential", "sorted", "reversed",
+    "exponential", "crowd", "tied crowd", "far groups", "sorted", "reversed",
 )  # fmt: skip
 WEIGHTS = ("ones", "0 and 1", "0 and 0.3", "general", "ends alike", "extreme")
 
@@ -231,6 +235,23 @@ def test_soft_ranks_of_wide_rows(case: str, method: str, dtype: str, isa: str) -
         values, weights, upstream, truth = soft_row(n, case, "ones", 1e-2, dtype)
         ranks = kernel(values, weights, None, 1e-2, method, isa)
         pulled = kernel(values, weights, upstream, 1e-2, method, isa)
+        assert (np.abs(ranks - truth.ranks) <= truth.ranks_error).all()
+        assert (np.abs(pulled - truth.pullback) <= truth.pullback_error).all()
+
+
+@on_every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ["grid", "auto"])
+@pytest.mark.parametrize("temperature", [0.3, 15.0])
+def test_soft_ranks_between_empty_bins(
+    temperature: float, method: str, dtype: str, isa: str
+) -> None:
+    """Groups beyond each other's reach, and within it: bins that hold nobody are left out."""
+    kernel = getattr(C, f"soft_rank_{dtype}")
+    for n in SIZES:
+        values, weights, upstream, truth = soft_row(n, "far groups", "general", temperature, dtype)
+        ranks = kernel(values, weights, None, temperature, method, isa)
+        pulled = kernel(values, weights, upstream, temperature, method, isa)
         assert (np.abs(ranks - truth.ranks) <= truth.ranks_error).all()
         assert (np.abs(pulled - truth.pullback) <= truth.pullback_error).all()
 

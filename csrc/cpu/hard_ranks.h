@@ -115,8 +115,8 @@ bool order_crowded(const Row<T>& row, const I* bucket, const I* counts, int buck
 }
 
 // Equal weights: one pass into buckets of equal width, then every value is compared with its neighbours in bucket
-// order as far as the fullest bucket reaches. No branch depends on the data. I: holds every bucket's number.
-// False where a bucket is too crowded; with `want_ties`, `ties` receives sum_jk w_j w_k [v_j = v_k].
+// order as far as the fullest bucket reaches. No branch depends on the data, unless buckets are crowded. I: holds every
+// bucket's number. False where too many are crowded; with `want_ties`, `ties` receives sum_jk w_j w_k [v_j = v_k].
 template <bool want_ties, class I, class T, class Out>
 bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, Out* out, double& ties, Workspace& ws) {
   using V = vec_t<T>;
