@@ -22,6 +22,7 @@ from torch import Tensor
 from pcoherence import perception_coherence_loss
 from pcoherence.spec import METHODS, METRICS, OBJECTIVES, REDUCTIONS, SCALES
 from pcoherence.testing import (
+    ACCURACY,
     CASES,
     make_case,
     reference_value_and_grad,
@@ -205,6 +206,36 @@ def test_fine_structure_far_from_the_mean(side: str, metric: str) -> None:
     student, teacher = (points, others) if side == "student" else (others, points)
     options = {"anchor_weights": fine, "candidate_weights": fine}
     check_against_brute_force(student, teacher, metric=metric, **options)
+
+
+def check_near_pairs(points: Tensor, **options: Any) -> None:
+    """Of any size, so no error is relative to more than what it is an error of."""
+    teacher = make_case("gaussian", len(points), 5, dtype=torch.float32)
+    truth = evaluate(points.double(), teacher.double(), "reference", **in_double(options))
+    found = evaluate(points, teacher, **options)
+    for what, ours, expected, bar in zip(
+        ("loss", "gradient"), found, truth, ACCURACY[torch.float32], strict=True
+    ):
+        error = relative_error(ours, expected)
+        assert error <= bar, f"{what}: {error:.1e} > {bar:.1e}"
+
+
+@pytest.mark.parametrize("width", [3, 16, 100, 128, 200])
+@pytest.mark.parametrize("size", [1e-36, 1.0, 1e33])
+def test_near_pairs_of_any_width_and_size(size: float, width: int) -> None:
+    """Differences in float32 times a power of two, a vector or several at a time, or in float64."""
+    points = (size * make_case("clustered", 40, width)).float()
+    check_near_pairs(points, temperature=1.0, objective="mse")
+
+
+@pytest.mark.parametrize("width", [16, 33])
+def test_near_pairs_whose_squares_vanish(width: int) -> None:
+    """Points near 0 that differ by 1e-20, whose squares float32 rounds to a few units or 0."""
+    sizes = torch.tensor([0, 1e-20, 3e-20, 7e-20, 1, 1.1, 1.3, 1.7, 2, 2.5])
+    direction = make_case("gaussian", 1, width, dtype=torch.float32)
+    fine = (sizes < 1e-3).float()
+    options = {"anchor_weights": fine, "candidate_weights": fine, "temperature": 1.0}
+    check_near_pairs(sizes[:, None] * direction, objective="mse", **options)
 
 
 @pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3, 1e-4])

@@ -55,7 +55,9 @@ def values_of(case: str, n: int, dtype: str) -> Row:
         "neighbours": lambda: 1 + np.finfo(dtype).eps * rng.permutation(n),
         "exponential": lambda: np.exp(20 * values),  # crowds the buckets
         # ... a few of them, and there is room for the others
-        "crowd": lambda: np.where(rng.random(n) < 0.06, 0.5 + 1e-5 * values, values),
+        "crowd": lambda: np.where(
+            rng.random(n) < 0.1, 0.5 * np.sign(values) + 1e-5 * values, values
+        ),
         "tied crowd": lambda: np.where(rng.random(n) < 0.06, 0.5, values),
         "far groups": lambda: 300 * np.round(2 * values) + 0.3 * rng.normal(size=n),  # empty bins
         "sorted": lambda: np.sort(values),
