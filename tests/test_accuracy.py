@@ -208,7 +208,7 @@ def test_fine_structure_far_from_the_mean(side: str, metric: str) -> None:
     check_against_brute_force(student, teacher, metric=metric, **options)
 
 
-def check_near_pairs(points: Tensor, **options: Any) -> None:
+def check_near_pairs(points: Tensor, gradient: bool = True, **options: Any) -> None:
     """Of any size, so no error is relative to more than what it is an error of."""
     teacher = make_case("gaussian", len(points), 5, dtype=torch.float32)
     truth = evaluate(points.double(), teacher.double(), "reference", **in_double(options))
@@ -217,11 +217,12 @@ def check_near_pairs(points: Tensor, **options: Any) -> None:
         ("loss", "gradient"), found, truth, ACCURACY[torch.float32], strict=True
     ):
         error = relative_error(ours, expected)
-        assert error <= bar, f"{what}: {error:.1e} > {bar:.1e}"
+        if what == "loss" or gradient:
+            assert error <= bar, f"{what}: {error:.1e} > {bar:.1e}"
 
 
 @pytest.mark.parametrize("width", [3, 16, 100, 128, 200])
-@pytest.mark.parametrize("size", [1e-36, 1.0, 1e33])
+@pytest.mark.parametrize("size", [1e-40, 1e-36, 1.0, 1e33])
 def test_near_pairs_of_any_width_and_size(size: float, width: int) -> None:
     """Differences in float32 times a power of two, a vector or several at a time, or in float64."""
     points = (size * make_case("clustered", 40, width)).float()
@@ -230,12 +231,15 @@ def test_near_pairs_of_any_width_and_size(size: float, width: int) -> None:
 
 @pytest.mark.parametrize("width", [16, 33])
 def test_near_pairs_whose_squares_vanish(width: int) -> None:
-    """Points near 0 that differ by 1e-20, whose squares float32 rounds to a few units or 0."""
-    sizes = torch.tensor([0, 1e-20, 3e-20, 7e-20, 1, 1.1, 1.3, 1.7, 2, 2.5])
+    """Points near 0 that differ by 1e-21, whose squares float32 rounds to a few units or 0.
+
+    So it does to the inverse squares of which the gradient is made: to inf.
+    """
+    sizes = torch.tensor([0, 1e-21, 3e-21, 7e-21, 1, 1.1, 1.3, 1.7, 2, 2.5])
     direction = make_case("gaussian", 1, width, dtype=torch.float32)
     fine = (sizes < 1e-3).float()
     options = {"anchor_weights": fine, "candidate_weights": fine, "temperature": 1.0}
-    check_near_pairs(sizes[:, None] * direction, objective="mse", **options)
+    check_near_pairs(sizes[:, None] * direction, gradient=False, objective="mse", **options)
 
 
 @pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3, 1e-4])
