@@ -190,11 +190,11 @@ void measure_near(const DistanceRow<T>& a, std::vector<std::int32_t>* near) {
         count += mask[i] != 0;
       }
     }
+    while (count > 0 && found[count - 1] >= a.n) --count;  // padding
     for (int i = 0; i < count; ++i) {
       const std::int32_t k = found[i];
-      if (i + kAhead < count)
-        prefetch(a.candidates + std::min<std::int64_t>(found[i + kAhead], a.n - 1) * a.width, a.width);
-      if (k == a.identical || k >= a.n) continue;
+      if (i + kAhead < count) prefetch(a.candidates + found[i + kAhead] * a.width, a.width);
+      if (k == a.identical) continue;
       const T square = static_cast<T>(near_square(a.anchor, a.candidate(k), a.width, a.scale));
       a.row[k] = a.root ? std::sqrt(square) : square * a.factor;
       const T norms = static_cast<T>(a.anchor_norm + a.candidate_norms[k]);
@@ -262,26 +262,30 @@ void add_float_differences(float* out, const PullRow<float>& a, std::int64_t f) 
   for (int i = 0; i < strip; ++i) store(out + f + 16 * i, load(out + f + 16 * i) + sum[i]);
 }
 
+// For all features from f on.
 template <class T>
 void add_wide_differences(T* out, const PullRow<T>& a, std::int64_t f) {
   using Octet = typename Simd<T>::octet;
-  const auto wide = [](const T* x) { return __builtin_convertvector(load_as<Octet>(x), dvec); };
-  const std::int64_t end = std::min(f + 8, a.width);
-  if (end - f == 8) {
-    const dvec own = wide(a.own.x + f) / a.own.length;
-    dvec sum{};
-    for (std::int64_t k = 0; k < a.count; ++k)
-      sum += double(a.pull[k]) * (own - wide(a.others + a.index[k] * a.width + f) / a.length(k));
-    store(out + f, load_as<Octet>(out + f) + __builtin_convertvector(sum * a.scale, Octet));
-    return;
-  }
-  for (; f < end; ++f) {
-    double sum = 0;
-    for (std::int64_t k = 0; k < a.count; ++k)
-      sum += double(a.pull[k]) *
-             (double(a.own.x[f]) / a.own.length - double(a.others[a.index[k] * a.width + f]) / a.length(k));
-    out[f] += static_cast<T>(sum * a.scale);
-  }
+  const bool divide = a.lengths != nullptr;
+  const auto sum = [&](auto own, auto&& other) {
+    decltype(own) result{};
+    for (std::int64_t k = 0; k < a.count; ++k) {
+      const auto x = other(a.others + a.index[k] * a.width);
+      result += double(a.pull[k]) * (divide ? own / a.own.length - x / a.length(k) : own - x);
+    }
+    return result * a.scale;
+  };
+  for_each_double(
+      a.own.x + f, a.width - f,
+      [&](std::int64_t g, dvec own) {
+        T* to = out + f + g;
+        const dvec pulled =
+            sum(own, [&](const T* x) { return __builtin_convertvector(load_as<Octet>(x + f + g), dvec); });
+        store(to, load_as<Octet>(to) + __builtin_convertvector(pulled, Octet));
+      },
+      [&](std::int64_t g, double own) {
+        out[f + g] += static_cast<T>(sum(own, [&](const T* x) { return double(x[f + g]); }));
+      });
 }
 
 // The differences of what is given, which are exact to a unit; of directions, in float64.
@@ -294,7 +298,7 @@ void add_differences(T* out, const PullRow<T>& a) {
       for (; f + 16 <= a.width; f += 16) add_float_differences<1>(out, a, f);
     }
   }
-  for (; f < a.width; f += 8) add_wide_differences(out, a, f);
+  add_wide_differences(out, a, f);
 }
 
 template <class T>

@@ -236,9 +236,7 @@ class Grid {
   // out[b][q] = sum over k in bin b of v_k x_k^q. Neighbours k go to different replicas of the bins, so that an
   // addition need not wait for the one before; many bins make such conflicts rare, and replicas dear.
   void spread(const T* v, T* out) {
-    if (bins_ <= 128)
-      spread_replicated<8>(v, out);
-    else if (bins_ <= 512)
+    if (bins_ <= 512)
       spread_replicated<8>(v, out);
     else
       spread_replicated<1>(v, out);
