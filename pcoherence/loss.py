@@ -400,7 +400,7 @@ def soft_rank(
     chosen = select(
         backend, values.device, lambda candidate: candidate.supports_soft_rank(values, method)
     )
-    return chosen.soft_rank(values, weights, temperature, method)
+    return chosen.soft_rank(values, weights, float(temperature), method)
 
 
 def _select(spec: LossSpec, inputs: LossInputs) -> Backend:

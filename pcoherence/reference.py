@@ -111,4 +111,4 @@ def soft_rank(
     check_name("method", method, METHODS)
     check_name("backend", backend, BACKENDS)
     values, weights = prepare_values(values, weights)
-    return soft_ranks.ranks(values, weights, temperature)
+    return soft_ranks.ranks(values, weights, float(temperature))

@@ -229,6 +229,14 @@ def test_numbers_of_any_kind_are_floats(value: Any, backend: str, name: str) -> 
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("value", [Fraction(2, 5), np.float16(0.1), 1])
+def test_a_temperature_of_soft_ranks_is_a_float(value: Any, backend: str) -> None:
+    expected = soft_rank(X, float(value), backend=backend)
+    assert torch.equal(soft_rank(X, value, backend=backend), expected)
+    assert torch.equal(reference.soft_rank(X, value), reference.soft_rank(X, float(value)))
+
+
 @pytest.mark.parametrize("name", list(NUMBERS))
 @pytest.mark.parametrize("value", [10**400, Fraction(10**400), Fraction(1, 10**400)])
 def test_numbers_that_are_no_floats(value: Any, name: str) -> None:
