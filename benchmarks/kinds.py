@@ -10,19 +10,19 @@ from torch import Generator, Tensor
 GAUSSIAN = "gaussian"
 
 
+def _gaussian(n: int, d: int, generator: Generator) -> Tensor:
+    return torch.randn(n, d, dtype=torch.float64, generator=generator)
+
+
 def _clusters(count: int, spread: float) -> Callable[[int, int, Generator], Tensor]:
     """Points around standard normal centres."""
 
     def draw(n: int, d: int, generator: Generator) -> Tensor:
-        centres = torch.randn(count, d, generator=generator)
+        centres = _gaussian(count, d, generator)
         chosen = centres[torch.randint(count, (n,), generator=generator)]
-        return chosen + spread * torch.randn(n, d, generator=generator)
+        return chosen + spread * _gaussian(n, d, generator)
 
     return draw
-
-
-def _gaussian(n: int, d: int, generator: Generator) -> Tensor:
-    return torch.randn(n, d, generator=generator)
 
 
 def _outlier(n: int, d: int, generator: Generator) -> Tensor:
@@ -34,7 +34,9 @@ def _outlier(n: int, d: int, generator: Generator) -> Tensor:
 
 def _heavy_tails(n: int, d: int, generator: Generator) -> Tensor:
     """Norms with a density that falls as their inverse square."""
-    return _gaussian(n, d, generator) / (1 - torch.rand(n, 1, generator=generator))
+    return _gaussian(n, d, generator) / (
+        1 - torch.rand(n, 1, dtype=torch.float64, generator=generator)
+    )
 
 
 def _repeated(n: int, d: int, generator: Generator) -> Tensor:
@@ -57,9 +59,9 @@ KINDS: Mapping[str, Callable[[int, int, Generator], Tensor]] = {
     "repeated": _repeated,
     "plane": _plane,
 }
-"""By name: from n, d and a generator to points [n, d] in float32."""
+"""By name: from n, d and a generator to points [n, d] in float64."""
 
 
 def draw(kind: str, n: int, d: int, seed: int = 0) -> Tensor:
-    """Points [n, d] of a kind, the same for a seed."""
+    """Points [n, d] of a kind in float64, the same for a seed."""
     return KINDS[kind](n, d, torch.Generator().manual_seed(seed))

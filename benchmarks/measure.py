@@ -87,7 +87,7 @@ def defaults() -> dict[str, Any]:
 def loss_step(n: int, d: int, kind: str = GAUSSIAN, **options: Any) -> Callable[[], None]:
     """Forward and backward of the plain loss on features of a kind, [n, d] each."""
     asked = {**PLAIN, **options}
-    student, teacher = (draw(kind, n, d, seed=n + d + side) for side in (0, 1))
+    student, teacher = (draw(kind, n, d, seed=n + d + side).float() for side in (0, 1))
     student.requires_grad_()
 
     def step() -> None:

@@ -26,6 +26,7 @@ from scipy import stats
 
 from benchmarks.distillation import (
     criteria,
+    effects,
     evaluation,
     index,
     page,
@@ -84,7 +85,6 @@ from pcoherence import (
     optimal_transport_loss,
     perception_coherence_loss,
 )
-from pcoherence.spec import LossSpec
 
 N, STUDENT, TEACHER, CLASSES = 7, 3, 5, 4
 WIDTHS = Widths(STUDENT, TEACHER, CLASSES)
@@ -652,15 +652,9 @@ def test_ties_go_to_the_simpler(gap: float, simpler: bool) -> None:
     assert rule.choose(found).neighbourhood == (None if simpler else 0.4)
 
 
-def library() -> Candidate:
-    """The defaults of the library."""
-    spec = LossSpec()
-    return Candidate(spec.objective, spec.temperature, spec.neighbourhood, str(spec.metric))
-
-
 def test_defaults_are_among_the_options() -> None:
     for plan in plans.PLANS.values():
-        assert library() in plan.options
+        assert effects.library() in plan.options
 
 
 def test_the_default_is_read_as_it_did_better_itself() -> None:
@@ -1189,7 +1183,7 @@ def test_the_page_says_what_came(tmp_path: Path) -> None:
 def test_committed_page_is_that_of_its_results(tmp_path: Path) -> None:
     folder = Path(__file__).parent.parent / "benchmarks" / "results" / "distillation"
     found = results.load(folder / "full.jsonl")
-    assert rule.choose(found) == library()
+    assert rule.choose(found) == effects.library()
     pictures = plots.write(found, tmp_path)
     assert (folder / "README.md").read_text() == page.text(plans.FULL, found, pictures)
     assert all((folder / name).exists() for name in pictures)

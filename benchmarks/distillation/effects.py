@@ -52,12 +52,17 @@ def lines(plan: Plan, found: Sequence[Result], shown: Mapping[str, str]) -> list
     ]
 
 
+def library() -> rule.Candidate:
+    """The defaults that the library has."""
+    spec = LossSpec()
+    return rule.Candidate(spec.objective, spec.temperature, spec.neighbourhood, str(spec.metric))
+
+
 def _rule(found: Sequence[Result]) -> list[str]:
     """Where the chosen option stands among all."""
     default = rule.choose(found)
     margins = rule.margins(found)
-    spec = LossSpec()
-    used = rule.Candidate(spec.objective, spec.temperature, spec.neighbourhood, str(spec.metric))
+    used = library()
     rows = []
     for option, own in sorted(margins.items(), key=lambda item: -rule.worst(item[1])):
         place, measure = min(own, key=lambda where, own=own: own[where])  # type: ignore[misc]

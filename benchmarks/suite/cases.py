@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcoherence.testing import make_case
-
 from ..kinds import GAUSSIAN, KINDS, draw
 from ..measure import PLAIN
 
@@ -73,9 +71,7 @@ class Case:
     def inputs(self, turn: int, device: str) -> tuple[Tensor, Tensor]:
         """Student, a leaf that requires gradients, and teacher; [n, d], another draw each turn."""
         student, teacher = (
-            make_case("gaussian", self.n, self.d, dtype=self.torch_dtype, seed=2 * turn + side)
-            if self.kind == GAUSSIAN
-            else draw(self.kind, self.n, self.d, seed=2 * turn + side).to(self.torch_dtype)
+            draw(self.kind, self.n, self.d, seed=2 * turn + side).to(self.torch_dtype)
             for side in (0, 1)
         )
         return student.to(device).requires_grad_(), teacher.to(device)
