@@ -70,7 +70,7 @@ def by_reference(student: Tensor, teacher: Tensor, dtype: torch.dtype, **options
 def errors(found: Found, truth: Found, floors: Errors = FLOORS) -> Errors:
     return (
         relative_error(found[0], truth[0], floors[0]),
-        relative_error(found[1], truth[1], max(floors[1], GRADIENT_FLOOR)),
+        relative_error(found[1], truth[1], floors[1]),
     )
 
 

@@ -212,7 +212,7 @@ def test_soft_ranks(case: str, temperature: float, method: str, dtype: str, isa:
             assert abs(pulled.sum(dtype=np.float64)) <= truth.pullback_error.sum()
 
 
-# Coefficients of 32 bins are held in registers, and up to 128 bins are summed in several copies.
+# Coefficients of 32 bins are held in registers, and of more than 128 bins empty ones are left out.
 @on_every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bins", [1, 2, 31, 32, 33, 34, 128, 129])
