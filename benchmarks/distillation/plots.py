@@ -119,9 +119,8 @@ def _tests(outcomes: Outcomes, cells: Sequence[Cell]) -> Figure:
     """A column for each measure, a line for each method, a marker for each student."""
     methods = outcomes.methods(cells[0])[::-1]
     measures = outcomes.measures(cells[0])
-    figure = Figure(
-        figsize=(2.4 * len(measures) + 2, 0.9 + 0.36 * len(methods)), layout="constrained"
-    )
+    width = max(14, 2.4 * len(measures) + 2)  # the title takes 14
+    figure = Figure(figsize=(width, 0.9 + 0.36 * len(methods)), layout="constrained")
     panels = figure.subplots(1, len(measures), sharey=True)
     for axes, measure in zip(panels, measures, strict=True):
         for row, method in enumerate(methods):
