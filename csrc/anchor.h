@@ -48,16 +48,12 @@ struct NearDivisor {
   }
 };
 
-// By place: the weight in the neighbourhood, and the rank under such weights if everybody has a place of his own.
-template <class T>
-struct NearPlace {
-  T weight, rank;
-};
-// Of `count` candidates, places as twice_place() numbers them.
+// Of `count` candidates, by place as twice_place() numbers them, [2 count]: weights in the neighbourhood, and the ranks
+// under such weights if everybody has a place of his own.
 template <class T>
 struct NearTable {
-  const NearPlace<T>* places;  // [2 count - 1], or null: there is none
-  double total;                // of the weights
+  const T *weights, *ranks;  // null: there is none
+  double total;              // of the weights
 };
 
 // ranks [n]: F^T under the row's weights.
@@ -74,11 +70,11 @@ PCOH_APART void near_weights(G& g, const Row& row, const NearDivisor<T>& near, c
 template <class T>
 inline constexpr int kWholeRanks = sizeof(T) == 4 ? 1 << 20 : 1 << 28;
 
-// 2 F count for the hard rank F of a candidate, less 1: from 0 to 2 count - 2; of weight 0 any of them.
-template <class T>
-PCOH_DEVICE int twice_place(T rank, int count) {
-  const int twice = static_cast<int>(rank * T(2 * count) - T(0.5));
-  return twice < 2 * count - 2 ? twice : 2 * count - 2;
+// 2 F count for the hard rank F of a candidate, less 1: from 0 to 2 count - 2; of weight 0 it is 2 count - 1.
+template <class T, class Row>
+PCOH_DEVICE int twice_place(const Row& row, const T* ranks, int k, int count) {
+  const int twice = static_cast<int>(ranks[k] * T(2 * count) - T(0.5)), last = 2 * count - 2;
+  return row.weight(k) > 0 ? (twice < last ? twice : last) : last + 1;
 }
 
 // Equal weights, whose hard ranks are plain [n]: weights and ranks in the neighbourhood, by counting who is at each
@@ -89,28 +85,35 @@ PCOH_APART Weighed count_near(G& g, const Row& row, const Weighed& weighed, cons
                               Workplace& work) {
   const int count = weighed.count, places = 2 * count - 1;
   Workplace own = work;
-  int* here = own.template take<int>(places);
-  double* before = own.template take<double>(places);
+  int* here = own.template take<int>(places + 1);
+  double* before = own.template take<double>(places + 1);
+  const auto place = [&](int k) { return twice_place(row, plain, k, count); };
   each_element(g, places, [&](int i) { here[i] = 0; });
   g.sync();
-  each_element(g, row.n, [&](int k) {
-    if (row.weight(k) > 0) g.add(&here[twice_place(plain[k], count)], 1);
+  each_indexed(g, row.n, place, [&](int, int i) {
+    if (i < places) g.add(&here[i], 1);
   });
   g.sync();
   const T weight = static_cast<T>(weighed.total / count);
-  const NearPlace<T>* known = table.places;
+  const T* known = table.weights;
   const auto at = [=](int i) {
-    return known != nullptr ? weight * known[i].weight : weight / near(T(i + 1) / T(2 * count));
+    if constexpr (Workplace::tabulates)
+      return weight * known[i];
+    else
+      return weight / near(T(i + 1) / T(2 * count));
   };
-  const auto mass = [=](int i) { return here[i] > 0 ? double(here[i]) * double(at(i)) : 0.0; };
+  const auto mass = [=](int i) { return double(here[i]) * double(at(i)); };
   running_sums(g, places, mass, [&](int i, double sum) { before[i] = sum; });
   g.sync();
-  const double all = before[places - 1] + mass(places - 1);
+  const double all = before[places - 1] + mass(places - 1), per_all = 1 / all;
   ties = sum_each(g, places, [&](int i) { return mass(i) * mass(i); });
-  each_element(g, row.n, [&](int k) {
-    const int i = twice_place(plain[k], count);
-    weights[k] = row.weight(k) > 0 ? at(i) : T(0);
-    out[k] = static_cast<Rank>((before[i] + mass(i) / 2) / all);
+  g.sync();
+  // The rank at a place; of the last, of those without weight, it is finite.
+  each_element(g, places + 1, [&](int i) { before[i] = i < places ? (before[i] + mass(i) / 2) * per_all : 0.0; });
+  g.sync();
+  each_indexed(g, row.n, place, [&](int k, int i) {
+    weights[k] = i < places ? at(i) : T(0);
+    out[k] = static_cast<Rank>(before[i]);
   });
   return {all, count, false};
 }
@@ -120,10 +123,10 @@ template <class T, class G, class Row>
 PCOH_APART Weighed look_up_near(G& g, const Row& row, const Weighed& weighed, const NearTable<T>& table, const T* plain,
                                 T* weights, T* out) {
   const T weight = static_cast<T>(weighed.total / weighed.count);
-  each_element(g, row.n, [&](int k) {
-    const NearPlace<T> place = table.places[twice_place(plain[k], weighed.count)];
-    weights[k] = row.weight(k) > 0 ? weight * place.weight : T(0);
-    out[k] = place.rank;
+  const auto place = [&](int k) { return twice_place(row, plain, k, weighed.count); };
+  each_indexed(g, row.n, place, [&](int k, int i) {
+    weights[k] = weight * table.weights[i];
+    out[k] = table.ranks[i];
   });
   return {double(weight) * table.total, weighed.count, false};
 }
@@ -148,7 +151,7 @@ PCOH_DEVICE bool enter_neighbourhood(G& g, const Options& options, Row& row, Sta
                                      double& ties, Workplace& work) {
   const NearDivisor<T> divisor(options.neighbourhood);
   const NearTable<T> table = work.near_table(s.count, divisor);
-  const bool may_look_up = options.objective != Objective::cross_entropy && table.places != nullptr;
+  const bool may_look_up = options.objective != Objective::cross_entropy && Workplace::tabulates;
   ties = hard_ranks(g, row, s, may_look_up, plain, work);
   g.sync();
   const bool whole = s.uniform && s.count <= kWholeRanks<T>;

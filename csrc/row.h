@@ -12,6 +12,7 @@
 //   each_candidate(g, row, f)      f(k, w), w the weights
 //   each_value(g, row, from, f)    f(k, v, w), v the values `from` [n], which go to row.values if those lie elsewhere
 //   each_element(g, n, f)          f(k) for every single element
+//   each_indexed(g, n, index, f)   f(k, index(k)) for every single element; int index(k) looks at no other
 //   sum_each(g, n, f)              sum of f(k) over single elements, in float64
 //   running_sums(g, n, load, store)  store(k, sum of load(j) over j < k), in float64
 //   by_memory(g, p, f)             f(p), compiled for the memory that p points to

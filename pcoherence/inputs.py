@@ -101,10 +101,11 @@ def inputs_outside_inference(inputs: LossInputs) -> LossInputs:
     """The tensors, each as `outside_inference` gives it."""
     copies = {
         name: outside_inference(tensor)
-        for name, tensor in inputs._asdict().items()
-        if tensor is not None
+        for name, tensor in zip(LossInputs._fields, inputs, strict=True)
+        if tensor is not None and tensor.is_inference()
     }
-    return inputs._replace(**copies)
+    # Hardly ever is there one, and a call for a few points is as long as its Python.
+    return inputs._replace(**copies) if copies else inputs
 
 
 def check_enough_candidates(inputs: LossInputs, gathered: bool = False) -> None:

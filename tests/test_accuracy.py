@@ -139,7 +139,9 @@ def test_every_method(objective: str, case: str, temperature: float) -> None:
 )
 def test_other_objectives(objective: str, case: str, temperature: float) -> None:
     """Any two of the three: the sums are those of `test_every_method`."""
-    check(129, case, 3, objective=objective, temperature=temperature)
+    # At a tiny temperature few comparisons have an error at all: twice that of 3 draws is no bound.
+    draws = 3 if temperature >= 1e-2 else 12
+    check(129, case, draws, objective=objective, temperature=temperature)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)

@@ -155,7 +155,7 @@ def test_command_line(
     copy.write_bytes(results.read_bytes())
     inside("page", tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "times the limit" in text
+    assert "times the products" in text
     assert "**wrong result**" in text
     assert (tmp_path / "cpu-time.png").stat().st_size > 10_000
 

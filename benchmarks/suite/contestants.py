@@ -190,7 +190,7 @@ def _products(case: Case) -> Loss:
 
 PRODUCTS = Contestant(
     name="products",
-    note="the limit: the four matrix products that the loss needs, and nothing else",
+    note="the four matrix products that the loss is made of; the limit is half",
     build=_products,
     check=OTHER,
 )

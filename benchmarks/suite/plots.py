@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from .rows import OK, Row
+
+LIMIT = "limit"
+"""Half of the four products: what symmetry leaves of them where the candidates are the anchors."""
 
 # Okabe and Ito's colours, which people with any colour vision tell apart, one for each contestant;
 # shapes repeat what colours say. A contestant without a style gets OTHER.
@@ -30,17 +34,21 @@ STYLES = {
     "keops": ("#CC79A7", ">"),
     "torchsort": ("#000000", "h"),
     "products": ("#888888", ""),
+    LIMIT: ("#888888", ""),
     "cdist": ("#888888", "x"),
 }
 OTHER = ("#555555", "*")
+
 EMPHASISED = ("cpu auto", "triton auto", "cuda auto")
 LABELS = {
     "torchsort": "torchsort (another operator)",
-    "products": "limit: four products",
+    "products": "four products",
+    LIMIT: "limit: half of them",
     "compile": "torch.compile",
     "keops": "KeOps",
     "cdist": "cdist alone",
 }
+LINES = {"products": "--", "cdist": "--", LIMIT: ":"}
 DTYPES = {"float32": "full", "float64": "none", "bfloat16": "left"}
 """How a marker is filled."""
 
@@ -55,6 +63,15 @@ def _curves(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[s
         if row.family == "sizes" and row.status == OK and value(row):
             curves.setdefault(row.contestant, []).append(row)
     return curves
+
+
+def _limit(rows: Sequence[Row]) -> list[Row]:
+    """Half of each time of the four products."""
+    return [
+        replace(row, contestant=LIMIT, step=row.step._replace(p50=row.step.p50 / 2))
+        for row in rows
+        if row.contestant == "products" and row.step is not None
+    ]
 
 
 def _spread(wanted: Sequence[float], least: float) -> list[float]:
@@ -105,7 +122,7 @@ def _by_n(
             marker=marker,
             markersize=5,
             linewidth=2.6 if name in EMPHASISED else 1.3,
-            linestyle="--" if name in ("products", "cdist") else "-",
+            linestyle=LINES.get(name, "-"),
         )
         ends.append((sizes[-1], values[-1]))
         names.append(name)
@@ -230,7 +247,7 @@ def write(rows: Sequence[Row], folder: Path, prefix: str) -> list[str]:
     for path in (*wanted.values(), folder / f"{prefix}-trade-off.png"):
         path.unlink(missing_ok=True)
     _by_n(
-        rows,
+        [*rows, *_limit(rows)],
         lambda row: row.step and row.step.p50 * 1e3,
         "Forward + backward (d 128, float32, mse, temperature 0.1)",
         "ms",

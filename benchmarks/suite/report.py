@@ -43,7 +43,7 @@ def show(before: Sequence[Row], after: Sequence[Row], console: Console) -> None:
     table = Table(title="After / before: above 1 is slower, * where the spreads do not overlap")
     for column in ("case", "contestant"):
         table.add_column(column, overflow="fold")
-    for column in ("time", "times the limit", "memory", "grad. error"):
+    for column in ("time", "times the products", "memory", "grad. error"):
         table.add_column(column, justify="right")
     pairs = compare(before, after)
     changes = 0
@@ -75,7 +75,7 @@ def show(before: Sequence[Row], after: Sequence[Row], console: Console) -> None:
     machines = [{_machine(row) for row in rows} for rows in (before, after)]
     if machines[0] != machines[1]:
         console.print("[bold]Different machines or settings:[/bold] times do not compare;")
-        console.print('"times the limit" does, roughly.')
+        console.print('"times the products" does, roughly.')
         for title, machine in zip(("before", "after"), machines, strict=True):
             console.print(f"{title}: {'; '.join(sorted(machine))}")
 

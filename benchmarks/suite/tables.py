@@ -54,9 +54,9 @@ def _three(value: float) -> str:
 
 def show_rows(rows: Sequence[Row], console: Console) -> None:
     """A section for each case; why rows failed, or were skipped, in lines below."""
-    table = Table(title="Forward + backward; the limit: the four matrix products alone")
+    table = Table(title="Forward + backward; the four products alone, of which half is the limit")
     table.add_column("case, contestant", no_wrap=True)
-    for column in ("ms", "p20 to p80", "times the limit", "peak MiB", "GFLOP/s", "grad. error"):
+    for column in ("ms", "p20 to p80", "times the products", "peak MiB", "GFLOP/s", "grad. error"):
         table.add_column(column, justify="right")
     tried = [row for row in rows if row.status != SKIPPED]
     for case in dict.fromkeys(row.case for row in tried):

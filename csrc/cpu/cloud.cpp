@@ -12,7 +12,7 @@ namespace {
 // middle of a cloud, and a fraction of the cost of one product.
 constexpr std::int64_t kSample = 512;
 // Features that pay for a thread: a few microseconds of work.
-constexpr std::int64_t kGrain = 1 << 15;
+constexpr std::int64_t kFeatureGrain = 1 << 15;
 
 double power_of_two_below(double x) { return std::ldexp(1.0, std::ilogb(x)); }
 
@@ -86,28 +86,20 @@ class Sample {
 }  // namespace
 
 template <class T>
-Cloud<T>::Cloud(const GivenPoints<T>& input, Runtime<T>& runtime) : input_(input) {
-  if (!traits().products) {
-    anchors_ = const_cast<T*>(input.anchors);
-    candidates_ = same() ? anchors_ : const_cast<T*>(input.candidates);
-    return;
-  }
-  choose_centre();
-  const auto side = [&](const T* from, T*& to, std::vector<double>& norms, std::vector<double>& lengths,
-                        std::int64_t rows) {
-    to = runtime.allocate(rows * input.width);
-    norms.assign(padded(rows), 0.0);
-    if (traits().directions) lengths.resize(rows);
-    prepare(from, to, norms, lengths, rows, runtime);
-  };
-  side(input.anchors, anchors_, anchor_norms_, anchor_lengths_, input.m);
-  if (same()) {
-    candidates_ = anchors_;
-  } else {
-    side(input.candidates, candidates_, candidate_norms_, candidate_lengths_, input.n);
-  }
-  find_duplicates(runtime);
-  unit_ = traits().root ? 1 / scale_ : 1 / (scale_ * scale_);
+Cloud<T>::Cloud(const GivenPoints<T>& input) : input_(input) {
+  if (traits().products) return;
+  anchors_ = const_cast<T*>(input.anchors);
+  candidates_ = same() ? anchors_ : const_cast<T*>(input.candidates);
+}
+
+template <class T>
+void Cloud<T>::prepare(Cloud& student, Cloud& teacher, Runtime<T>& runtime, Team& team) {
+  std::vector<Cloud*> clouds;
+  for (Cloud* cloud : {&student, &teacher})
+    if (cloud->traits().products) clouds.push_back(cloud);
+  team.run(runtime, std::ssize(clouds), 1, [&](std::int64_t i, Workspace&) { clouds[i]->choose_centre(); });
+  for (Cloud* cloud : clouds) cloud->prepare_points(runtime);
+  team.run(runtime, std::ssize(clouds), 1, [&](std::int64_t i, Workspace&) { clouds[i]->find_duplicates(); });
 }
 
 // The centre is the mean of the half of the candidates that lies nearest to the overall mean, so that a far outlier
@@ -139,38 +131,50 @@ void Cloud<T>::choose_centre() {
 }
 
 template <class T>
-void Cloud<T>::prepare(const T* from, T* to, std::vector<double>& norms, std::vector<double>& lengths,
-                       std::int64_t rows, Runtime<T>& runtime) const {
-  const std::vector<double> zero(input_.width, 0.0);
-  runtime.parallel_for(rows, 1 + kGrain / (input_.width + 1), [&](std::int64_t begin, std::int64_t end, int) {
-    for (std::int64_t i = begin; i < end; ++i) {
-      const T* x = from + i * input_.width;
-      if (!lengths.empty()) lengths[i] = length_of(x, zero);
-      norms[i] =
-          kernels().of<T>().shift(to + i * input_.width, x, length(lengths, i), centre_.data(), scale_, input_.width);
-    }
-  });
+void Cloud<T>::prepare_points(Runtime<T>& runtime) {
+  const std::int64_t width = input_.width;
+  const std::vector<double> zero(width, 0.0);
+  const auto& kernel = kernels().of<T>();
+  // Matrix products may round differently for different columns, so equal candidates are found by value: by the value
+  // given, since the prepared ones may have lost a difference far smaller than the centre.
+  hashes_.resize(input_.n);
+  const auto side = [&](const T* from, T*& to, std::vector<double>& norms, std::vector<double>& lengths,
+                        std::int64_t rows, bool candidates) {
+    to = runtime.allocate(rows * width);
+    norms.assign(padded(rows), 0.0);
+    if (traits().directions) lengths.resize(rows);
+    runtime.parallel_for(rows, 1 + kFeatureGrain / (width + 1), [&](std::int64_t begin, std::int64_t end, int) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        const T* x = from + i * width;
+        T* row = to + i * width;
+        if (!lengths.empty()) lengths[i] = length_of(x, zero);
+        if (candidates) {
+          kernel.shift(row, x, length(lengths, i), zero.data(), 1.0, width);
+          hashes_[i] = {kernel.hash(row, width), static_cast<std::int32_t>(i)};
+        }
+        norms[i] = kernel.shift(row, x, length(lengths, i), centre_.data(), scale_, width);
+      }
+    });
+  };
+  side(input_.anchors, anchors_, anchor_norms_, anchor_lengths_, input_.m, same());
+  if (same()) {
+    candidates_ = anchors_;
+  } else {
+    side(input_.candidates, candidates_, candidate_norms_, candidate_lengths_, input_.n, true);
+  }
+  unit_ = traits().root ? 1 / scale_ : 1 / (scale_ * scale_);
 }
 
-// Matrix products may round differently for different columns, so equal candidates are found by value: by the value
-// given, since the prepared ones may have lost a difference far smaller than the centre.
+// Candidates that are equal by value, not only by hash.
 template <class T>
-void Cloud<T>::find_duplicates(Runtime<T>& runtime) {
+void Cloud<T>::find_duplicates() {
   const std::int64_t width = input_.width;
   const std::vector<double> zero(width, 0.0);
   const auto copy = [&](std::int32_t i, std::vector<T>& to) {
     const Point<T> point = candidate(i);
     kernels().of<T>().shift(to.data(), point.x, point.length, zero.data(), 1.0, width);
   };
-  std::vector<std::pair<std::uint64_t, std::int32_t>> order(input_.n);
-  runtime.parallel_for(input_.n, 1 + kGrain / (width + 1), [&](std::int64_t begin, std::int64_t end, int) {
-    std::vector<T> row(width);
-    for (std::int64_t i = begin; i < end; ++i) {
-      const auto index = static_cast<std::int32_t>(i);
-      copy(index, row);
-      order[i] = {kernels().of<T>().hash(row.data(), width), index};
-    }
-  });
+  auto& order = hashes_;
   std::sort(order.begin(), order.end());
   std::vector<T> original(width), row(width);
   for (std::size_t first = 0, i = 1; i < order.size(); ++i) {
@@ -183,6 +187,7 @@ void Cloud<T>::find_duplicates(Runtime<T>& runtime) {
     if (std::memcmp(row.data(), original.data(), width * sizeof(T)) == 0)
       duplicates_.emplace_back(order[i].second, order[first].second);
   }
+  order = {};
 }
 
 template <class T>

@@ -57,31 +57,51 @@ template <class T, class F>
 void each_element(const Core<T>&, int n, F&& f) {
   for (int k = 0; k < n; ++k) f(k);
 }
+template <class T, class Index, class F>
+void each_indexed(const Core<T>&, int n, Index&& index, F&& f) {
+  constexpr int together = 16;  // so that the compiler uses vectors for the indices
+  int k = 0;
+  for (; k + together <= n; k += together) {
+    std::int32_t found[together];
+    for (int i = 0; i < together; ++i) found[i] = index(k + i);
+    for (int i = 0; i < together; ++i) f(k + i, found[i]);
+  }
+  for (; k < n; ++k) f(k, index(k));
+}
+// f(k) of 8 elements, computed together.
+template <class F>
+inline dvec eight(int k, F&& f) {
+  alignas(64) double values[8];
+  for (int i = 0; i < 8; ++i) values[i] = f(k + i);
+  return load(values);
+}
 template <class T, class F>
 double sum_each(const Core<T>&, int n, F&& f) {
-  double sum[4] = {};  // an addition need not wait for the one before
+  dvec sum{};
+  double rest = 0;
   int k = 0;
-  for (; k + 4 <= n; k += 4)
-    for (int i = 0; i < 4; ++i) sum[i] += f(k + i);
-  for (; k < n; ++k) sum[0] += f(k);
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  for (; k + 8 <= n; k += 8) sum += eight(k, f);
+  for (; k < n; ++k) rest += f(k);
+  return sum_lanes(sum) + rest;
 }
 template <class T, class Load, class Store>
 void running_sums(const Core<T>&, int n, Load&& load, Store&& store) {
-  double sum = 0;
+  constexpr auto all = std::make_index_sequence<8>{};
+  double before = 0;
   int k = 0;
-  for (; k + 4 <= n; k += 4) {  // one addition of the four waits for those before
-    const double a = load(k), b = load(k + 1), c = load(k + 2), d = load(k + 3);
-    store(k, sum);
-    store(k + 1, sum + a);
-    store(k + 2, sum + (a + b));
-    store(k + 3, sum + ((a + b) + c));
-    sum += (a + b) + (c + d);
+  for (; k + 8 <= n; k += 8) {
+    dvec sum = eight(k, load);  // with all below, by doubling: add what lies 1, 2, 4 lanes below
+    sum += lanes_below<1>(sum, all);
+    sum += lanes_below<2>(sum, all);
+    sum += lanes_below<4>(sum, all);
+    const dvec exclusive = lanes_below<1>(sum, all) + before;
+    for (int i = 0; i < 8; ++i) store(k + i, exclusive[i]);
+    before += sum[7];
   }
   for (; k < n; ++k) {
     const double own = load(k);
-    store(k, sum);
-    sum += own;
+    store(k, before);
+    before += own;
   }
 }
 template <class T, class V, class F>

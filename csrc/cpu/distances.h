@@ -82,6 +82,21 @@ std::uint64_t hash_row(const T* x, std::int64_t width) {
 // ---------------------------------------------------------------- distances
 
 template <class T>
+void dot_products(T* out, const T* x, const T* others, std::int64_t n, std::int64_t width) {
+  for (std::int64_t k = 0; k < n; ++k) {
+    const T* other = others + k * width;
+    vec_t<T> sum{};
+    T rest = 0;
+    std::int64_t f = 0;
+    for (; f + lanes_v<T> <= width; f += lanes_v<T>) sum += load(x + f) * load(other + f);
+    for (; f < width; ++f) rest += x[f] * other[f];
+    Sum total;
+    total.add(sum);
+    out[k] = static_cast<T>(total.total()) + rest;
+  }
+}
+
+template <class T>
 double squared_distance(const Point<T>& a, const Point<T>& b, std::int64_t width) {
   const bool divide = a.length != 1 || b.length != 1;
   dvec sum{};

@@ -10,6 +10,9 @@
 
 namespace pcoherence {
 
+// Rows of S = V + V^T that are held at a time: products of more gain nothing.
+inline constexpr std::int64_t kSumRows = 512;
+
 // Gradient w.r.t. features from blocks of V, by products: sum_j V_ij (x_i - c_j) for the anchors, and the
 // opposite for the candidates; for cityblock sum_j V_ij sign(x_i - c_j). A whole V, `symmetric`, takes one product
 // instead of two: with S = V + V^T both together are sum_j S_ij (x_i - x_j).
@@ -45,11 +48,10 @@ class FeatureGradient {
     add_near(block, sums, begin, rows, near, team);
     const std::int64_t ld = padded(n_);
     if (symmetric_) {
-      add_transpose(block);
-      team.run(runtime_, rows, 1 + kGrain / n_,
-               [&](std::int64_t i, Workspace&) { sums[i] = kernels().of<T>().sum_row(block + i * ld, n_); });
+      add_both(block, team);
+      return;
     }
-    if (anchors_ != nullptr) add_anchors(block, sums, begin, rows);
+    if (anchors_ != nullptr) add_anchors(block, sums.data(), begin, rows);
     if (candidates_ != nullptr) {
       runtime_.accumulate_tn(candidates_, block, ld, cloud_.anchors() + begin * width_, rows, n_, width_);
       add_column_sums(block, rows, team);
@@ -72,18 +74,23 @@ class FeatureGradient {
   }
 
  private:
-  void add_transpose(T* block) {
-    const std::int64_t size = padded(n_), strips = (size + kSymmetricStrip - 1) / kSymmetricStrip;
-    // A strip is as long as what is right of it: the first and the last together make an even share.
-    runtime_.parallel_for((strips + 1) / 2, 1, [&](std::int64_t begin, std::int64_t end, int) {
-      for (std::int64_t i = begin; i < end; ++i) {
-        kernels().of<T>().add_transpose(block, size, size, i);
-        if (strips - 1 - i != i) kernels().of<T>().add_transpose(block, size, size, strips - 1 - i);
-      }
-    });
+  // Some rows of S at a time: they are multiplied while they are in the cache, and V is only read.
+  void add_both(const T* block, Team& team) {
+    const std::int64_t ld = padded(n_), most = std::min(ld, kSumRows);
+    T* both = runtime_.allocate(most * ld);
+    std::vector<double> sums(most);
+    for (std::int64_t begin = 0; begin < n_; begin += most) {
+      const std::int64_t end = std::min(ld, begin + most), rows = std::min(n_, end) - begin;
+      team.run(runtime_, (end - begin + kSymmetricStrip - 1) / kSymmetricStrip, 1, [&](std::int64_t s, Workspace&) {
+        const std::int64_t first = s * kSymmetricStrip, last = std::min(end - begin, first + kSymmetricStrip);
+        kernels().of<T>().plus_transpose(block, ld, ld, begin + first, begin + last, both + first * ld);
+        for (std::int64_t i = first; i < last; ++i) sums[i] = kernels().of<T>().sum_row(both + i * ld, n_);
+      });
+      add_anchors(both, sums.data(), begin, rows);
+    }
   }
 
-  void add_anchors(const T* block, const std::vector<double>& sums, std::int64_t begin, std::int64_t rows) {
+  void add_anchors(const T* block, const double* sums, std::int64_t begin, std::int64_t rows) {
     if (products_ == nullptr) products_ = runtime_.allocate(rows * width_);  // the first block is the largest
     runtime_.multiply_nn(products_, block, padded(n_), cloud_.candidates(), rows, n_, width_);
     const T* x = cloud_.anchors() + begin * width_;

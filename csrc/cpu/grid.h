@@ -12,36 +12,82 @@
 
 namespace pcoherence::PCOH_ISA {
 
-// Where all coefficients fit into registers, an element finds its own by a permutation of them.
+// Where bins are so few that registers hold all of their terms, nothing is scattered or gathered: an element adds its
+// powers to every bin, masked, and finds its own coefficients by a permutation.
 template <class T>
 struct FewBins {
-  static constexpr bool available = false;
+  static constexpr int most = 0, most_masked = 0;
 };
 #if defined(PCOH_AVX512)
 template <>
 struct FewBins<float> {
-  static constexpr bool available = true;
   static constexpr int order = GridOrder<float>::order;
-  static constexpr int most = 32;  // two registers for each of the 8 coefficients: half of the register file
+  static constexpr int most = 32;        // two registers for each coefficient
+  static constexpr int most_masked = 6;  // with more, masks take as long as scattering (measured)
 
-  // field: [bins, order]; bin, x, out: [n]
-  static void evaluate(const float* field, int bins, const std::int32_t* bin, const float* x, int n, float* out) {
-    alignas(64) float columns[order][most] = {};
-    for (int b = 0; b < bins; ++b)
-      for (int q = 0; q < order; ++q) columns[q][b] = field[b * order + q];
-    __m512 low[order], high[order];
-    for (int q = 0; q < order; ++q) {
-      low[q] = _mm512_load_ps(columns[q]);
-      high[q] = _mm512_load_ps(columns[q] + 16);
+  // moments [bins, order]; bin, x, v: [n]
+  static void spread(const std::int32_t* bin, const float* x, const float* v, int n, int bins, float* moments) {
+    // Of three bins 24 registers hold the sums.
+    for (int b = 0; b < bins;) {
+      const int left = bins - b, together = left % 3 == 0 || left > 4 ? 3 : left >= 2 ? 2 : 1;
+      float* to = moments + b * order;
+      if (together == 3)
+        spread_to<3>(bin, x, v, n, b, to);
+      else if (together == 2)
+        spread_to<2>(bin, x, v, n, b, to);
+      else
+        spread_to<1>(bin, x, v, n, b, to);
+      b += together;
     }
+  }
+
+  // What evaluates the polynomials of one field [bins, order]; a register holds 16 of the bins.
+  template <int registers>
+  class Field {
+   public:
+    Field(const float* field, int bins) {
+      alignas(64) float columns[order][16 * registers] = {};
+      for (int b = 0; b < bins; ++b)
+        for (int q = 0; q < order; ++q) columns[q][b] = field[b * order + q];
+      for (int q = 0; q < order; ++q)
+        for (int i = 0; i < registers; ++i) column_[q][i] = load(columns[q] + 16 * i);
+    }
+    vec_t<float> at(index_t<float> bin, vec_t<float> x) const {
+      vec_t<float> value = of(order - 1, bin);
+      for (int q = order - 2; q >= 0; --q) value = value * x + of(q, bin);
+      return value;
+    }
+
+   private:
+    vec_t<float> of(int q, index_t<float> bin) const {
+      const auto which = reinterpret_cast<__m512i>(bin);
+      if constexpr (registers == 1)
+        return _mm512_permutexvar_ps(which, column_[q][0]);
+      else
+        return _mm512_permutex2var_ps(column_[q][0], which, column_[q][1]);
+    }
+    vec_t<float> column_[order][registers];
+  };
+
+ private:
+  template <int together>
+  static void spread_to(const std::int32_t* bin, const float* x, const float* v, int n, int first, float* moments) {
+    __m512 sum[together][order];
+    for (auto& terms : sum)
+      for (auto& term : terms) term = _mm512_setzero_ps();
     for (int k = 0; k < n; k += 16) {
-      const __m512i index = _mm512_loadu_si512(bin + k);
+      const __m512i own = _mm512_loadu_si512(bin + k);
       const __m512 at = _mm512_loadu_ps(x + k);
-      __m512 value = _mm512_permutex2var_ps(low[order - 1], index, high[order - 1]);
-      for (int q = order - 2; q >= 0; --q)
-        value = _mm512_fmadd_ps(value, at, _mm512_permutex2var_ps(low[q], index, high[q]));
-      _mm512_storeu_ps(out + k, value);
+      __m512 power = _mm512_loadu_ps(v + k);
+      __mmask16 here[together];
+      for (int i = 0; i < together; ++i) here[i] = _mm512_cmpeq_epi32_mask(own, _mm512_set1_epi32(first + i));
+      for (int q = 0; q < order; ++q) {
+        for (int i = 0; i < together; ++i) sum[i][q] = _mm512_mask_add_ps(sum[i][q], here[i], sum[i][q], power);
+        power = _mm512_mul_ps(power, at);
+      }
     }
+    for (int i = 0; i < together; ++i)
+      for (int q = 0; q < order; ++q) moments[i * order + q] = _mm512_reduce_add_ps(sum[i][q]);
   }
 };
 #endif
@@ -100,24 +146,10 @@ class Grid {
     bin_ = ws_.bins.need<std::int32_t>(n);
     x_ = ws_.locals.need<T>(n);
     const double per_value = row.scale.per_distance / kBinWidth;
-    const dvec low = dvec{} + double(row.low), last = dvec{} + double(laid - 1), end = dvec{} + double(laid);
-    // In float64: a bin far from the lowest value resolves as much of its values as the first.
-    const auto place = [&](dvec v) {
-      const dvec t = vmin(vmax((v - low) * per_value, dvec{}), end);  // only candidates of weight 0 can lie outside
-      const dvec floor = vmin(__builtin_convertvector(__builtin_convertvector(t, WideIndex), dvec), last);
-      return Place{floor, (t - floor) * 2.0 - 1.0};
-    };
-    for (int k = 0; k < n; k += lanes) {
-      const V v = PCOH_ISA::load(row.values + k);
-      if constexpr (sizeof(T) == 4) {
-        const Place a = place(low_half(v)), b = place(high_half(v));
-        store(bin_ + k, __builtin_convertvector(join(a.bin, b.bin), index_t<T>));
-        store(x_ + k, join(a.x, b.x));
-      } else {
-        const Place a = place(v);
-        store(bin_ + k, __builtin_convertvector(a.bin, index_t<T>));
-        store(x_ + k, a.x);
-      }
+    if (laid <= FewBins<T>::most) {
+      place(static_cast<T>(per_value), laid);  // of few bins it is as exact as the values are
+    } else {
+      place_in_double(per_value, laid);
     }
     place_ = ws_.places.need<std::int32_t>(laid);
     if (laid > kDenseBins) {
@@ -141,20 +173,23 @@ class Grid {
   // See cross_total() in ../row.h. Moments against coefficients, no gather; then, by the order of bins, the rest.
   double cross_total(const double* ranks, double weight) {
     convolve(grid_table<T>(Kernel::softplus), moments_, fields_, Far::nothing);
-    double total = 0;
-    for (std::size_t i = 0; i < std::size_t(bins_) * order; ++i) total += double(moments_[i]) * double(fields_[i]);
-    double* below = ws_.mass.need<double>(bins_);
-    std::fill_n(below, bins_, 0.0);
-    for (int k = 0; k < row_.n; ++k) below[bin_[k]] += double(row_.weights[k]);
+    const Core<T> core;
+    const double total = sum_each(core, bins_ * order, [&](int i) { return double(moments_[i]) * double(fields_[i]); });
+    constexpr int replicas = 4;  // an addition need not wait for the one before
+    auto* below = ws_.mass.need<double>(std::size_t(bins_) * replicas);
+    std::fill_n(below, bins_ * replicas, 0.0);
+    for (int k = 0; k < row_.n; k += replicas)
+      for (int i = 0; i < replicas; ++i) below[bin_[k + i] * replicas + i] += double(row_.weights[k + i]);
     double before = 0;
     for (int b = 0; b < bins_; ++b) {
-      const double own = below[b];
+      double own = 0;
+      for (int i = 0; i < replicas; ++i) own += below[b * replicas + i];
       below[b] = before + own / 2;
       before += own;
     }
-    double rest = 0;
-    for (int k = 0; k < row_.n; ++k)
-      rest += double(row_.weights[k]) * row_.position(k) * (below[bin_[k]] - weight * ranks[k]);
+    const double rest = sum_each(core, row_.n, [&](int k) {
+      return double(row_.weights[k]) * row_.position(k) * (below[bin_[k]] - weight * ranks[k]);
+    });
     return total + 2 * rest;
   }
 
@@ -164,12 +199,12 @@ class Grid {
     spread(r, residual_moments_);
     convolve(table, moments_, fields_, Far::nothing);
     convolve(table, residual_moments_, residual_fields_, Far::nothing);
-    T* pulled = ws_.carry.need<T>(row_.n);
-    evaluate(fields_, out);
-    evaluate(residual_fields_, pulled);
-    for (int l = 0; l < row_.n; l += lanes)
-      store(out + l, PCOH_ISA::load(r + l) * PCOH_ISA::load(out + l) -
-                         PCOH_ISA::load(row_.weights + l) * PCOH_ISA::load(pulled + l));
+    with_field(fields_, [&](const auto& own) {
+      with_field(residual_fields_, [&](const auto& pulled) {
+        for (int l = 0; l < row_.n; l += lanes)
+          store(out + l, PCOH_ISA::load(r + l) * own(l) - PCOH_ISA::load(row_.weights + l) * pulled(l));
+      });
+    });
   }
 
  private:
@@ -206,6 +241,40 @@ class Grid {
   // Up to here the bins cost less than finding out which of them are empty.
   static constexpr int kDenseBins = 128;
 
+  // Bins and local coordinates of all elements.
+  void place(T per_value, int laid) {
+    const V last = splat(T(laid - 1)), end = splat(T(laid));
+    for (int k = 0; k < row_.n; k += lanes) {
+      // Only candidates of weight 0 can lie outside.
+      const V t = vmin(vmax((PCOH_ISA::load(row_.values + k) - row_.low) * per_value, V{}), end);
+      const index_t<T> bin = __builtin_convertvector(vmin(t, last), index_t<T>);
+      store(bin_ + k, bin);
+      store(x_ + k, (t - __builtin_convertvector(bin, V)) * T(2) - T(1));
+    }
+  }
+
+  // The same in float64: a bin far from the lowest value resolves as much of its values as the first.
+  void place_in_double(double per_value, int laid) {
+    const dvec low = dvec{} + double(row_.low), last = dvec{} + double(laid - 1), end = dvec{} + double(laid);
+    const auto place = [&](dvec v) {
+      const dvec t = vmin(vmax((v - low) * per_value, dvec{}), end);
+      const dvec floor = vmin(__builtin_convertvector(__builtin_convertvector(t, WideIndex), dvec), last);
+      return Place{floor, (t - floor) * 2.0 - 1.0};
+    };
+    for (int k = 0; k < row_.n; k += lanes) {
+      const V v = PCOH_ISA::load(row_.values + k);
+      if constexpr (sizeof(T) == 4) {
+        const Place a = place(low_half(v)), b = place(high_half(v));
+        store(bin_ + k, __builtin_convertvector(join(a.bin, b.bin), index_t<T>));
+        store(x_ + k, join(a.x, b.x));
+      } else {
+        const Place a = place(v);
+        store(bin_ + k, __builtin_convertvector(a.bin, index_t<T>));
+        store(x_ + k, a.x);
+      }
+    }
+  }
+
   // Numbers the bins that hold somebody anew, from the lowest on; place_ keeps where each of them was laid.
   void leave_out_empty(int laid) {
     auto* number = ws_.numbers.need<std::int32_t>(laid);
@@ -236,6 +305,12 @@ class Grid {
   // out[b][q] = sum over k in bin b of v_k x_k^q. Neighbours k go to different replicas of the bins, so that an
   // addition need not wait for the one before; many bins make such conflicts rare, and replicas dear.
   void spread(const T* v, T* out) {
+    if constexpr (FewBins<T>::most_masked > 0) {
+      if (bins_ <= FewBins<T>::most_masked) {
+        FewBins<T>::spread(bin_, x_, v, row_.n, bins_, out);
+        return;
+      }
+    }
     if (bins_ <= 512)
       spread_replicated<8>(v, out);
     else
@@ -286,13 +361,22 @@ class Grid {
 
   // out[k] = the polynomial of element k's bin at its own local coordinate.
   void evaluate(const T* field, T* out) {
-    if constexpr (FewBins<T>::available) {
-      if (bins_ <= FewBins<T>::most) {
-        FewBins<T>::evaluate(field, bins_, bin_, x_, row_.n, out);
-        return;
-      }
+    with_field(field, [&](const auto& at) {
+      for (int k = 0; k < row_.n; k += lanes) store(out + k, at(k));
+    });
+  }
+
+  // f(at), at(k) being the values of a field for the elements from k on.
+  template <class F>
+  void with_field(const T* field, F&& f) const {
+    if constexpr (FewBins<T>::most > 0) {
+      const auto few = [&](const auto& terms) {
+        f([&](int k) { return terms.at(load_as<index_t<T>>(bin_ + k), PCOH_ISA::load(x_ + k)); });
+      };
+      if (bins_ <= 16) return few(typename FewBins<T>::template Field<1>(field, bins_));
+      if (bins_ <= FewBins<T>::most) return few(typename FewBins<T>::template Field<2>(field, bins_));
     }
-    for (int k = 0; k < row_.n; k += lanes) {
+    f([&](int k) {
       const V x = PCOH_ISA::load(x_ + k);
       V value{};
       for (int q = order - 8; q >= 0; q -= 8) {
@@ -301,8 +385,8 @@ class Grid {
         transpose(c);
         for (int i = 7; i >= 0; --i) value = value * x + c[i];
       }
-      store(out + k, value);
-    }
+      return value;
+    });
   }
 
   // 8 coefficients of element k's bin; float: those of element k + 8 beside them.

@@ -35,26 +35,24 @@ double hard_ranks_sorted(const Row<T>& row, const Stats<T>& s, Out* out, Workspa
   return ties;
 }
 
-// Buckets more crowded than this are left to the sort: comparing within a bucket costs its size per element.
-inline constexpr int kCrowded = 16;
+// Every value is compared with so many neighbours on either side: all of its bucket where that holds one more. The few
+// buckets that hold more are compared apart (3 to 6 measured: 4 best).
+inline constexpr int kWindow = 4;
+// So many vectors of them, for each value of the row, take as long as the sort of all.
+inline constexpr int kComparisons = 4;
 
-template <int step, class V, std::size_t... l>
-inline V lanes_below(V v, std::index_sequence<l...>) {
-  constexpr int n = sizeof...(l);
-  return __builtin_shufflevector(V{}, v, (int(l) < step ? int(l) : n + int(l) - step)...);
-}
-
-// Exclusive running sums of counts[0..n), n a multiple of the 64-byte vector's lanes, in place; returns the largest.
-template <class I>
-int exclusive_sums(I* counts, int n) {
+// Exclusive running sums of counts[0..n), n a multiple of the 64-byte vector's lanes, in place. crowded(first, lanes):
+// some of so many counts are larger than `limit`.
+template <class I, class F>
+void exclusive_sums(I* counts, int n, int limit, F&& crowded) {
   typedef typename CountVector<I>::type V;
   constexpr int lanes = 64 / sizeof(I);
   constexpr auto all = std::make_index_sequence<lanes>{};
+  const V most = V{} + static_cast<I>(limit);
   I start = 0;
-  V fullest{};
   for (int b = 0; b < n; b += lanes) {
     const V size = load_as<V>(counts + b);
-    fullest = vmax(size, fullest);
+    if (any(size > most)) crowded(b, lanes);
     V sum = size;  // inclusive, by doubling: add what lies 1, 2, 4, ... lanes below
     sum += lanes_below<1>(sum, all);
     sum += lanes_below<2>(sum, all);
@@ -64,59 +62,48 @@ int exclusive_sums(I* counts, int n) {
     store(counts + b, sum - size + start);
     start += sum[lanes - 1];
   }
-  return max_lane(fullest);
 }
 
-// sorted[0 .. lanes) against its neighbours up to `window` places away, which hold every value of its bucket:
-// what 2 #{less} + #{equal, itself included} exceeds 2 position + 1 by; equal: #{equal} without itself.
+// How values compare with others, one by one.
 template <bool count_equal, class T>
-inline ivec_t<T> compare_with_neighbours(const T* sorted, int window, ivec_t<T>& equal) {
-  const vec_t<T> own = load(sorted);
-  const ivec_t<T> one = ivec_t<T>{} + 1;
-  ivec_t<T> excess{};
-  const auto compare = [&](vec_t<T> other) {  // sign(own - other)
+struct Comparison {
+  vec_t<T> own;
+  ivec_t<T> excess{};  // #{less} - #{greater}
+  ivec_t<T> equal{};
+
+  void with(vec_t<T> other) {
+    const ivec_t<T> one = ivec_t<T>{} + 1;
     excess = own > other ? excess + one : excess;
     excess = own < other ? excess - one : excess;
     if constexpr (count_equal) equal = own == other ? equal + one : equal;
-  };
-  for (int d = 1; d <= window; ++d) {
-    compare(load(sorted - d));
-    compare(load(sorted + d));
   }
-  return excess;
+};
+
+// sorted[0 .. lanes) with what lies up to kWindow places away.
+template <bool count_equal, class T>
+inline Comparison<count_equal, T> compare_with_neighbours(const T* sorted) {
+  Comparison<count_equal, T> c{load(sorted)};
+  for (int d = 1; d <= kWindow; ++d) {
+    c.with(load(sorted - d));
+    c.with(load(sorted + d));
+  }
+  return c;
 }
 
-// Buckets for each value: more make the windows shorter and the counters longer (2 measured best).
+// sorted[first .. first + lanes) with all of sorted[begin .. end), which holds them.
+template <bool count_equal, class T>
+inline Comparison<count_equal, T> compare_with_all(const T* sorted, int first, int begin, int end) {
+  Comparison<count_equal, T> c{load(sorted + first)};
+  for (int i = begin; i < end; ++i) c.with(splat(sorted[i]));
+  return c;
+}
+
+// Buckets for each value: more make them emptier and the counters longer (2 measured best).
 inline constexpr int kBucketsPerValue = 2;
 
-// The values of crowded buckets take places in their order: then a window sees no more of them than it must. False
-// where they are too many, or so many tie. position [n]: places within buckets, which start at counts [buckets + 1].
-template <class I, class T>
-bool order_crowded(const Row<T>& row, const I* bucket, const I* counts, int buckets, I* position, Workspace& ws) {
-  const auto size = [=](int b) { return b < buckets ? int(counts[b + 1]) - int(counts[b]) : 0; };
-  int members = 0;
-  for (int b = 0; b < buckets; ++b) members += size(b) > kCrowded ? size(b) : 0;
-  if (members * 8 > row.n) return false;  // the sort of all takes less time
-  auto* crowded = ws.crowded.need<std::int32_t>(members);
-  int found = 0;
-  for (int k = 0; k < row.n; ++k)
-    if (size(bucket[k]) > kCrowded) crowded[found++] = k;
-  const T* values = row.values;
-  std::sort(crowded, crowded + found, [=](int a, int b) { return values[a] < values[b]; });
-  for (int i = 0, before = -1, place = 0, run = 0; i < found; ++i) {
-    const int k = crowded[i];
-    place = int(bucket[k]) == before ? place + 1 : 0;
-    run = place > 0 && values[k] == values[crowded[i - 1]] ? run + 1 : 1;
-    if (run > kCrowded) return false;
-    before = bucket[k];
-    position[k] = static_cast<I>(place);
-  }
-  return true;
-}
-
-// Equal weights: one pass into buckets of equal width, then every value is compared with its neighbours in bucket
-// order as far as the fullest bucket reaches. No branch depends on the data, unless buckets are crowded. I: holds every
-// bucket's number. False where too many are crowded; with `want_ties`, `ties` receives sum_jk w_j w_k [v_j = v_k].
+// Equal weights: one pass into buckets of equal width, then every value is compared with those of its bucket. No branch
+// depends on the data, unless buckets are crowded. I: holds every bucket's number. False where too many are crowded;
+// with `want_ties`, `ties` receives sum_jk w_j w_k [v_j = v_k].
 template <bool want_ties, class I, class T, class Out>
 bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, Out* out, double& ties, Workspace& ws) {
   using V = vec_t<T>;
@@ -141,37 +128,50 @@ bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, Out* out, double&
   auto* counts = ws.counts.need<I>(buckets + 1);
   auto* position = ws.arrival.need<I>(n);
   std::memset(counts, 0, sizeof(*counts) * (buckets + 1));
+#pragma GCC unroll 8
   for (int k = 0; k < n; ++k) position[k] = counts[bucket[k]]++;
-  int fullest = exclusive_sums(counts, buckets);
+  auto* crowded = ws.crowded.need<std::int32_t>(n / kWindow + 1);
+  int found = 0;
+  std::int64_t comparisons = 0;
+  exclusive_sums(counts, buckets, kWindow + 1, [&](int first, int size) {
+    for (int b = first; b < first + size; ++b) {
+      if (counts[b] <= kWindow + 1) continue;
+      crowded[found++] = b;
+      comparisons += std::int64_t(counts[b]) * ((counts[b] + lanes - 1) / lanes);
+    }
+  });
+  if (comparisons > kComparisons * n) return false;
   counts[buckets] = static_cast<I>(s.count);
-  if (fullest > kCrowded) {
-    if (!order_crowded(row, bucket, counts, buckets, position, ws)) return false;
-    fullest = kCrowded;
-  }
 
   // Sentinels on both sides stand for "nothing there": they compare as below before, as above after.
-  constexpr int margin = kCrowded + lanes;
+  constexpr int margin = (kWindow + lanes + lanes - 1) / lanes * lanes;
   T* sorted = ws.sorted.need<T>(n + 2 * margin) + margin;
   for (int i = 1; i <= margin; ++i) sorted[-i] = -std::numeric_limits<T>::infinity();
+#pragma GCC unroll 8
   for (int k = 0; k < n; ++k) sorted[position[k] += counts[bucket[k]]] = values[k];
   for (int i = s.count; i < n + margin; ++i) sorted[i] = std::numeric_limits<T>::infinity();
 
-  T* rank = ws.sorted_ranks.need<T>(n);
-  const int window = fullest - 1, whole = s.count / lanes * lanes;
   // Twice the rank is a whole number: exact in T, and scaled at the end where more digits are wanted.
+  T* rank = ws.sorted_ranks.need<T>(n + lanes);
   constexpr bool late = sizeof(Out) > sizeof(T);
   const T scale = late ? T(1) : T(0.5) / T(s.count);
   ivec_t<T> iota{}, equal{};
-  for (int i = 0; i < lanes; ++i) iota[i] = 2 * i + 1;
+  for (int i = 0; i < lanes; ++i) iota[i] = i;
   for (int p = 0; p < n; p += lanes) {
-    ivec_t<T> here{};
-    const ivec_t<T> doubled = iota + 2 * p + compare_with_neighbours<want_ties>(sorted + p, window, here);
-    store(rank + p, __builtin_convertvector(doubled, V) * scale);
-    if (want_ties && p < whole) equal += here;
-    if (want_ties && p == whole)
-      for (int i = 0; i < s.count - whole; ++i) equal[i] += here[i];
+    const auto c = compare_with_neighbours<want_ties>(sorted + p);
+    store(rank + p, __builtin_convertvector(2 * (iota + p) + 1 + c.excess, V) * scale);
+    if constexpr (want_ties) equal += iota < s.count - p ? c.equal : 0;
   }
-  if (want_ties) {
+  for (int i = 0; i < found; ++i) {
+    const int begin = counts[crowded[i]], end = counts[crowded[i] + 1];
+    for (int p = begin; p < end; p += lanes) {
+      const auto c = compare_with_all<want_ties>(sorted, p, begin, end);
+      const auto mine = iota < end - p;
+      store(rank + p, select(mine, __builtin_convertvector(begin + end + c.excess, V) * scale, load(rank + p)));
+      if constexpr (want_ties) equal += mine ? c.equal - 1 - compare_with_neighbours<want_ties>(sorted + p).equal : 0;
+    }
+  }
+  if constexpr (want_ties) {
     double pairs = s.count;
     for (int i = 0; i < lanes; ++i) pairs += double(equal[i]);
     const double weight = s.total / s.count;
@@ -180,6 +180,7 @@ bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, Out* out, double&
   if constexpr (late)
     for (int k = 0; k < n; ++k) out[k] = Out(rank[position[k]]) * 0.5 / s.count;
   else
+#pragma GCC unroll 8
     for (int k = 0; k < n; ++k) out[k] = rank[position[k]];
   return true;
 }

@@ -45,6 +45,8 @@ Tensor new_tensor(std::vector<std::int64_t> sizes, ScalarType type) {
 
 // ---------------------------------------------------------------- torch as the runtime
 
+constexpr std::int64_t kFewMultiplications = 1 << 16;
+
 template <class T>
 class TorchRuntime : public Runtime<T> {
  public:
@@ -63,19 +65,39 @@ class TorchRuntime : public Runtime<T> {
 
   void multiply_nt(T* c, std::int64_t ldc, const T* a, const T* b, std::int64_t m, std::int64_t n,
                    std::int64_t k) override {
+    if (few(m, n, k)) {
+      for (std::int64_t i = 0; i < m; ++i) kernels().of<T>().dot_products(c + i * ldc, a + i * k, b, n, k);
+      return;
+    }
     multiply(view(c, m, n, ldc, 1), view(a, m, k, k, 1), view(b, k, n, 1, k));
   }
   void multiply_nn(T* c, const T* a, std::int64_t lda, const T* b, std::int64_t m, std::int64_t n,
                    std::int64_t k) override {
+    if (few(m, n, k)) {
+      std::fill_n(c, m * k, T(0));
+      for (std::int64_t i = 0; i < m; ++i)
+        for (std::int64_t j = 0; j < n; ++j) add_multiple(c + i * k, a[i * lda + j], b + j * k, k);
+      return;
+    }
     multiply(view(c, m, k, k, 1), view(a, m, n, lda, 1), view(b, n, k, k, 1));
   }
   void accumulate_tn(T* c, const T* a, std::int64_t lda, const T* b, std::int64_t m, std::int64_t n,
                      std::int64_t k) override {
+    if (few(m, n, k)) {
+      for (std::int64_t i = 0; i < m; ++i)
+        for (std::int64_t j = 0; j < n; ++j) add_multiple(c + j * k, a[i * lda + j], b + i * k, k);
+      return;
+    }
     const Tensor out = view(c, n, k, k, 1), left = view(a, n, m, 1, lda), right = view(b, m, k, k, 1);
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
   }
 
  private:
+  // So few multiplications take less time than asking the library for them.
+  static bool few(std::int64_t m, std::int64_t n, std::int64_t k) { return m * n * k <= kFewMultiplications; }
+  static void add_multiple(T* out, T factor, const T* x, std::int64_t k) {
+    for (std::int64_t f = 0; f < k; ++f) out[f] += factor * x[f];
+  }
   static Tensor view(const T* data, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,
                      std::int64_t column_stride) {
     const std::int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};

@@ -51,8 +51,8 @@ class Coherence {
       : options_(options),
         weights_(weights),
         runtime_(runtime),
-        student_(student, runtime),
-        teacher_(teacher, runtime),
+        student_(student),
+        teacher_(teacher),
         candidates_(weights, student.n, runtime),
         team_(runtime.threads()),
         m_(student.m),
@@ -62,7 +62,9 @@ class Coherence {
         student_block_(runtime.allocate((symmetric_ ? padded(n_) : rows_) * padded(n_))),
         teacher_block_(runtime.allocate((symmetric_ ? padded(n_) : rows_) * padded(n_))),
         near_(rows_),
-        sums_(rows_) {}
+        sums_(rows_) {
+    Cloud<T>::prepare(student_, teacher_, runtime, team_);
+  }
 
   Status run(Results<T>& results) {
     const bool want = results.gradient_anchors != nullptr || results.gradient_candidates != nullptr;

@@ -15,7 +15,7 @@ namespace pcoherence {
 inline constexpr std::int64_t kRowPadding = 16;
 inline std::int64_t padded(std::int64_t n) { return (n + kRowPadding - 1) / kRowPadding * kRowPadding; }
 
-// Rows of a square matrix that RowKernels::mirror and add_transpose take together: the pages of as many mirrored
+// Rows of a square matrix that RowKernels::mirror and plus_transpose take together: the pages of as many mirrored
 // columns are then used once for each vector of a strip, 4 or 8 times.
 inline constexpr std::int64_t kSymmetricStrip = 64;
 
@@ -90,6 +90,8 @@ struct RowKernels {
   // out = (x / length - centre) * scale; returns |out|^2. In place or not.
   double (*shift)(T* out, const T* x, double length, const double* centre, double scale, std::int64_t width);
   std::uint64_t (*hash)(const T* x, std::int64_t width);
+  // out[k] = sum_f x_f others_kf
+  void (*dot_products)(T* out, const T* x, const T* others, std::int64_t n, std::int64_t width);
   // Appends to `near`, if given, the candidates whose gradient products would cancel (see Nearness in distances.h).
   void (*finish_distances)(const DistanceRow<T>&, std::vector<std::int32_t>* near);
   // row[k] = sum_f |anchor_f - candidates_kf|, padding 0
@@ -102,8 +104,9 @@ struct RowKernels {
   // Of a square matrix, 64-byte aligned, size and ld (how far rows lie apart) multiples of kRowPadding: one strip of
   // rows from the diagonal on, copied to its mirror image; beyond_cache: the matrix is too large to stay in the cache.
   void (*mirror)(T* matrix, std::int64_t size, std::int64_t ld, std::int64_t strip, bool beyond_cache);
-  // The same, with A + A^T in place of A.
-  void (*add_transpose)(T* matrix, std::int64_t size, std::int64_t ld, std::int64_t strip);
+  // Rows begin to end, multiples of kRowPadding, of A + A^T into out [end - begin, ld].
+  void (*plus_transpose)(const T* matrix, std::int64_t size, std::int64_t ld, std::int64_t begin, std::int64_t end,
+                         T* out);
   double (*sum_row)(const T* row, std::int64_t n);
   Weighed (*weigh)(const T* weights, std::int64_t n);  // [padded(n)], the padding 0
   // An anchor's arrays: [padded(n)]. self: the candidate that is excluded, or -1.

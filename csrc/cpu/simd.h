@@ -75,6 +75,18 @@ template <class M, class V>
 inline V select(M mask, V a, V b) {
   return mask ? a : b;
 }
+// Whether any lane of a comparison holds.
+template <class M>
+inline bool any(M mask) {
+#if defined(PCOH_AVX512)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#else
+  std::uint64_t words[sizeof(M) / 8], all = 0;
+  __builtin_memcpy(words, &mask, sizeof(M));
+  for (const std::uint64_t w : words) all |= w;
+  return all != 0;
+#endif
+}
 // On NaN these return the second operand: clamping maps NaN to a bound.
 template <class V>
 inline V vmin(V a, V b) {
@@ -170,6 +182,13 @@ inline vec_t<T> exp_nonpositive(vec_t<T> x) {
   for (int i = E::order - 1; i >= 0; --i) p = p * r + coefficient[i];
   const ivec_t<T> exponent = __builtin_convertvector(k, ivec_t<T>) + E::bias;
   return p * reinterpret_cast<vec_t<T>>(exponent << E::mantissa);
+}
+
+// What lies `step` lanes below; 0 where nothing does.
+template <int step, class V, std::size_t... l>
+inline V lanes_below(V v, std::index_sequence<l...>) {
+  constexpr int n = sizeof...(l);
+  return __builtin_shufflevector(V{}, v, (int(l) < step ? int(l) : n + int(l) - step)...);
 }
 
 template <class V, int step, std::size_t... l>

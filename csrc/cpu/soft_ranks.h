@@ -22,11 +22,13 @@ struct Workplace {
   using Grid = PCOH_ISA::Grid<T>;
   using Scan = PCOH_ISA::Scan<T>;
   using Pairs = PCOH_ISA::Pairs<T>;
-  // Where "auto" leaves the grid: a bin costs as much as this many elements' share of the scan; and up to this many
-  // elements all pairs cost less than the scan's sort (measured from n = 16 to 4,096, see docs/speed.rst).
-  static constexpr int elements_per_bin = sizeof(T) == 4 ? 8 : 32;
-  static constexpr int few_pairs = 96;
+  // Where "auto" leaves the grid: a bin costs as much as this many elements' share of the scan. Comparing all pairs is
+  // never quicker by more than a quarter, and several times slower from 32 elements on (measured from n = 8 to 4,096,
+  // see docs/speed.rst).
+  static constexpr int elements_per_bin = sizeof(T) == 4 ? 6 : 32;
+  static constexpr int few_pairs = 0;
   static constexpr int most_bins = kMaxBins;
+  static constexpr bool tabulates = true;  // near_table()
 
   Method method;
   Workspace& ws;
@@ -50,29 +52,36 @@ struct Workplace {
   template <class Near>
   NearTable<T> near_table(int count, const Near& near) {
     if (ws.near_count != count || ws.near_offset != double(near.offset)) {
-      auto* places = ws.near.template need<NearPlace<T>>(2 * count);
+      T* weights = ws.near.template need<T>(4 * count);
+      T* ranks = weights + 2 * count;
       const auto weight = [&](double rank) { return 1 / near(rank); };
       ws.near_total = 0;
       for (int i = 0; i < count; ++i) ws.near_total += weight((i + 0.5) / count);
       double before = 0;
+      const auto put = [&](int place, double w, double up_to) {
+        weights[place] = static_cast<T>(w);
+        ranks[place] = static_cast<T>(up_to / ws.near_total);
+      };
       for (int i = 0; i < count; ++i) {
         const double own = weight((i + 0.5) / count), shared = weight((i + 1.0) / count);
-        places[2 * i] = {static_cast<T>(own), static_cast<T>((before + own / 2) / ws.near_total)};
-        places[2 * i + 1] = {static_cast<T>(shared), static_cast<T>((before + shared) / ws.near_total)};  // of two
+        put(2 * i, own, before + own / 2);
+        put(2 * i + 1, shared, before + shared);  // of two
         before += own;
       }
-      ws.near_table = places;
+      put(2 * count - 1, 0, 0);
+      ws.near_table = weights;
       ws.near_count = count;
       ws.near_offset = double(near.offset);
     }
-    return {static_cast<const NearPlace<T>*>(ws.near_table), ws.near_total};
+    const T* weights = static_cast<const T*>(ws.near_table);
+    return {weights, weights + 2 * count, ws.near_total};
   }
 
-  // Those that hold somebody, where all of them would be too many; but few elements are for pairs.
+  // Those that hold somebody, where all of them would be too many, and not so many that looking takes longer.
   double bins(const Row<T>& row, T low, const Scaling& scale) const {
     const double laid = scale.range / kBinWidth;
-    const bool all = laid * elements_per_bin <= row.n || row.n <= few_pairs;
-    return all ? laid : held_bins(row, low, scale.per_distance / kBinWidth, laid, ws);
+    if (laid * elements_per_bin <= row.n || laid > 256.0 * row.n) return laid;
+    return held_bins(row, low, scale.per_distance / kBinWidth, laid, ws);
   }
 
   template <class Sums, class F>

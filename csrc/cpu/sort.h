@@ -1,4 +1,5 @@
-// Argsort of one row by least-significant-digit radix sort: stable, and as fast on any distribution.
+// Argsort of one row, stable: by least-significant-digit radix sort, as fast on any distribution; of few values, which
+// would wait for its counters, by comparisons.
 #pragma once
 
 #include "simd.h"
@@ -33,6 +34,9 @@ inline typename RadixKey<T>::type radix_key(T value) {
   return bits & sign ? ~bits : bits | sign;
 }
 
+// Up to here comparisons take less time than counters (measured).
+inline constexpr int kFewToSort = 128;
+
 // Items of values[0..n) in ascending order; the result lives in the workspace.
 template <class T>
 const SortItem<T>* argsort(const T* values, int n, Workspace& ws) {
@@ -41,6 +45,13 @@ const SortItem<T>* argsort(const T* values, int n, Workspace& ws) {
   constexpr int passes = (8 * sizeof(typename RadixKey<T>::type) + digit_bits - 1) / digit_bits;
   Item* from = ws.items.need<Item>(n);
   Item* to = ws.items_swap.need<Item>(n);
+  if (n <= kFewToSort) {
+    for (int i = 0; i < n; ++i) from[i] = {radix_key(values[i]), static_cast<std::uint32_t>(i)};
+    std::sort(from, from + n, [](const Item& a, const Item& b) {
+      return a.key < b.key || (a.key == b.key && a.index < b.index);
+    });
+    return from;
+  }
   auto* counts = ws.histogram.need<std::uint32_t>(passes * buckets);
   std::memset(counts, 0, sizeof(*counts) * passes * buckets);
   for (int i = 0; i < n; ++i) {

@@ -36,18 +36,17 @@ void mirror(T* matrix, std::int64_t size, std::int64_t ld, std::int64_t strip, b
 }
 
 template <class T>
-void add_transpose(T* matrix, std::int64_t size, std::int64_t ld, std::int64_t strip) {
+void plus_transpose(const T* matrix, std::int64_t size, std::int64_t ld, std::int64_t begin, std::int64_t end, T* out) {
   constexpr int lanes = lanes_v<T>;
-  for_each_upper_tile<T>(size, strip, [&](std::int64_t i, std::int64_t j) {
-    T *upper = matrix + i * ld + j, *lower = matrix + j * ld + i;
-    vec_t<T> sum[lanes], other[lanes];
-    for (int r = 0; r < lanes; ++r) sum[r] = load(upper + r * ld);
-    for (int r = 0; r < lanes; ++r) other[r] = load(lower + r * ld);
-    transpose(other);
-    for (int r = 0; r < lanes; ++r) store(upper + r * ld, sum[r] += other[r]);
-    transpose(sum);
-    for (int r = 0; r < lanes; ++r) store(lower + r * ld, sum[r]);
-  });
+  // All rows of a few columns of the mirror image: each of its lines is used once.
+  for (std::int64_t j = 0; j < size; j += lanes)
+    for (std::int64_t i = begin; i < end; i += lanes) {
+      vec_t<T> mirrored[lanes];
+      for (int r = 0; r < lanes; ++r) mirrored[r] = load(matrix + (j + r) * ld + i);
+      transpose(mirrored);
+      for (int r = 0; r < lanes; ++r)
+        store(out + (i - begin + r) * ld + j, load(matrix + (i + r) * ld + j) + mirrored[r]);
+    }
 }
 
 template <class T>

@@ -329,6 +329,10 @@ template <class G, class F>
 PCOH_DEVICE void each_element(const G& g, int n, F f) {
   each(g, n, f);
 }
+template <class G, class Index, class F>
+PCOH_DEVICE void each_indexed(const G& g, int n, Index index, F f) {
+  each(g, n, [&](int k) { f(k, index(k)); });
+}
 template <class G, class F>
 PCOH_DEVICE double sum_each(G& g, int n, F f) {
   double sum = 0;

@@ -100,6 +100,7 @@ struct Workplace {
   }
 
   // None: a row would have to make its own, which takes as long as counting.
+  static constexpr bool tabulates = false;
   template <class Near>
   PCOH_DEVICE NearTable<T> near_table(int, const Near&) const {
     return {};
