@@ -101,24 +101,31 @@ inline Comparison<count_equal, T> compare_with_all(const T* sorted, int first, i
 // Buckets for each value: more make them emptier and the counters longer (2 measured best).
 inline constexpr int kBucketsPerValue = 2;
 
-// Equal weights: one pass into buckets of equal width, then every value is compared with those of its bucket. No branch
+// Buckets of equal width, from the lowest value to the highest.
+template <class T>
+struct EqualWidths {
+  T low, per_width;
+
+  EqualWidths(const Stats<T>& s, int buckets) : low(s.low), per_width(T(buckets) / (s.high - s.low)) {}
+  bool possible() const { return per_width <= std::numeric_limits<T>::max(); }
+  vec_t<T> operator()(vec_t<T> v) const { return (v - low) * per_width; }
+};
+
+// Equal weights: one pass into buckets, then every value is compared with those of its bucket. No branch
 // depends on the data, unless buckets are crowded. I: holds every bucket's number. False where too many are crowded;
 // with `want_ties`, `ties` receives sum_jk w_j w_k [v_j = v_k].
-template <bool want_ties, class I, class T, class Out>
-bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, Out* out, double& ties, Workspace& ws) {
+template <bool want_ties, class I, class Buckets, class T, class Out>
+bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, Out* out, double& ties, Workspace& ws,
+                         const Buckets& number, int buckets) {
   using V = vec_t<T>;
   constexpr int lanes = lanes_v<T>;
   typedef I Index __attribute__((vector_size(lanes_v<T> * sizeof(I))));
   const T* values = row.values;
-  const T low = s.low;
-  const int n = row.n, buckets = (kBucketsPerValue * n + 31) / 32 * 32;
-  const T per_unit = T(buckets) / (s.high - low);
-  if (!(per_unit <= std::numeric_limits<T>::max())) return false;
-
+  const int n = row.n;
   auto* bucket = ws.bucket.need<I>(n);
   const V zero{}, top = splat<T>(T(buckets - 1)), beyond = splat<T>(T(buckets));
   for (int k = 0; k < n; k += lanes) {
-    const V b = vmin(vmax((load(values + k) - low) * per_unit, zero), top);
+    const V b = vmin(vmax(number(load(values + k)), zero), top);
     // By way of 32 bits: there is no direct conversion to 16, and the compiler would go lane by lane.
     const auto wide = __builtin_convertvector(select(load(row.weights + k) > zero, b, beyond), index_t<T>);
     store(bucket + k, __builtin_convertvector(wide, Index));
@@ -188,34 +195,96 @@ bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, Out* out, double&
 // So many values of a row stand for all of them, where there are so many of those that looking costs nothing.
 inline constexpr int kSample = 64, kSampled = 1024;
 
-// Whether buckets of equal width would be crowded: of a sample, evenly spaced in the row, more than 5 lie in one of 256
-// parts of the range (of a normal distribution 0.7 are expected in its middle). The sort is then quicker without the
-// attempt.
+// Evenly spaced in the row.
 template <class T>
-bool crowds(const Row<T>& row, const Stats<T>& s) {
-  constexpr int parts = 256, many = 5;
-  if (row.n < kSampled) return false;
-  int here[parts] = {}, most = 0;
-  const T per_part = T(parts) / (s.high - s.low);
-  for (int i = 0; i < kSample; ++i) {
-    const T v = row.values[std::int64_t(i) * row.n / kSample];
-    const T part = std::min(std::max((v - s.low) * per_part, T(0)), T(parts - 1));
-    most = std::max(most, ++here[static_cast<int>(part)]);
+struct RowSample {
+  T values[kSample];
+
+  explicit RowSample(const Row<T>& row) {
+    for (int i = 0; i < kSample; ++i) values[i] = row.values[std::int64_t(i) * row.n / kSample];
   }
-  return most > many;
-}
+
+  // Whether buckets of equal width would be crowded: more than 5 lie in one of 256 parts of the range (of a normal
+  // distribution 0.7 are expected in its middle).
+  bool crowds(const Stats<T>& s) const {
+    constexpr int parts = 256, many = 5;
+    int here[parts] = {}, most = 0;
+    const T per_part = T(parts) / (s.high - s.low);
+    for (const T v : values) {
+      const T part = std::min(std::max((v - s.low) * per_part, T(0)), T(parts - 1));
+      most = std::max(most, ++here[static_cast<int>(part)]);
+    }
+    return most > many;
+  }
+};
+
+// Buckets that a sample says are equally full: of equal width between every other of its values.
+template <class T>
+struct EqualShares {
+  static constexpr bool available = false;
+};
+#if defined(PCOH_AVX512)
+template <>
+struct EqualShares<float> {
+  static constexpr bool available = true;
+  static constexpr int parts = 32;  // two registers
+
+  EqualShares(RowSample<float> sample, const Stats<float>& s, int buckets) : per_part(float(buckets) / parts) {
+    std::sort(sample.values, sample.values + kSample);
+    float from[parts + 1], per_value[parts];
+    from[0] = s.low;
+    for (int i = 1; i < parts; ++i) from[i] = std::min(std::max(sample.values[i * kSample / parts], s.low), s.high);
+    from[parts] = s.high;
+    for (int i = 0; i < parts; ++i) {
+      const float width = per_part / (from[i + 1] - from[i]);
+      per_value[i] = width <= std::numeric_limits<float>::max() ? width : 0;
+    }
+    for (int i = 0; i < 2; ++i) {
+      begin[i] = load(from + 16 * i);
+      slope[i] = load(per_value + 16 * i);
+    }
+  }
+  vec_t<float> operator()(vec_t<float> v) const {
+    __m512i part = _mm512_setzero_si512();
+    for (int step = parts / 2; step > 0; step /= 2) {
+      const __m512i next = _mm512_add_epi32(part, _mm512_set1_epi32(step));
+      part = _mm512_mask_mov_epi32(part, _mm512_cmp_ps_mask(v, at(begin, next), _CMP_GE_OQ), next);
+    }
+    const vec_t<float> within = (v - at(begin, part)) * at(slope, part), last = splat(per_part - 1);
+    return _mm512_cvtepi32_ps(part) * per_part + vmin(within, last);
+  }
+
+  float per_part;
+  vec_t<float> begin[2], slope[2];
+
+ private:
+  static __m512 at(const vec_t<float> (&table)[2], __m512i which) {
+    return _mm512_permutex2var_ps(table[0], which, table[1]);
+  }
+};
+#endif
 
 // Returns sum_jk w_j w_k [v_j = v_k] if want_ties, otherwise 0 or that.
 template <class T, class Out, class Workplace>
 double hard_ranks(const Core<T>&, const Row<T>& row, const Stats<T>& s, bool want_ties, Out* out, Workplace& work) {
   double ties = 0;
-  if (s.uniform && s.high > s.low && !crowds(row, s)) {
-    const bool narrow = kBucketsPerValue * row.n + 32 < std::numeric_limits<std::uint16_t>::max();
-    const auto bucketed = narrow      ? want_ties ? hard_ranks_bucketed<true, std::uint16_t, T, Out>
-                                                  : hard_ranks_bucketed<false, std::uint16_t, T, Out>
-                          : want_ties ? hard_ranks_bucketed<true, std::uint32_t, T, Out>
-                                      : hard_ranks_bucketed<false, std::uint32_t, T, Out>;
-    if (bucketed(row, s, out, ties, work.ws)) return ties;
+  if (s.uniform && s.high > s.low) {
+    const int buckets = (kBucketsPerValue * row.n + 31) / 32 * 32;
+    const bool narrow = buckets < std::numeric_limits<std::uint16_t>::max();
+    const auto bucketed = [&]<class Buckets>(const Buckets& number) {
+      const auto run = narrow      ? want_ties ? hard_ranks_bucketed<true, std::uint16_t, Buckets, T, Out>
+                                               : hard_ranks_bucketed<false, std::uint16_t, Buckets, T, Out>
+                       : want_ties ? hard_ranks_bucketed<true, std::uint32_t, Buckets, T, Out>
+                                   : hard_ranks_bucketed<false, std::uint32_t, Buckets, T, Out>;
+      return run(row, s, out, ties, work.ws, number, buckets);
+    };
+    const bool many = row.n >= kSampled;
+    const EqualWidths<T> widths(s, buckets);
+    if (widths.possible() && !(many && RowSample<T>(row).crowds(s))) {
+      if (bucketed(widths)) return ties;
+    } else if constexpr (EqualShares<T>::available) {
+      if (many && bucketed(EqualShares<T>(RowSample<T>(row), s, buckets))) return ties;
+    }
   }
   return hard_ranks_sorted(row, s, out, work.ws);
 }

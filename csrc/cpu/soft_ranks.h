@@ -26,7 +26,7 @@ struct Workplace {
   // never quicker by more than a quarter, and several times slower from 32 elements on (measured from n = 8 to 4,096,
   // see docs/speed.rst).
   static constexpr int elements_per_bin = sizeof(T) == 4 ? 6 : 32;
-  static constexpr int few_pairs = 0;
+  static constexpr int few_pairs = 0, few_to_hold = 96;
   static constexpr int most_bins = kMaxBins;
   static constexpr bool tabulates = true;  // near_table()
 
@@ -77,10 +77,11 @@ struct Workplace {
     return {weights, weights + 2 * count, ws.near_total};
   }
 
-  // Those that hold somebody, where all of them would be too many, and not so many that looking takes longer.
+  // Those that hold somebody, where all of them would be too many; but few elements that lie so far apart are for the
+  // scan, which is exact where all that there is are small slopes.
   double bins(const Row<T>& row, T low, const Scaling& scale) const {
     const double laid = scale.range / kBinWidth;
-    if (laid * elements_per_bin <= row.n || laid > 256.0 * row.n) return laid;
+    if (laid * elements_per_bin <= row.n || row.n <= few_to_hold) return laid;
     return held_bins(row, low, scale.per_distance / kBinWidth, laid, ws);
   }
 

@@ -47,9 +47,8 @@ const SortItem<T>* argsort(const T* values, int n, Workspace& ws) {
   Item* to = ws.items_swap.need<Item>(n);
   if (n <= kFewToSort) {
     for (int i = 0; i < n; ++i) from[i] = {radix_key(values[i]), static_cast<std::uint32_t>(i)};
-    std::sort(from, from + n, [](const Item& a, const Item& b) {
-      return a.key < b.key || (a.key == b.key && a.index < b.index);
-    });
+    std::sort(from, from + n,
+              [](const Item& a, const Item& b) { return a.key < b.key || (a.key == b.key && a.index < b.index); });
     return from;
   }
   auto* counts = ws.histogram.need<std::uint32_t>(passes * buckets);
