@@ -270,7 +270,7 @@ double hard_ranks(const Core<T>&, const Row<T>& row, const Stats<T>& s, bool wan
   double ties = 0;
   if (s.uniform && s.high > s.low) {
     const int buckets = (kBucketsPerValue * row.n + 31) / 32 * 32;
-    const bool narrow = buckets < std::numeric_limits<std::uint16_t>::max();
+    const bool narrow = kBucketsPerValue * row.n + 32 < std::numeric_limits<std::uint16_t>::max();
     const auto bucketed = [&]<class Buckets>(const Buckets& number) {
       const auto run = narrow      ? want_ties ? hard_ranks_bucketed<true, std::uint16_t, Buckets, T, Out>
                                                : hard_ranks_bucketed<false, std::uint16_t, Buckets, T, Out>
