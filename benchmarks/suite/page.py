@@ -19,9 +19,9 @@ measures them again.
 
 - **times the products**: time over that of the four matrix products that the loss is made of
   (X X^T, Y Y^T, V X and V^T X), measured in turn with it; the median of the ratios.
-- **The limit** is half of them, 0.5 in that column, and a line of its own in the picture of time: where
-  the candidates are the anchors, X X^T and Y Y^T are symmetric, so that half of each is enough,
-  and one product (V + V^T) X takes the place of two. It is not timed: it is counted.
+- **The limit** is half of them, 0.5 in that column, and a line of its own in the picture of time:
+  where the candidates are the anchors, X X^T and Y Y^T are symmetric, so that half of each is
+  enough, and one product (V + V^T) X takes the place of two. It is not timed: it is counted.
 - The products are timed beside each row, in the caches that the row left: dividing the times of two
   rows gives other numbers, and so does another command (`make figures`).
 - Times are of forward and backward, the median and what lies between the 20th and 80th
