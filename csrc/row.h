@@ -38,6 +38,7 @@
 //   values(given, n)               where stats() puts the row's values
 //   pullback(sums, residuals, n)   of the sums, in place or not
 //   near_table(count, divisor)     see look_up_near() in anchor.h
+//   tabulates                      whether near_table() has one
 //   bins(row, low, scale)          that a grid of the row costs, whose range is less than most_bins of them
 //   run<Sums>(g, row, low, high, scale, f)   f(sums) by one of the methods
 #pragma once

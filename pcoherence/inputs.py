@@ -99,8 +99,10 @@ def outside_inference(tensor: Tensor) -> Tensor:
 
 def inputs_outside_inference(inputs: LossInputs) -> LossInputs:
     """The tensors, each as `outside_inference` gives it."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return inputs
     copies = {
-        name: outside_inference(tensor)
+        name: tensor.clone()
         for name, tensor in zip(LossInputs._fields, inputs, strict=True)
         if tensor is not None and tensor.is_inference()
     }

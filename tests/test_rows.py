@@ -149,6 +149,23 @@ def test_a_single_weighted_candidate_ranks_in_the_middle(dtype: str, isa: str) -
     assert ties == 25
 
 
+@on_every_isa
+def test_hard_ranks_of_a_range_that_overflows(isa: str) -> None:
+    values = np.linspace(-3e38, 3e38, 2048, dtype=np.float32)
+    ranks, ties = C.hard_ranks_float32(values, np.ones(2048, np.float32), isa)
+    np.testing.assert_allclose(ranks, (np.arange(2048) + 0.5) / 2048, rtol=1e-6)
+    assert ties == 2048
+
+
+@on_every_isa
+@pytest.mark.parametrize("method", ["grid", "scan"])
+def test_soft_ranks_at_a_temperature_whose_inverse_overflows(method: str, isa: str) -> None:
+    values, temperature = np.arange(4, dtype=np.float32) * np.float32(3e-39), 1e-39
+    found = C.soft_rank_float32(values, np.ones(4, np.float32), None, temperature, method, isa)
+    t = values.astype(np.float64) / temperature
+    np.testing.assert_allclose(found, 0.5 + expit(t[:, None] - t[None, :]).sum(1), rtol=1e-5)
+
+
 class Soft:
     """Soft ranks of one row, their pullback and the bounds of their errors, in float64."""
 

@@ -7,6 +7,9 @@
 namespace pcoherence::PCOH_ISA {
 namespace {
 
+// Beside what anchor() takes of T: weights without the anchor itself, and a row of doubles or of places.
+static_assert(Workspace::kRows >= kAnchorRows + 2);
+
 template <class To, class From>
 To* copied(Buffer& buffer, const From* from, int n) {
   To* to = buffer.need<To>(n);

@@ -187,7 +187,7 @@ void Cloud<T>::find_duplicates() {
     if (std::memcmp(row.data(), original.data(), width * sizeof(T)) == 0)
       duplicates_.emplace_back(order[i].second, order[first].second);
   }
-  order = {};
+  std::vector<std::pair<std::uint64_t, std::int32_t>>().swap(order);  // with its memory
 }
 
 template <class T>

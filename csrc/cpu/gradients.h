@@ -12,6 +12,8 @@ namespace pcoherence {
 
 // Rows of S = V + V^T that are held at a time: products of more gain nothing.
 inline constexpr std::int64_t kSumRows = 512;
+// Of which a thread makes so many at a time: two cache lines of each row of V, read across.
+inline constexpr std::int64_t kSumStrip = 32;
 
 // Gradient w.r.t. features from blocks of V, by products: sum_j V_ij (x_i - c_j) for the anchors, and the
 // opposite for the candidates; for cityblock sum_j V_ij sign(x_i - c_j). A whole V, `symmetric`, takes one product
@@ -81,8 +83,8 @@ class FeatureGradient {
     std::vector<double> sums(most);
     for (std::int64_t begin = 0; begin < n_; begin += most) {
       const std::int64_t end = std::min(ld, begin + most), rows = std::min(n_, end) - begin;
-      team.run(runtime_, (end - begin + kSymmetricStrip - 1) / kSymmetricStrip, 1, [&](std::int64_t s, Workspace&) {
-        const std::int64_t first = s * kSymmetricStrip, last = std::min(end - begin, first + kSymmetricStrip);
+      team.run(runtime_, (end - begin + kSumStrip - 1) / kSumStrip, 1, [&](std::int64_t s, Workspace&) {
+        const std::int64_t first = s * kSumStrip, last = std::min(end - begin, first + kSumStrip);
         kernels().of<T>().plus_transpose(block, ld, ld, begin + first, begin + last, both + first * ld);
         for (std::int64_t i = first; i < last; ++i) sums[i] = kernels().of<T>().sum_row(both + i * ld, n_);
       });

@@ -12,8 +12,8 @@
 
 namespace pcoherence::PCOH_ISA {
 
-// Where bins are so few that registers hold all of their terms, nothing is scattered or gathered: an element adds its
-// powers to every bin, masked, and finds its own coefficients by a permutation.
+// Where bins are few, registers hold them: an element finds its coefficients by a permutation instead of gathering
+// them, and where they are very few it adds its powers to every bin, masked, instead of scattering them.
 template <class T>
 struct FewBins {
   static constexpr int most = 0, most_masked = 0;
@@ -146,8 +146,8 @@ class Grid {
     bin_ = ws_.bins.need<std::int32_t>(n);
     x_ = ws_.locals.need<T>(n);
     const double per_value = row.scale.per_distance / kBinWidth;
-    if (laid <= FewBins<T>::most) {
-      place(static_cast<T>(per_value), laid);  // of few bins it is as exact as the values are
+    if (laid <= FewBins<T>::most && per_value <= double(std::numeric_limits<T>::max())) {
+      place(static_cast<T>(per_value), laid);  // of few bins it is as exact as their differences are
     } else {
       place_in_double(per_value, laid);
     }
@@ -181,7 +181,7 @@ class Grid {
     for (int k = 0; k < row_.n; k += replicas)
       for (int i = 0; i < replicas; ++i) below[bin_[k + i] * replicas + i] += double(row_.weights[k + i]);
     double before = 0;
-    for (int b = 0; b < bins_; ++b) {
+    for (int b = 0; b < bins_; ++b) {  // in place: what is written has been read
       double own = 0;
       for (int i = 0; i < replicas; ++i) own += below[b * replicas + i];
       below[b] = before + own / 2;

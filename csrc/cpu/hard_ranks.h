@@ -38,11 +38,11 @@ double hard_ranks_sorted(const Row<T>& row, const Stats<T>& s, Out* out, Workspa
 // Every value is compared with so many neighbours on either side: all of its bucket where that holds one more. The few
 // buckets that hold more are compared apart (3 to 6 measured: 4 best).
 inline constexpr int kWindow = 4;
-// So many vectors of them, for each value of the row, take as long as the sort of all.
+// So many vectors of comparisons, for each value of the row, take as long as the sort of all.
 inline constexpr int kComparisons = 4;
 
 // Exclusive running sums of counts[0..n), n a multiple of the 64-byte vector's lanes, in place. crowded(first, lanes):
-// some of so many counts are larger than `limit`.
+// some of the counts from `first` on are larger than `limit`.
 template <class I, class F>
 void exclusive_sums(I* counts, int n, int limit, F&& crowded) {
   typedef typename CountVector<I>::type V;
@@ -107,7 +107,8 @@ struct EqualWidths {
   T low, per_width;
 
   EqualWidths(const Stats<T>& s, int buckets) : low(s.low), per_width(T(buckets) / (s.high - s.low)) {}
-  bool possible() const { return per_width <= std::numeric_limits<T>::max(); }
+  // Not where the range, or its inverse, is more than T holds.
+  bool possible() const { return per_width > 0 && per_width <= std::numeric_limits<T>::max(); }
   vec_t<T> operator()(vec_t<T> v) const { return (v - low) * per_width; }
 };
 
@@ -147,7 +148,7 @@ bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, Out* out, double&
       comparisons += std::int64_t(counts[b]) * ((counts[b] + lanes - 1) / lanes);
     }
   });
-  if (comparisons > kComparisons * n) return false;
+  if (comparisons > std::int64_t(kComparisons) * n) return false;
   counts[buckets] = static_cast<I>(s.count);
 
   // Sentinels on both sides stand for "nothing there": they compare as below before, as above after.
@@ -230,7 +231,7 @@ struct EqualShares<float> {
   static constexpr int parts = 32;  // two registers
 
   EqualShares(RowSample<float> sample, const Stats<float>& s, int buckets) : per_part(float(buckets) / parts) {
-    std::sort(sample.values, sample.values + kSample);
+    std::sort(sample.values, sample.values + kSample, [](float a, float b) { return a < b; });
     float from[parts + 1], per_value[parts];
     from[0] = s.low;
     for (int i = 1; i < parts; ++i) from[i] = std::min(std::max(sample.values[i * kSample / parts], s.low), s.high);
@@ -280,10 +281,11 @@ double hard_ranks(const Core<T>&, const Row<T>& row, const Stats<T>& s, bool wan
     };
     const bool many = row.n >= kSampled;
     const EqualWidths<T> widths(s, buckets);
+    // What crowds one kind of buckets after all is left to the sort.
     if (widths.possible() && !(many && RowSample<T>(row).crowds(s))) {
       if (bucketed(widths)) return ties;
     } else if constexpr (EqualShares<T>::available) {
-      if (many && bucketed(EqualShares<T>(RowSample<T>(row), s, buckets))) return ties;
+      if (widths.possible() && bucketed(EqualShares<T>(RowSample<T>(row), s, buckets))) return ties;
     }
   }
   return hard_ranks_sorted(row, s, out, work.ws);

@@ -1,4 +1,4 @@
-// Kernel sums by direct evaluation of every pair: n^2 a row. For small n, and as a second witness in tests.
+// Kernel sums by direct evaluation of every pair: n^2 a row. For who asks, and as a second witness in tests.
 #pragma once
 
 #include "../tables.h"

@@ -15,8 +15,8 @@ namespace pcoherence {
 inline constexpr std::int64_t kRowPadding = 16;
 inline std::int64_t padded(std::int64_t n) { return (n + kRowPadding - 1) / kRowPadding * kRowPadding; }
 
-// Rows of a square matrix that RowKernels::mirror and plus_transpose take together: the pages of as many mirrored
-// columns are then used once for each vector of a strip, 4 or 8 times.
+// Rows of a square matrix that RowKernels::mirror takes together: the pages of as many mirrored columns are then used
+// once for each vector of a strip, 4 or 8 times.
 inline constexpr std::int64_t kSymmetricStrip = 64;
 
 template <class T>

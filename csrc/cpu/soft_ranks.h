@@ -52,7 +52,7 @@ struct Workplace {
   template <class Near>
   NearTable<T> near_table(int count, const Near& near) {
     if (ws.near_count != count || ws.near_offset != double(near.offset)) {
-      T* weights = ws.near.template need<T>(4 * count);
+      T* weights = ws.near.template need<T>(std::size_t(4) * count);
       T* ranks = weights + 2 * count;
       const auto weight = [&](double rank) { return 1 / near(rank); };
       ws.near_total = 0;
