@@ -52,7 +52,7 @@ struct NearDivisor {
 // under such weights if everybody has a place of his own.
 template <class T>
 struct NearTable {
-  const T *weights, *ranks;  // null: there is none
+  const T *weights, *ranks;  // null unless the workplace tabulates
   double total;              // of the weights
 };
 
@@ -85,7 +85,7 @@ PCOH_APART Weighed count_near(G& g, const Row& row, const Weighed& weighed, cons
                               Workplace& work) {
   const int count = weighed.count, places = 2 * count - 1;
   Workplace own = work;
-  int* here = own.template take<int>(places + 1);
+  int* here = own.template take<int>(places);
   double* before = own.template take<double>(places + 1);
   const auto place = [&](int k) { return twice_place(row, plain, k, count); };
   each_element(g, places, [&](int i) { here[i] = 0; });

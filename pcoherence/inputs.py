@@ -92,19 +92,21 @@ def prepare_inputs(
 
 def outside_inference(tensor: Tensor) -> Tensor:
     """The tensor; a copy where it was made in inference mode, which autograd cannot save."""
+    return tensor.clone() if _from_inference(tensor) else tensor
+
+
+def _from_inference(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return tensor
-    return tensor.clone() if tensor.is_inference() else tensor
+        return False
+    return tensor.is_inference()
 
 
 def inputs_outside_inference(inputs: LossInputs) -> LossInputs:
     """The tensors, each as `outside_inference` gives it."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return inputs
     copies = {
         name: tensor.clone()
         for name, tensor in zip(LossInputs._fields, inputs, strict=True)
-        if tensor is not None and tensor.is_inference()
+        if tensor is not None and _from_inference(tensor)
     }
     # Hardly ever is there one, and a call for a few points is as long as its Python.
     return inputs._replace(**copies) if copies else inputs

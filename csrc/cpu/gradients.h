@@ -120,7 +120,7 @@ class FeatureGradient {
       }
       if (near[i].empty()) return;
       // Not by subtraction: of a pair that nearly coincides V is so large that nothing else would be left of the sum.
-      sums[i] = kernels().of<T>().sum_row(block + i * ld, n_);
+      if (!symmetric_) sums[i] = kernels().of<T>().sum_row(block + i * ld, n_);
       if (anchors_ != nullptr)
         kernels().of<T>().add_differences(
             anchors_ + (begin + i) * width_,

@@ -279,13 +279,14 @@ double hard_ranks(const Core<T>&, const Row<T>& row, const Stats<T>& s, bool wan
                                    : hard_ranks_bucketed<false, std::uint32_t, Buckets, T, Out>;
       return run(row, s, out, ties, work.ws, number, buckets);
     };
-    const bool many = row.n >= kSampled;
-    const EqualWidths<T> widths(s, buckets);
     // What crowds one kind of buckets after all is left to the sort.
-    if (widths.possible() && !(many && RowSample<T>(row).crowds(s))) {
-      if (bucketed(widths)) return ties;
-    } else if constexpr (EqualShares<T>::available) {
-      if (widths.possible() && bucketed(EqualShares<T>(RowSample<T>(row), s, buckets))) return ties;
+    if (const EqualWidths<T> widths(s, buckets); widths.possible()) {
+      const RowSample<T> sample(row);
+      if (row.n < kSampled || !sample.crowds(s)) {
+        if (bucketed(widths)) return ties;
+      } else if constexpr (EqualShares<T>::available) {
+        if (bucketed(EqualShares<T>(sample, s, buckets))) return ties;
+      }
     }
   }
   return hard_ranks_sorted(row, s, out, work.ws);
