@@ -23,8 +23,8 @@ struct Workplace {
   using Scan = PCOH_ISA::Scan<T>;
   using Pairs = PCOH_ISA::Pairs<T>;
   // Where "auto" leaves the grid: a bin costs as much as this many elements' share of the scan. Comparing all pairs is
-  // never quicker by more than a quarter, and several times slower from 32 elements on (measured from n = 8 to 4,096,
-  // see docs/speed.rst).
+  // a third quicker for 8 elements, no quicker for 32, and then soon several times slower (measured from n = 8 to
+  // 1,024, see docs/speed.rst).
   static constexpr int elements_per_bin = sizeof(T) == 4 ? 6 : 32;
   static constexpr int few_pairs = 0, few_to_hold = 96;
   static constexpr int most_bins = kMaxBins;
