@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdlib>
 #include <mutex>
+#include <vector>
 
 namespace pcoherence {
 namespace {
@@ -85,7 +86,6 @@ GridTable<T> build(Kernel kernel) {
   using Table = GridTable<T>;
   constexpr int n = Table::order, reach = Table::bins_in_reach;
   Table table;
-  table.values.resize(static_cast<std::size_t>(2 * reach + 1) * n * n);
   for (int difference = -reach; difference <= reach; ++difference) {
     T* out = const_cast<T*>(table.at(difference));
     // Fit in y for every node x, then in x for every power of y.

@@ -1,7 +1,7 @@
 // Constants of the two algorithms, computed once in long double: no literals to trust.
 #pragma once
 
-#include <vector>
+#include <array>
 
 #include "soft_ranks.h"
 
@@ -18,7 +18,7 @@ struct GridTable {
   const T* at(int difference) const {
     return values.data() + static_cast<std::size_t>(difference + bins_in_reach) * order * order;
   }
-  std::vector<T> values;
+  alignas(64) std::array<T, (2 * bins_in_reach + 1) * order * order> values;  // as vectors are loaded
 };
 
 // The table of `kernel`, built on first use (thread-safe), then shared.

@@ -12,7 +12,7 @@ namespace {
 template <class T, class Body, class Tail>
 void for_each_double(const T* x, std::int64_t width, Body&& body, Tail&& tail) {
   std::int64_t f = 0;
-  for (; f + 8 <= width; f += 8) body(f, __builtin_convertvector(load_as<typename Simd<T>::octet>(x + f), dvec));
+  for (; f + 8 <= width; f += 8) body(f, widened(load_as<typename Simd<T>::octet>(x + f)));
   for (; f < width; ++f) tail(f, double(x[f]));
 }
 
@@ -50,7 +50,7 @@ double shift(T* out, const T* x, double length, const double* centre, double sca
         if (divide) v /= length;
         const Octet y = __builtin_convertvector((v - load(centre + f)) * scale, Octet) + T(0);
         store(out + f, y);
-        const dvec wide = __builtin_convertvector(y, dvec);
+        const dvec wide = widened(y);
         sum += wide * wide;
       },
       [&](std::int64_t f, double v) {
@@ -104,7 +104,7 @@ double squared_distance(const Point<T>& a, const Point<T>& b, std::int64_t width
   for_each_double(
       a.x, width,
       [&](std::int64_t f, dvec v) {
-        const dvec u = __builtin_convertvector(load_as<typename Simd<T>::octet>(b.x + f), dvec);
+        const dvec u = widened(load_as<typename Simd<T>::octet>(b.x + f));
         const dvec diff = divide ? v / a.length - u / b.length : v - u;
         sum += diff * diff;
       },
@@ -174,7 +174,7 @@ inline WideSquares squares(double anchor_norm, const double* norms, const double
   return {sum, sum - 2.0 * load(products)};
 }
 
-// Candidates that are looked at before the near ones of them are measured: their numbers stay in fast memory.
+// Candidates whose distances are finished before the near ones of them are measured: they stay in fast memory.
 inline constexpr int kLookedAt = 512;
 
 // Of which a row is asked for so many before it is used: they lie anywhere, and memory takes as long as several.
@@ -185,36 +185,30 @@ void prefetch(const T* row, std::int64_t width) {
   for (std::int64_t f = 0; f < std::min(width, most); f += line) __builtin_prefetch(row + f);
 }
 
-// Distances of pairs too near for products, by differences.
+// Distances of pairs too near for products, by differences; of candidates from begin to end, multiples of the lanes.
 template <class T>
-void measure_near(const DistanceRow<T>& a, std::vector<std::int32_t>* near) {
+void measure_near(const DistanceRow<T>& a, std::int64_t begin, std::int64_t end, std::vector<std::int32_t>* near) {
   using V = vec_t<T>;
   std::int32_t found[kLookedAt + lanes_v<T>];
   const T per_factor = 1 / a.factor;
-  for (std::int64_t begin = 0; begin < a.n; begin += kLookedAt) {
-    const std::int64_t end = std::min(padded(a.n), begin + kLookedAt);
-    int count = 0;
-    for (std::int64_t k = begin; k < end; k += lanes_v<T>) {
-      // The bound again, from the distance: at the bound itself rounding may decide otherwise, and either is right.
-      const V d = load(a.row + k), rough = a.root ? d * d : d * per_factor;
-      const V norms = squares(a.anchor_norm, a.candidate_norms + k, a.products + k).norms;
-      alignas(64) T mask[lanes_v<T>];
-      store(mask, select(rough < norms * Nearness<T>::distance, splat<T>(1), V{}));
-      for (int i = 0; i < lanes_v<T>; ++i) {
-        found[count] = static_cast<std::int32_t>(k + i);
-        count += mask[i] != 0;
-      }
-    }
-    while (count > 0 && found[count - 1] >= a.n) --count;  // padding
-    for (int i = 0; i < count; ++i) {
-      const std::int32_t k = found[i];
-      if (i + kAhead < count) prefetch(a.candidates + found[i + kAhead] * a.width, a.width);
-      if (k == a.identical) continue;
-      const T square = static_cast<T>(near_square(a.anchor, a.candidate(k), a.width, a.scale));
-      a.row[k] = a.root ? std::sqrt(square) : square * a.factor;
-      const T norms = static_cast<T>(a.anchor_norm + a.candidate_norms[k]);
-      if (near != nullptr && square < norms * Nearness<T>::gradient && square > 0) near->push_back(k);
-    }
+  index_t<T> iota{};
+  for (int i = 0; i < lanes_v<T>; ++i) iota[i] = i;
+  int count = 0;
+  for (std::int64_t k = begin; k < end; k += lanes_v<T>) {
+    // The bound again, from the distance: at the bound itself rounding may decide otherwise, and either is right.
+    const V d = load(a.row + k), rough = a.root ? d * d : d * per_factor;
+    const V norms = squares(a.anchor_norm, a.candidate_norms + k, a.products + k).norms;
+    count += keep_where<T>(rough < norms * Nearness<T>::distance, iota + static_cast<std::int32_t>(k), found + count);
+  }
+  while (count > 0 && found[count - 1] >= a.n) --count;  // padding
+  for (int i = 0; i < count; ++i) {
+    const std::int32_t k = found[i];
+    if (i + kAhead < count) prefetch(a.candidates + found[i + kAhead] * a.width, a.width);
+    if (k == a.identical) continue;
+    const T square = static_cast<T>(near_square(a.anchor, a.candidate(k), a.width, a.scale));
+    a.row[k] = a.root ? std::sqrt(square) : square * a.factor;
+    const T norms = static_cast<T>(a.anchor_norm + a.candidate_norms[k]);
+    if (near != nullptr && square < norms * Nearness<T>::gradient && square > 0) near->push_back(k);
   }
 }
 
@@ -223,24 +217,28 @@ void finish_distances(const DistanceRow<T>& a, std::vector<std::int32_t>* near) 
   using V = vec_t<T>;
   const std::int64_t size = padded(a.n);
   for (std::int64_t k = a.n; k < size; ++k) a.products[k] = 0;
-  ivec_t<T> counted{};
-  const auto pass = [&](auto&& from_square) {
-    for (std::int64_t k = 0; k < size; k += lanes_v<T>) {
+  // Of candidates from begin to end; returns how many are near.
+  const auto pass = [&](std::int64_t begin, std::int64_t end, auto&& from_square) {
+    ivec_t<T> counted{};
+    for (std::int64_t k = begin; k < end; k += lanes_v<T>) {
       const auto [norms, raw] = squares(a.anchor_norm, a.candidate_norms + k, a.products + k);
       const V square = select(raw < V{}, V{}, raw);  // keeps NaN
       counted -= square < norms * Nearness<T>::distance;
       store(a.row + k, from_square(square));
     }
+    return sum_of_lanes(counted);
   };
-  if (a.root)
-    pass([](V square) { return vsqrt(square); });
-  else
-    pass([&](V square) { return square * a.factor; });
-  for (std::int64_t k = a.n; k < size; ++k) a.row[k] = 0;
-  std::int64_t nearby = 0;
-  for (int i = 0; i < lanes_v<T>; ++i) nearby += counted[i];
-  if (a.identical >= 0) a.row[a.identical] = 0;
-  if (nearby > (a.identical >= 0 ? 1 : 0)) measure_near(a, near);
+  for (std::int64_t begin = 0; begin < size; begin += kLookedAt) {
+    const std::int64_t end = std::min(size, begin + kLookedAt);
+    auto nearby = a.root ? pass(begin, end, [](V square) { return vsqrt(square); })
+                         : pass(begin, end, [&](V square) { return square * a.factor; });
+    for (std::int64_t k = std::max(begin, a.n); k < end; ++k) a.row[k] = 0;
+    if (begin <= a.identical && a.identical < end) {
+      a.row[a.identical] = 0;
+      --nearby;
+    }
+    if (nearby > 0) measure_near(a, begin, end, near);
+  }
 }
 
 template <class T>
@@ -294,8 +292,7 @@ void add_wide_differences(T* out, const PullRow<T>& a, std::int64_t f) {
       a.own.x + f, a.width - f,
       [&](std::int64_t g, dvec own) {
         T* to = out + f + g;
-        const dvec pulled =
-            sum(own, [&](const T* x) { return __builtin_convertvector(load_as<Octet>(x + f + g), dvec); });
+        const dvec pulled = sum(own, [&](const T* x) { return widened(load_as<Octet>(x + f + g)); });
         store(to, load_as<Octet>(to) + __builtin_convertvector(pulled, Octet));
       },
       [&](std::int64_t g, double own) {

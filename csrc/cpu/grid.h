@@ -92,71 +92,117 @@ struct FewBins<float> {
 };
 #endif
 
-// Which of `laid` bins hold somebody.
-class HeldBins {
+// The bins of a row's elements, and where in them they lie. It lives in the workspace.
+template <class T>
+class Layout {
  public:
-  HeldBins(const std::int32_t* bin, int n, int laid, Workspace& ws) : words_((laid + 7) / 8) {
-    held_ = ws.held.need<char>(8 * words_);
-    std::memset(held_, 0, 8 * words_);
-    for (int k = 0; k < n; ++k) held_[bin[k]] = 1;
-  }
+  int bins;                   // that are held; all that are laid where these are few
+  const std::int32_t* bin;    // [n]
+  const T* x;                 // [n], in [-1, 1]
+  const std::int32_t* place;  // [bins] in the grid as it is laid, ascending
 
-  // f(b) for each of them, ascending. Most hold nobody: eight at a time are passed over.
-  template <class F>
-  void each(F&& f) const {
-    for (std::size_t w = 0; w < words_; ++w) {
-      std::uint64_t word;
-      std::memcpy(&word, held_ + 8 * w, 8);
-      if (word == 0) continue;
-      for (std::size_t b = 8 * w; b < 8 * w + 8; ++b)
-        if (held_[b]) f(static_cast<std::int32_t>(b));
+  Layout(const Row<T>& row, Workspace& ws) {
+    const int laid = static_cast<int>(row.scale.range / kBinWidth) + 1;
+    auto* own_bin = ws.bins.need<std::int32_t>(row.n);
+    T* own_x = ws.locals.need<T>(row.n);
+    const double per_value = row.scale.per_distance / kBinWidth;
+    if (laid <= FewBins<T>::most && per_value <= double(std::numeric_limits<T>::max())) {
+      put(row, static_cast<T>(per_value), laid, own_bin, own_x);  // of few bins it is as exact as their differences are
+    } else {
+      put_in_double(row, per_value, laid, own_bin, own_x);
     }
+    auto* own_place = ws.places.need<std::int32_t>(laid);
+    if (laid > kDenseBins) {
+      bins = leave_out_empty(own_bin, row.n, laid, own_place, ws);
+    } else {
+      bins = laid;
+      for (int b = 0; b < laid; ++b) own_place[b] = b;
+    }
+    bin = own_bin;
+    x = own_x;
+    place = own_place;
   }
 
  private:
-  std::size_t words_;
-  char* held_;
-};
+  using V = vec_t<T>;
+  static constexpr int lanes = lanes_v<T>;
+  // Up to here the bins cost less than finding out which of them are empty.
+  static constexpr int kDenseBins = 128;
 
-// How many bins hold somebody, to within roundings, when a row is laid on 0 .. laid of them.
-template <class T>
-int held_bins(const Row<T>& row, T low, double per_value, double laid, Workspace& ws) {
-  const int bins = static_cast<int>(laid) + 1;
-  auto* bin = ws.bins.need<std::int32_t>(row.n);
-  const auto last = splat(static_cast<T>(bins - 1));
-  for (int k = 0; k < row.n; k += lanes_v<T>) {
-    const auto t = (load(row.values + k) - low) * static_cast<T>(per_value);
-    store(bin + k, __builtin_convertvector(vmin(vmax(t, vec_t<T>{}), last), index_t<T>));
+  struct Place {
+    dvec bin, x;
+  };
+
+  static void put(const Row<T>& row, T per_value, int laid, std::int32_t* bin, T* x) {
+    const V last = splat(T(laid - 1)), end = splat(T(laid));
+    for (int k = 0; k < row.n; k += lanes) {
+      // Only candidates of weight 0 can lie outside.
+      const V t = vmin(vmax((load(row.values + k) - row.low) * per_value, V{}), end);
+      const index_t<T> own = __builtin_convertvector(vmin(t, last), index_t<T>);
+      store(bin + k, own);
+      store(x + k, (t - __builtin_convertvector(own, V)) * T(2) - T(1));
+    }
   }
-  int count = 0;
-  HeldBins(bin, row.n, bins, ws).each([&](std::int32_t) { ++count; });
-  return count;
-}
+
+  // The same in float64: a bin far from the lowest value resolves as much of its values as the first.
+  static void put_in_double(const Row<T>& row, double per_value, int laid, std::int32_t* bin, T* x) {
+    const dvec low = dvec{} + double(row.low), last = dvec{} + double(laid - 1), end = dvec{} + double(laid);
+    const auto place_of = [&](dvec v) {
+      const dvec t = vmin(vmax((v - low) * per_value, dvec{}), end);
+      const dvec floor = vmin(widened(__builtin_convertvector(t, index_t<double>)), last);
+      return Place{floor, (t - floor) * 2.0 - 1.0};
+    };
+    for (int k = 0; k < row.n; k += lanes) {
+      const V v = load(row.values + k);
+      if constexpr (sizeof(T) == 4) {
+        const Place a = place_of(low_half(v)), b = place_of(high_half(v));
+        store(bin + k, __builtin_convertvector(join(a.bin, b.bin), index_t<T>));
+        store(x + k, join(a.x, b.x));
+      } else {
+        const Place a = place_of(v);
+        store(bin + k, __builtin_convertvector(a.bin, index_t<T>));
+        store(x + k, a.x);
+      }
+    }
+  }
+
+  // Numbers the bins that hold somebody anew, from the lowest on; `place` keeps where each of them was laid. Returns
+  // how many there are.
+  static int leave_out_empty(std::int32_t* bin, int n, int laid, std::int32_t* place, Workspace& ws) {
+    constexpr int together = 64;  // most hold nobody: so many at a time are passed over
+    typedef char Flags __attribute__((vector_size(together)));
+    const int padded_laid = (laid + together - 1) / together * together;
+    char* held = ws.held.need<char>(padded_laid);
+    std::memset(held, 0, padded_laid);
+    for (int k = 0; k < n; ++k) held[bin[k]] = 1;
+    auto* number = ws.numbers.need<std::int32_t>(laid);
+    std::int32_t count = 0;
+    for (int first = 0; first < laid; first += together) {
+      if (!any(load_as<Flags>(held + first))) continue;
+      for (int b = first; b < std::min(laid, first + together); ++b) {
+        number[b] = count;
+        place[count] = b;  // kept if it is held
+        count += held[b];
+      }
+    }
+#pragma GCC ivdep
+    for (int k = 0; k < n; ++k) bin[k] = number[bin[k]];
+    return count;
+  }
+};
 
 template <class T>
 class Grid {
  public:
   explicit Grid(Workspace& ws) : ws_(ws) {}
 
-  void load(const Row<T>& row) {
-    const int n = row.n;
+  void load(const Row<T>& row) { load(row, Layout<T>(row, ws_)); }
+  void load(const Row<T>& row, const Layout<T>& layout) {
     row_ = row;
-    bins_ = static_cast<int>(row.scale.range / kBinWidth) + 1;
-    const int laid = bins_;
-    bin_ = ws_.bins.need<std::int32_t>(n);
-    x_ = ws_.locals.need<T>(n);
-    const double per_value = row.scale.per_distance / kBinWidth;
-    if (laid <= FewBins<T>::most && per_value <= double(std::numeric_limits<T>::max())) {
-      place(static_cast<T>(per_value), laid);  // of few bins it is as exact as their differences are
-    } else {
-      place_in_double(per_value, laid);
-    }
-    place_ = ws_.places.need<std::int32_t>(laid);
-    if (laid > kDenseBins) {
-      leave_out_empty(laid);
-    } else {
-      for (int b = 0; b < laid; ++b) place_[b] = b;
-    }
+    bins_ = layout.bins;
+    bin_ = layout.bin;
+    x_ = layout.x;
+    place_ = layout.place;
     moments_ = ws_.moments.need<T>(2 * std::size_t(bins_) * order);
     fields_ = ws_.fields.need<T>(2 * std::size_t(bins_) * order);
     residual_moments_ = moments_ + std::size_t(bins_) * order;
@@ -214,11 +260,6 @@ class Grid {
   static constexpr int order = GridOrder<T>::order;
   static constexpr int parts = order / 8;
 
-  typedef std::int32_t WideIndex __attribute__((vector_size(32)));  // of a dvec
-  struct Place {
-    dvec bin, x;
-  };
-
   // One value for each term of a bin's polynomial.
   struct Terms {
     Octet part[parts] = {};
@@ -237,70 +278,6 @@ class Grid {
   };
   // What kernel(t) is where t is beyond reach on the far left of a point: 0 or 1.
   enum class Far { nothing, count };
-
-  // Up to here the bins cost less than finding out which of them are empty.
-  static constexpr int kDenseBins = 128;
-
-  // Bins and local coordinates of all elements.
-  void place(T per_value, int laid) {
-    const V last = splat(T(laid - 1)), end = splat(T(laid));
-    for (int k = 0; k < row_.n; k += lanes) {
-      // Only candidates of weight 0 can lie outside.
-      const V t = vmin(vmax((PCOH_ISA::load(row_.values + k) - row_.low) * per_value, V{}), end);
-      const index_t<T> bin = __builtin_convertvector(vmin(t, last), index_t<T>);
-      store(bin_ + k, bin);
-      store(x_ + k, (t - __builtin_convertvector(bin, V)) * T(2) - T(1));
-    }
-  }
-
-  // The same in float64: a bin far from the lowest value resolves as much of its values as the first.
-  void place_in_double(double per_value, int laid) {
-    const dvec low = dvec{} + double(row_.low), last = dvec{} + double(laid - 1), end = dvec{} + double(laid);
-    const auto place = [&](dvec v) {
-      const dvec t = vmin(vmax((v - low) * per_value, dvec{}), end);
-      const dvec floor = vmin(__builtin_convertvector(__builtin_convertvector(t, WideIndex), dvec), last);
-      return Place{floor, (t - floor) * 2.0 - 1.0};
-    };
-    for (int k = 0; k < row_.n; k += lanes) {
-      const V v = PCOH_ISA::load(row_.values + k);
-      if constexpr (sizeof(T) == 4) {
-        const Place a = place(low_half(v)), b = place(high_half(v));
-        store(bin_ + k, __builtin_convertvector(join(a.bin, b.bin), index_t<T>));
-        store(x_ + k, join(a.x, b.x));
-      } else {
-        const Place a = place(v);
-        store(bin_ + k, __builtin_convertvector(a.bin, index_t<T>));
-        store(x_ + k, a.x);
-      }
-    }
-  }
-
-  // Numbers the bins that hold somebody anew, from the lowest on; place_ keeps where each of them was laid.
-  void leave_out_empty(int laid) {
-    auto* number = ws_.numbers.need<std::int32_t>(laid);
-    std::int32_t count = 0, *place = place_;
-    HeldBins(bin_, row_.n, laid, ws_).each([&](std::int32_t b) {
-      place[count] = b;
-      number[b] = count++;
-    });
-    bins_ = count;
-    for (int k = 0; k < row_.n; ++k) bin_[k] = number[bin_[k]];
-  }
-
-  // 1, x, x^2, ...
-  static Terms powers(T x) {
-    using Mask = decltype(Octet{} > Octet{});
-    Octet p = Octet{} + T(1);
-    T y = x;
-    for (int bit = 1; bit < 8; bit *= 2, y *= y) {
-      Mask mask{};
-      for (int q = 0; q < 8; ++q) mask[q] = (q & bit) ? -1 : 0;
-      p = mask ? p * y : p;
-    }
-    Terms t;
-    for (int i = 0; i < parts; ++i, p *= y) t.part[i] = p;
-    return t;
-  }
 
   // out[b][q] = sum over k in bin b of v_k x_k^q. Neighbours k go to different replicas of the bins, so that an
   // addition need not wait for the one before; many bins make such conflicts rare, and replicas dear.
@@ -321,13 +298,23 @@ class Grid {
   void spread_replicated(const T* v, T* out) {
     T* acc = replicas == 1 ? out : ws_.replicas.need<T>(std::size_t(bins_) * replicas * order);
     std::memset(acc, 0, sizeof(T) * bins_ * replicas * order);
-    for (int k = 0; k < row_.n; k += replicas)
-      for (int i = 0; i < replicas; ++i) {
-        T* cell = acc + (std::size_t(bin_[k + i]) * replicas + i) * order;
-        Terms sum = Terms::load(cell);
-        sum.add(powers(x_[k + i]), v[k + i]);
-        sum.store(cell);
+    const std::int32_t* bin = bin_;  // a copy, which no store can change
+    for (int k = 0; k < row_.n; k += lanes) {
+      const V x = PCOH_ISA::load(x_ + k);
+      V term = PCOH_ISA::load(v + k);
+      for (int q = 0; q < order; q += 8) {
+        V c[8];
+        for (V& terms : c) {
+          terms = term;
+          term *= x;
+        }
+        transpose(c);  // into 8 terms of each element
+        for (int i = 0; i < lanes; ++i) {
+          T* cell = acc + std::size_t(bin[k + i]) * (replicas * order) + (i % replicas * order + q);
+          PCOH_ISA::store(cell, load_as<Octet>(cell) + octet(c[i % 8], i / 8));
+        }
       }
+    }
     if constexpr (replicas > 1)
       for (int b = 0; b < bins_; ++b) {
         const T* cell = acc + std::size_t(b) * replicas * order;
@@ -337,25 +324,38 @@ class Grid {
       }
   }
 
-  // field[b] = sum over bins b' within reach of table[b - b'] applied to moments[b'], and the far field.
+  // field[b] = sum over bins b' within reach of table[b - b'] applied to moments[b'], and the far field. A bin's
+  // moments stay in registers while it gives to all others; even and odd r are added up apart, side by side.
   void convolve(const GridTable<T>& table, const T* moments, T* field, Far far) {
     constexpr int reach = GridTable<T>::bins_in_reach;
-    double count = 0;  // sum of M_0 of all bins below reach
-    for (int b = 0, begin = 0, end = 0; b < bins_; ++b) {
-      Terms sum[2];
-      for (; place_[begin] < place_[b] - reach; ++begin) count += double(moments[std::size_t(begin) * order]);
-      while (end < bins_ && place_[end] <= place_[b] + reach) ++end;
-      for (int c = begin; c < end; ++c) {
-        const T* m = moments + std::size_t(c) * order;
+    constexpr int width = 2 * order, vectors = width / lanes;
+    T* sums = ws_.replicas.need<T>(std::size_t(bins_) * width);
+    std::memset(sums, 0, sizeof(T) * bins_ * width);
+    for (int c = 0, begin = 0, end = 0; c < bins_; ++c) {
+      while (place_[begin] < place_[c] - reach) ++begin;
+      while (end < bins_ && place_[end] <= place_[c] + reach) ++end;
+      const T* m = moments + std::size_t(c) * order;
+      V factors[order / 2][vectors];  // of two rows of the table
+      for (int r = 0; r < order; r += 2)
+        for (int i = 0; i < vectors; ++i)
+          for (int l = 0; l < lanes; ++l) factors[r / 2][i][l] = m[r + (i * lanes + l) / order];
+      for (int b = begin; b < end; ++b) {
         const T* rows = table.at(place_[b] - place_[c]);
-        for (int r = 0; r < order; r += 2) {
-          sum[0].add(Terms::load(rows + r * order), m[r]);
-          sum[1].add(Terms::load(rows + (r + 1) * order), m[r + 1]);
-        }
+        T* to = sums + std::size_t(b) * width;
+        V sum[vectors];
+        for (int i = 0; i < vectors; ++i) sum[i] = PCOH_ISA::load(to + i * lanes);
+        for (int r = 0; r < order; r += 2)
+          for (int i = 0; i < vectors; ++i) sum[i] += PCOH_ISA::load(rows + r * order + i * lanes) * factors[r / 2][i];
+        for (int i = 0; i < vectors; ++i) PCOH_ISA::store(to + i * lanes, sum[i]);
       }
-      sum[0].add(sum[1], T(1));
-      if (far == Far::count) sum[0].part[0][0] += T(count);
-      sum[0].store(field + std::size_t(b) * order);
+    }
+    double count = 0;  // sum of M_0 of all bins below reach
+    for (int b = 0, begin = 0; b < bins_; ++b) {
+      for (; place_[begin] < place_[b] - reach; ++begin) count += double(moments[std::size_t(begin) * order]);
+      Terms sum = Terms::load(sums + std::size_t(b) * width);
+      sum.add(Terms::load(sums + std::size_t(b) * width + order), T(1));
+      if (far == Far::count) sum.part[0][0] += T(count);
+      sum.store(field + std::size_t(b) * order);
     }
   }
 
@@ -389,6 +389,15 @@ class Grid {
     });
   }
 
+  // The first or second 8 values of a vector.
+  static Octet octet(V v, int which) {
+    if constexpr (sizeof(Octet) == sizeof(V))
+      return v;
+    else
+      return which == 0 ? __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7)
+                        : __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+
   // 8 coefficients of element k's bin; float: those of element k + 8 beside them.
   V rows_of(const T* field, int k) const {
     const auto a = load_as<Octet>(field + std::size_t(bin_[k]) * order);
@@ -403,11 +412,10 @@ class Grid {
   Workspace& ws_;
   Row<T> row_{};
   int bins_ = 0;
-  std::int32_t* bin_ = nullptr;                         // [n]
-  std::int32_t* place_ = nullptr;                       // [bins] in the grid as it is laid, ascending
-  T* x_ = nullptr;                                      // [n], in [-1, 1]
-  T *moments_ = nullptr, *residual_moments_ = nullptr;  // [bins, order]
-  T *fields_ = nullptr, *residual_fields_ = nullptr;    // [bins, order]
+  const std::int32_t *bin_ = nullptr, *place_ = nullptr;  // [n], [bins]; see Layout
+  const T* x_ = nullptr;                                  // [n]
+  T *moments_ = nullptr, *residual_moments_ = nullptr;    // [bins, order]
+  T *fields_ = nullptr, *residual_fields_ = nullptr;      // [bins, order]
 };
 
 }  // namespace pcoherence::PCOH_ISA

@@ -65,39 +65,175 @@ void exclusive_sums(I* counts, int n, int limit, F&& crowded) {
   }
 }
 
-// How values compare with others, one by one.
-template <bool count_equal, class T>
-struct Comparison {
-  vec_t<T> own;
-  ivec_t<T> excess{};  // #{less} - #{greater}
-  ivec_t<T> equal{};
+// Values of a row, by buckets in ascending order; those without weight at the end.
+template <class T>
+struct Sorted {
+  const T* values;  // [-kWindow .. n + lanes + kWindow): beyond the row's own, infinities that compare as nothing there
+  int n, count;     // of all, and of those that weigh
 
-  void with(vec_t<T> other) {
-    const ivec_t<T> one = ivec_t<T>{} + 1;
-    excess = own > other ? excess + one : excess;
-    excess = own < other ? excess - one : excess;
-    if constexpr (count_equal) equal = own == other ? equal + one : equal;
+  // f(v), v the values that lie up to kWindow places away from those at p.
+  template <class V, class F>
+  void neighbours(int p, F&& f) const {
+    for (int d = 1; d <= kWindow; ++d) {
+      f(load_as<V>(values + p - d), -d);
+      f(load_as<V>(values + p + d), d);
+    }
   }
 };
 
-// sorted[0 .. lanes) with what lies up to kWindow places away.
-template <bool count_equal, class T>
-inline Comparison<count_equal, T> compare_with_neighbours(const T* sorted) {
-  Comparison<count_equal, T> c{load(sorted)};
-  for (int d = 1; d <= kWindow; ++d) {
-    c.with(load(sorted - d));
-    c.with(load(sorted + d));
+// Ranks of candidates that all weigh the same: whole numbers count them, exactly, in T.
+template <bool want_ties, class T, class Out>
+class CountedRanks {
+ public:
+  static bool possible(const Stats<T>&) { return true; }
+  CountedRanks(const Row<T>& row, const Stats<T>& s, Workspace& ws)
+      : stats_(s), scale_(late ? T(1) : T(0.5) / T(s.count)), twice_(ws.sorted_ranks.need<T>(row.n + lanes)) {
+    for (int i = 0; i < lanes; ++i) iota_[i] = i;
   }
-  return c;
-}
 
-// sorted[first .. first + lanes) with all of sorted[begin .. end), which holds them.
-template <bool count_equal, class T>
-inline Comparison<count_equal, T> compare_with_all(const T* sorted, int first, int begin, int end) {
-  Comparison<count_equal, T> c{load(sorted + first)};
-  for (int i = begin; i < end; ++i) c.with(splat(sorted[i]));
-  return c;
-}
+  template <class I>
+  void arrange(const I*) {}
+
+  void by_window(const Sorted<T>& sorted) {
+    for (int p = 0; p < sorted.n; p += lanes) {
+      const auto [excess, equal] = compare_with_neighbours(sorted, p);
+      put(p, 2 * (iota_ + p) + 1 + excess);
+      if constexpr (want_ties) equal_ += iota_ < sorted.count - p ? equal : 0;
+    }
+  }
+  // Instead, for a bucket that holds more than the window.
+  void by_all(const Sorted<T>& sorted, int begin, int end) {
+    for (int p = begin; p < end; p += lanes) {
+      const V own = load(sorted.values + p);
+      Comparison c{};
+      for (int i = begin; i < end; ++i) c.with(own, splat(sorted.values[i]));
+      const auto mine = iota_ < end - p;
+      store(twice_ + p, select(mine, converted(begin + end + c.excess), load(twice_ + p)));
+      if constexpr (want_ties) equal_ += mine ? c.equal - compare_with_neighbours(sorted, p).equal : 0;
+    }
+  }
+
+  Out at(int position) const { return late ? Out(twice_[position]) * 0.5 / stats_.count : Out(twice_[position]); }
+  double ties() const {
+    double pairs = 0;
+    for (int i = 0; i < lanes; ++i) pairs += double(equal_[i]);
+    const double weight = stats_.total / stats_.count;
+    return pairs * weight * weight;
+  }
+
+ private:
+  using V = vec_t<T>;
+  using I = ivec_t<T>;
+  static constexpr int lanes = lanes_v<T>;
+  static constexpr bool late = sizeof(Out) > sizeof(T);  // scaled at the end, where more digits are wanted
+  struct Comparison {
+    I excess, equal;  // #{less} - #{greater}, #{equal}
+
+    void with(V own, V other) {
+      excess = own > other ? excess + 1 : excess;
+      excess = own < other ? excess - 1 : excess;
+      if constexpr (want_ties) equal = own == other ? equal + 1 : equal;
+    }
+  };
+
+  // With those at p themselves.
+  static Comparison compare_with_neighbours(const Sorted<T>& sorted, int p) {
+    const V own = load(sorted.values + p);
+    Comparison c{{}, I{} + 1};
+    sorted.template neighbours<V>(p, [&](V other, int) { c.with(own, other); });
+    return c;
+  }
+  V converted(I twice) const { return __builtin_convertvector(twice, V) * scale_; }
+  void put(int p, I twice) { store(twice_ + p, converted(twice)); }
+
+  const Stats<T>& stats_;
+  T scale_;
+  T* twice_;  // [n] twice the rank, times scale_
+  I iota_{}, equal_{};
+};
+
+// Ranks of candidates that weigh anything. Only sums are taken, in float64, so that the smallest ranks keep their
+// digits.
+template <bool want_ties, class T, class Out>
+class WeighedRanks {
+ public:
+  // Not where the total, or its inverse, is more than a number holds.
+  static bool possible(const Stats<T>& s) { return s.total <= most && 1 / s.total <= most; }
+  WeighedRanks(const Row<T>& row, const Stats<T>& s, Workspace& ws)
+      : row_(row),
+        per_total_(1 / s.total),
+        weights_(ws.sorted_weights.need<T>(row.n + 2 * margin) + margin),
+        below_(ws.weight_below.need<double>(row.n + 2 * margin) + margin),
+        ranks_(ws.sorted_ranks.need<Out>(row.n + lanes)) {}
+
+  template <class I>
+  void arrange(const I* position) {
+    const int n = row_.n;
+    for (int k = 0; k < n; ++k) weights_[position[k]] = row_.weights[k];
+    running_sums(Core<T>{}, n, [&](int p) { return double(weights_[p]); }, [&](int p, double sum) { below_[p] = sum; });
+    for (int i = 1; i <= margin; ++i) weights_[-i] = below_[-i] = 0;
+    for (int i = 0; i < margin; ++i) weights_[n + i] = 0;
+  }
+
+  void by_window(const Sorted<T>& sorted) {
+    for (int p = 0; p < sorted.n; p += lanes) {
+      const auto [less, equal] = compare_with_neighbours(sorted, p);
+      store(ranks_ + p, rank(load(below_ + p - kWindow), less, equal));
+      if constexpr (want_ties) ties_ += widened(load_as<Octet>(weights_ + p)) * equal;
+    }
+  }
+  void by_all(const Sorted<T>& sorted, int begin, int end) {
+    for (int p = begin; p < end; p += lanes) {
+      Comparison c{};
+      const dvec own = widened(load_as<Octet>(sorted.values + p));
+      for (int i = begin; i < end; ++i) c.with(own, dvec{} + double(sorted.values[i]), dvec{} + double(weights_[i]));
+      const Ranks own_ranks = rank(dvec{} + below_[begin], c.less, c.equal);
+      const dvec counted = compare_with_neighbours(sorted, p).equal;
+      for (int i = 0; i < std::min(lanes, end - p); ++i) {
+        ranks_[p + i] = own_ranks[i];
+        if constexpr (want_ties) ties_[i] += weights_[p + i] * (c.equal[i] - counted[i]);
+      }
+    }
+  }
+
+  Out at(int position) const { return ranks_[position]; }
+  double ties() const { return sum_lanes(ties_); }
+
+ private:
+  using Octet = typename Simd<T>::octet;
+  using Ranks = typename Simd<Out>::octet;
+  static constexpr double most = std::numeric_limits<double>::max();
+  static constexpr int lanes = 8, margin = 2 * lanes;
+  static_assert(margin >= kWindow + lanes);
+  struct Comparison {
+    dvec less, equal;  // what others weigh that are
+
+    void with(dvec own, dvec other, dvec weight) {
+      less = other < own ? less + weight : less;
+      equal = other == own ? equal + weight : equal;
+    }
+  };
+
+  // With those at p themselves.
+  Comparison compare_with_neighbours(const Sorted<T>& sorted, int p) const {
+    const dvec own = widened(load_as<Octet>(sorted.values + p));
+    Comparison c{{}, widened(load_as<Octet>(weights_ + p))};
+    sorted.template neighbours<Octet>(
+        p, [&](Octet value, int d) { c.with(own, widened(value), widened(load_as<Octet>(weights_ + p + d))); });
+    return c;
+  }
+  // before: what all weigh that are not compared, and less.
+  Ranks rank(dvec before, dvec less, dvec equal) const {
+    return __builtin_convertvector((before + less + equal * 0.5) * per_total_, Ranks);
+  }
+
+  const Row<T>& row_;
+  double per_total_;
+  T* weights_;     // [-margin .. n + margin) as sorted
+  double* below_;  // [-margin .. n) what all before a place weigh
+  Out* ranks_;     // [n]
+  dvec ties_{};
+};
 
 // Buckets for each value: more make them emptier and the counters longer (2 measured best).
 inline constexpr int kBucketsPerValue = 2;
@@ -113,12 +249,11 @@ struct EqualWidths {
   vec_t<T> operator()(vec_t<T> v) const { return (v - low) * per_width; }
 };
 
-// Equal weights: one pass into buckets, then every value is compared with those of its bucket. No branch
-// depends on the data, unless buckets are crowded. I: holds every bucket's number. False where too many are crowded;
-// with `want_ties`, `ties` receives sum_jk w_j w_k [v_j = v_k].
-template <bool want_ties, class I, class Buckets, class T, class Out>
-bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, Out* out, double& ties, Workspace& ws,
-                         const Buckets& number, int buckets) {
+// One pass into buckets, then every value is compared with those of its bucket. No branch depends on the data, unless
+// buckets are crowded. I: holds every bucket's number. False where too many are crowded.
+template <class I, class Buckets, class Ranks, class T, class Out>
+bool hard_ranks_bucketed(const Row<T>& row, int weighing, Out* out, Workspace& ws, const Buckets& number, int buckets,
+                         Ranks& ranks) {
   using V = vec_t<T>;
   constexpr int lanes = lanes_v<T>;
   typedef I Index __attribute__((vector_size(lanes_v<T> * sizeof(I))));
@@ -150,7 +285,7 @@ bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, Out* out, double&
     }
   });
   if (comparisons > std::int64_t(kComparisons) * n) return false;
-  counts[buckets] = static_cast<I>(s.count);
+  counts[buckets] = static_cast<I>(weighing);
 
   // Sentinels on both sides stand for "nothing there": they compare as below before, as above after.
   constexpr int margin = (kWindow + lanes + lanes - 1) / lanes * lanes;
@@ -158,39 +293,14 @@ bool hard_ranks_bucketed(const Row<T>& row, const Stats<T>& s, Out* out, double&
   for (int i = 1; i <= margin; ++i) sorted[-i] = -std::numeric_limits<T>::infinity();
 #pragma GCC unroll 8
   for (int k = 0; k < n; ++k) sorted[position[k] += counts[bucket[k]]] = values[k];
-  for (int i = s.count; i < n + margin; ++i) sorted[i] = std::numeric_limits<T>::infinity();
+  for (int i = weighing; i < n + margin; ++i) sorted[i] = std::numeric_limits<T>::infinity();
 
-  // Twice the rank is a whole number: exact in T, and scaled at the end where more digits are wanted.
-  T* rank = ws.sorted_ranks.need<T>(n + lanes);
-  constexpr bool late = sizeof(Out) > sizeof(T);
-  const T scale = late ? T(1) : T(0.5) / T(s.count);
-  ivec_t<T> iota{}, equal{};
-  for (int i = 0; i < lanes; ++i) iota[i] = i;
-  for (int p = 0; p < n; p += lanes) {
-    const auto c = compare_with_neighbours<want_ties>(sorted + p);
-    store(rank + p, __builtin_convertvector(2 * (iota + p) + 1 + c.excess, V) * scale);
-    if constexpr (want_ties) equal += iota < s.count - p ? c.equal : 0;
-  }
-  for (int i = 0; i < found; ++i) {
-    const int begin = counts[crowded[i]], end = counts[crowded[i] + 1];
-    for (int p = begin; p < end; p += lanes) {
-      const auto c = compare_with_all<want_ties>(sorted, p, begin, end);
-      const auto mine = iota < end - p;
-      store(rank + p, select(mine, __builtin_convertvector(begin + end + c.excess, V) * scale, load(rank + p)));
-      if constexpr (want_ties) equal += mine ? c.equal - 1 - compare_with_neighbours<want_ties>(sorted + p).equal : 0;
-    }
-  }
-  if constexpr (want_ties) {
-    double pairs = s.count;
-    for (int i = 0; i < lanes; ++i) pairs += double(equal[i]);
-    const double weight = s.total / s.count;
-    ties = pairs * weight * weight;
-  }
-  if constexpr (late)
-    for (int k = 0; k < n; ++k) out[k] = Out(rank[position[k]]) * 0.5 / s.count;
-  else
+  ranks.arrange(position);
+  const Sorted<T> view{sorted, n, weighing};
+  ranks.by_window(view);
+  for (int i = 0; i < found; ++i) ranks.by_all(view, counts[crowded[i]], counts[crowded[i] + 1]);
 #pragma GCC unroll 8
-    for (int k = 0; k < n; ++k) out[k] = rank[position[k]];
+  for (int k = 0; k < n; ++k) out[k] = ranks.at(position[k]);
   return true;
 }
 
@@ -266,30 +376,35 @@ struct EqualShares<float> {
 };
 #endif
 
-// Returns sum_jk w_j w_k [v_j = v_k] if want_ties, otherwise 0 or that.
+// By buckets, if that is possible. `ties` as hard_ranks() returns it.
+template <class Ranks, class T, class Out>
+bool hard_ranks_by_buckets(const Row<T>& row, const Stats<T>& s, Out* out, double& ties, Workspace& ws) {
+  const int buckets = (kBucketsPerValue * row.n + 31) / 32 * 32;
+  const bool narrow = kBucketsPerValue * row.n + 32 < std::numeric_limits<std::uint16_t>::max();
+  const auto bucketed = [&](const auto& number) {
+    Ranks ranks(row, s, ws);
+    const bool done = narrow ? hard_ranks_bucketed<std::uint16_t>(row, s.count, out, ws, number, buckets, ranks)
+                             : hard_ranks_bucketed<std::uint32_t>(row, s.count, out, ws, number, buckets, ranks);
+    if (done) ties = ranks.ties();
+    return done;
+  };
+  const EqualWidths<T> widths(s, buckets);
+  if (!widths.possible() || !Ranks::possible(s)) return false;
+  const RowSample<T> sample(row);
+  if (row.n < kSampled || !sample.crowds(s)) return bucketed(widths);
+  if constexpr (EqualShares<T>::available) return bucketed(EqualShares<T>(sample, s, buckets));
+  return false;
+}
+
+// Returns sum_jk w_j w_k [v_j = v_k] if want_ties, otherwise 0 or that. What crowds its buckets is left to the sort.
 template <class T, class Out, class Workplace>
 double hard_ranks(const Core<T>&, const Row<T>& row, const Stats<T>& s, bool want_ties, Out* out, Workplace& work) {
   double ties = 0;
-  if (s.uniform && s.high > s.low) {
-    const int buckets = (kBucketsPerValue * row.n + 31) / 32 * 32;
-    const bool narrow = kBucketsPerValue * row.n + 32 < std::numeric_limits<std::uint16_t>::max();
-    const auto bucketed = [&]<class Buckets>(const Buckets& number) {
-      const auto run = narrow      ? want_ties ? hard_ranks_bucketed<true, std::uint16_t, Buckets, T, Out>
-                                               : hard_ranks_bucketed<false, std::uint16_t, Buckets, T, Out>
-                       : want_ties ? hard_ranks_bucketed<true, std::uint32_t, Buckets, T, Out>
-                                   : hard_ranks_bucketed<false, std::uint32_t, Buckets, T, Out>;
-      return run(row, s, out, ties, work.ws, number, buckets);
-    };
-    // What crowds one kind of buckets after all is left to the sort.
-    if (const EqualWidths<T> widths(s, buckets); widths.possible()) {
-      const RowSample<T> sample(row);
-      if (row.n < kSampled || !sample.crowds(s)) {
-        if (bucketed(widths)) return ties;
-      } else if constexpr (EqualShares<T>::available) {
-        if (bucketed(EqualShares<T>(sample, s, buckets))) return ties;
-      }
-    }
-  }
+  const auto done = [&]<bool with_ties> {
+    return s.uniform ? hard_ranks_by_buckets<CountedRanks<with_ties, T, Out>>(row, s, out, ties, work.ws)
+                     : hard_ranks_by_buckets<WeighedRanks<with_ties, T, Out>>(row, s, out, ties, work.ws);
+  };
+  if (s.high > s.low && (want_ties ? done.template operator()<true>() : done.template operator()<false>())) return ties;
   return hard_ranks_sorted(row, s, out, work.ws);
 }
 

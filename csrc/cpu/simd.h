@@ -87,6 +87,30 @@ inline bool any(M mask) {
   return all != 0;
 #endif
 }
+// Writes those of `values` for which `mask` holds, in order; returns how many they are. to: with room for all.
+template <class T>
+inline int keep_where(ivec_t<T> mask, index_t<T> values, std::int32_t* to) {
+#if defined(PCOH_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 kept = _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(kept, reinterpret_cast<__m512i>(values)));
+    return __builtin_popcount(kept);
+  } else {
+    const __mmask8 kept = _mm512_movepi64_mask(reinterpret_cast<__m512i>(mask));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_maskz_compress_epi32(kept, reinterpret_cast<__m256i>(values)));
+    return __builtin_popcount(kept);
+  }
+#else
+  if (!any(mask)) return 0;
+  int count = 0;
+  for (int i = 0; i < lanes_v<T>; ++i) {
+    to[count] = values[i];
+    count += mask[i] != 0;
+  }
+  return count;
+#endif
+}
 // On NaN these return the second operand: clamping maps NaN to a bound.
 template <class V>
 inline V vmin(V a, V b) {
@@ -108,12 +132,24 @@ inline vec_t<T> vsqrt_loop(vec_t<T> x) {
 inline vec_t<float> vsqrt(vec_t<float> x) { return vsqrt_loop<float>(x); }
 inline vec_t<double> vsqrt(vec_t<double> x) { return vsqrt_loop<double>(x); }
 
-inline dvec low_half(vec_t<float> v) {
-  return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), dvec);
+// In float64. (The compiler would take two halves and put them together.)
+inline dvec widened(fhalf v) {
+#if defined(PCOH_AVX512)
+  return _mm512_cvtps_pd(v);
+#else
+  return __builtin_convertvector(v, dvec);
+#endif
 }
-inline dvec high_half(vec_t<float> v) {
-  return __builtin_convertvector(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15), dvec);
+inline dvec widened(index_t<double> v) {
+#if defined(PCOH_AVX512)
+  return _mm512_cvtepi32_pd(reinterpret_cast<__m256i>(v));
+#else
+  return __builtin_convertvector(v, dvec);
+#endif
 }
+inline dvec widened(dvec v) { return v; }
+inline dvec low_half(vec_t<float> v) { return widened(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7)); }
+inline dvec high_half(vec_t<float> v) { return widened(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)); }
 
 inline vec_t<float> join(dvec low, dvec high) {
   return __builtin_shufflevector(__builtin_convertvector(low, fhalf), __builtin_convertvector(high, fhalf), 0, 1, 2, 3,
@@ -138,6 +174,12 @@ struct Sum {
   double total() const { return sum_lanes(a + b); }
 };
 
+template <class V>
+inline auto sum_of_lanes(V v) {
+  auto sum = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) sum += v[i];
+  return sum;
+}
 // Smallest lane / largest lane.
 template <class V>
 inline auto min_lane(V v) {

@@ -33,7 +33,8 @@ struct Workplace {
   Method method;
   Workspace& ws;
 
-  int taken = 0;  // of the workspace's rows
+  int taken = 0;                    // of the workspace's rows
+  std::optional<Layout<T>> layout;  // of the row whose sums are wanted, once it is known
 
   template <class V = T>
   V* take(int n, int = 0) {
@@ -79,19 +80,31 @@ struct Workplace {
 
   // Those that hold somebody, where all of them would be too many; but few elements that lie so far apart are for the
   // scan, which is exact where all that there is are small slopes.
-  double bins(const Row<T>& row, T low, const Scaling& scale) const {
+  double bins(const Row<T>& row, T low, const Scaling& scale) {
     const double laid = scale.range / kBinWidth;
     if (laid * elements_per_bin <= row.n || row.n <= few_to_hold) return laid;
-    return held_bins(row, low, scale.per_distance / kBinWidth, laid, ws);
+    layout.emplace(placed(row, low, scale), ws);
+    return layout->bins;
   }
 
   template <class Sums, class F>
   void run(Core<T>&, Row<T>& row, T low, T, const Scaling& scale, F& f) {
+    row = placed(row, low, scale);
+    Sums sums(ws);
+    if constexpr (std::is_same_v<Sums, Grid>) {
+      if (!layout) layout.emplace(row, ws);
+      sums.load(row, *layout);
+    } else {
+      sums.load(row);
+    }
+    f(sums);
+    layout.reset();  // it is of this row
+  }
+
+  static Row<T> placed(Row<T> row, T low, const Scaling& scale) {
     row.low = low;
     row.scale = scale;
-    Sums sums(ws);
-    sums.load(row);
-    f(sums);
+    return row;
   }
 };
 
