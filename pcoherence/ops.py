@@ -85,7 +85,9 @@ class _CoherenceTotal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operators: Operators, *arguments: Any) -> tuple[Tensor, ...]:
-        output: tuple[Tensor, ...] = operators.coherence(*arguments)
+        # This function is the operator's autograd: what is registered would do it once more.
+        with torch._C._AutoDispatchBelowAutograd():
+            output: tuple[Tensor, ...] = operators.coherence(*arguments)
         ctx.operators = operators
         _coherence_setup(ctx, arguments, output)
         return output

@@ -121,6 +121,44 @@ def test_an_unknown_instruction_set_is_reported_not_used() -> None:
     assert "PCOHERENCE_ISA: expected one of" in done.stdout
 
 
+LOSS_OF_NEAR_PAIRS = """
+import torch, pcoherence
+torch.manual_seed(3)
+centres = torch.randn(6, 40)
+teacher = torch.randn(70, 40)
+student = (centres[torch.randint(6, (70,))] + 1e-3 * torch.randn(70, 40)).requires_grad_()
+weights = torch.rand(70)
+for dtype in (torch.float32, torch.float64):
+    found = []
+    for backend, like in (("cpu", dtype), ("reference", torch.float64)):
+        loss = pcoherence.perception_coherence_loss(
+            student.to(like), teacher.to(like), candidate_weights=weights.to(like),
+            temperature=0.1, objective="mse", backend=backend)
+        found.append((loss.detach(), *torch.autograd.grad(loss, student)))
+    for one, other in zip(*found):
+        print(float((one - other).norm() / other.norm()))
+"""
+
+
+@pytest.mark.parametrize("isa", ["default", "v3", "v4"])
+def test_every_instruction_set_measures_near_pairs(cpu_backend: str, isa: str) -> None:
+    """A sixth of each row lies so near that the features' products have no digit of it."""
+    from pcoherence import _C
+
+    if isa not in _C.isas():
+        pytest.skip(f"this processor has no {isa}")
+    done = subprocess.run(
+        [sys.executable, "-c", LOSS_OF_NEAR_PAIRS],
+        env=os.environ | {"PCOHERENCE_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    errors = [float(line) for line in done.stdout.split()]
+    assert len(errors) == 4
+    assert max(errors) < 32 * torch.finfo(torch.float32).eps, errors
+
+
 def test_a_metric_that_is_not_ported_goes_by_blocks(
     cpu_backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
