@@ -28,6 +28,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+BINARY = re.compile(r"\s*[-+*/%|^&<>=]+\s")
+"""How a text begins that is an operator and its right side: no expression."""
+
 MARKED = re.compile(r"«(.*?) ?⇒ ?(.*?)»", re.DOTALL)
 
 RELATED = {
@@ -88,6 +91,8 @@ class Slip:
         if not marks:
             raise ValueError(f"{self.name}: code: expected «old ⇒ new»; got {self.code!r}")
         before = MARKED.sub(lambda mark: mark[1], self.code)
+        if self.native and any(BINARY.match(part) for mark in marks for part in mark.groups()):
+            raise ValueError(f"{self.name}: expected expressions or statements; got {self.code!r}")
         found = text.count(before)
         if found != 1:
             raise ValueError(f"{self.name}: {self.file} has {found} places like this:\n{before}")
