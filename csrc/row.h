@@ -39,7 +39,8 @@
 //   pullback(sums, residuals, n)   of the sums, in place or not
 //   near_table(count, divisor)     see look_up_near() in anchor.h
 //   tabulates                      whether near_table() has one
-//   bins(row, low, scale)          that a grid of the row costs, whose range is less than most_bins of them
+//   bins(row, low, scale)          that a grid of the row costs, whose range is less than most_bins of them; run()
+//                                  of the same row may use what was found on the way
 //   run<Sums>(g, row, low, high, scale, f)   f(sums) by one of the methods
 #pragma once
 
@@ -91,10 +92,16 @@ PCOH_APART Stats<T> stats(G& g, const Row& row, const T* from, const Weighed& we
 
 // ---------------------------------------------------------------- kernel sums
 
+// As the grid of a GPU rounds it.
+template <class T, class Workplace>
+PCOH_DEVICE bool fits_grid(const Workplace& work, const Scaling& scale) {
+  return static_cast<T>(scale.range / kBinWidth) < T(work.most_bins);
+}
+
 template <class T, class Row, class Workplace>
 PCOH_DEVICE Method choose(Workplace& work, const Row& row, T low, const Scaling& scale) {
   if (work.method != Method::automatic) return work.method;
-  if (scale.range / kBinWidth < work.most_bins && work.bins(row, low, scale) * Workplace::elements_per_bin <= row.n)
+  if (fits_grid<T>(work, scale) && work.bins(row, low, scale) * Workplace::elements_per_bin <= row.n)
     return Method::grid;
   return row.n <= Workplace::few_pairs ? Method::pairs : Method::scan;
 }
@@ -104,8 +111,7 @@ template <class T, class G, class Row, class Workplace, class F>
 PCOH_DEVICE Status with_sums(G& g, Row& row, T low, T high, const Scaling& scale, Workplace& work, F f) {
   switch (choose(work, row, low, scale)) {
     case Method::grid:
-      // As the grid of a GPU rounds it.
-      if (!(static_cast<T>(scale.range / kBinWidth) < T(work.most_bins))) return Status::too_many_bins;
+      if (!fits_grid<T>(work, scale)) return Status::too_many_bins;
       work.template run<typename Workplace::Grid>(g, row, low, high, scale, f);
       break;
     case Method::scan:

@@ -363,7 +363,7 @@ def check_weights(
             f"{argument}: expected a constant, because weights get no gradient; "
             "got a tensor that requires grad (detach it)"
         )
-    # Once compiled, the CPU's operators check them.
+    # Once compiled, the CPU's operators check those of candidates.
     if not values_are_hidden(weights) and not bool(((weights >= 0) & weights.isfinite()).all()):
         worst = weights[~((weights >= 0) & weights.isfinite())][0].item()
         raise ValueError(f"{argument}: expected finite weights of at least 0; got {worst}")

@@ -85,7 +85,8 @@ class _CoherenceTotal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operators: Operators, *arguments: Any) -> tuple[Tensor, ...]:
-        # This function is the operator's autograd: what is registered would do it once more.
+        # As torch's own register_autograd does: otherwise the dispatcher would enter what is
+        # registered, which records nothing here.
         with torch._C._AutoDispatchBelowAutograd():
             output: tuple[Tensor, ...] = operators.coherence(*arguments)
         ctx.operators = operators

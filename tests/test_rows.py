@@ -129,14 +129,25 @@ def test_hard_ranks(case: str, weights: str, dtype: str, isa: str) -> None:
         check_hard_ranks(case, weights, n, dtype, isa)
 
 
-# 2 buckets a value: 16-bit bucket numbers reach to n = 32,736, 32-bit ones from there.
+# From 1,024 values on a sample of the row chooses its buckets. 2 buckets a value: 16-bit bucket
+# numbers reach to n = 32,752, 32-bit ones from there.
 @on_every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["gaussian", "ties", "duplicates", "outlier"])
-@pytest.mark.parametrize("n", [32_736, 32_737, 40_000])
-def test_hard_ranks_of_long_rows(n: int, case: str, dtype: str, isa: str) -> None:
-    for weights in ("ones", "0 and 1"):
-        check_hard_ranks(case, weights, n, dtype, isa)
+@pytest.mark.parametrize("weights", ["ones", "0 and 1", "general"])
+@pytest.mark.parametrize(
+    "case", ["gaussian", "ties", "duplicates", "outlier", "crowd", "exponential"]
+)
+@pytest.mark.parametrize("n", [1024, 32_752, 32_753, 40_000])
+def test_hard_ranks_of_long_rows(n: int, case: str, weights: str, dtype: str, isa: str) -> None:
+    check_hard_ranks(case, weights, n, dtype, isa)
+
+
+@on_every_isa
+def test_hard_ranks_of_weights_whose_sum_has_no_inverse(isa: str) -> None:
+    values, weights = values_of("gaussian", 33, "float64"), np.linspace(1, 2, 33) * 1e-310
+    ranks, _ = C.hard_ranks_float64(values, weights, isa)
+    expected, _ = C.hard_ranks_float64(values, weights * 2.0**100, isa)
+    np.testing.assert_allclose(ranks, expected, rtol=1e-12)
 
 
 @on_every_isa
@@ -229,15 +240,17 @@ def test_soft_ranks(case: str, temperature: float, method: str, dtype: str, isa:
             assert abs(pulled.sum(dtype=np.float64)) <= truth.pullback_error.sum()
 
 
-# Coefficients of 32 bins are held in registers, and of more than 128 bins empty ones are left out.
+# Moments of 6 bins are added up in registers, three, two or one at a time; coefficients of 16 and
+# of 32 are held there; of more than 128 bins empty ones are left out, and 512 have replicas.
 @on_every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bins", [1, 2, 31, 32, 33, 34, 128, 129])
+@pytest.mark.parametrize("bins", [1, 2, 3, 4, 5, 6, 7, 16, 17, 31, 32, 33, 34, 128, 129, 512, 513])
 def test_soft_ranks_of_so_many_bins(bins: int, dtype: str, isa: str) -> None:
-    kernel = getattr(C, f"soft_rank_{dtype}")
-    spread = float(np.ptp(values_of("gaussian", 130, dtype)))
+    kernel, case = getattr(C, f"soft_rank_{dtype}"), "positive" if bins > 129 else "gaussian"
+    n = 1000 if bins > 129 else 130
+    spread = float(np.ptp(values_of(case, n, dtype)))
     temperature = spread / (1.5 * (bins - 0.5))  # bins are 1.5 temperatures wide
-    values, weights, upstream, truth = soft_row(130, "gaussian", "ones", temperature, dtype)
+    values, weights, upstream, truth = soft_row(n, case, "ones", temperature, dtype)
     ranks = kernel(values, weights, None, temperature, "grid", isa)
     pulled = kernel(values, weights, upstream, temperature, "grid", isa)
     assert (np.abs(ranks - truth.ranks) <= truth.ranks_error).all()
@@ -286,6 +299,19 @@ def test_too_many_bins_raise(dtype: str, isa: str) -> None:
         with pytest.raises(ValueError, match="too many bins"):
             kernel(values, ones, upstream, 0.999 * largest, "grid", isa)
     assert np.isfinite(kernel(values, ones, None, 0.999 * largest, "auto", isa)).all()
+
+
+@on_every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_auto_never_has_too_many_bins(dtype: str, isa: str) -> None:
+    """Few bins are held; how many are laid is too many when rounded to float32, or not."""
+    values = np.linspace(0, 1, 200).astype(dtype)
+    values[-1] = 98_304  # 1.5 times 65,536
+    for temperature in (1.00001, 1.00000001, 1, 0.99999999, 0.99999):
+        ranks = getattr(C, f"soft_rank_{dtype}")(
+            values, np.ones(200), None, temperature, "auto", isa
+        )
+        assert ranks[-1] == 200
 
 
 @on_every_isa

@@ -1,21 +1,24 @@
-// Hard ranks of a row whose values lie in ascending order but for those of one bucket.
+// Hard ranks of a row that is ordered by bucket, but not within buckets.
 #pragma once
 
 #include "core.h"
 
 namespace pcoherence::PCOH_ISA {
 
-// Every value is compared with so many neighbours on either side: all of its bucket where that holds one more. The few
-// buckets that hold more are compared apart: of 1.5 values on average, as in the middle of a normal distribution, 0.4
-// %.
+// So many neighbours on either side are compared: all of a bucket that holds one more. Fuller buckets are compared
+// apart: of 1.5 values on average, as in the middle of a normal distribution, 0.4 %.
 inline constexpr int kWindow = 4;
-// Values of a row, by buckets in ascending order; those without weight at the end.
+
+// Values by buckets in ascending order.
 template <class T>
 struct Sorted {
-  const T* values;  // [-kWindow .. n + lanes + kWindow): beyond the row's own, infinities that compare as nothing there
+  static constexpr int margin = 2 * lanes_v<T>;  // for a vector that begins in the row, and its window
+  static_assert(margin >= kWindow + lanes_v<T>);
+
+  const T* values;  // [-margin .. n + margin): -inf before 0, +inf from `count` on
   int n, count;     // of all, and of those that weigh
 
-  // f(v), v the values that lie up to kWindow places away from those at p.
+  // f(v, d), v the values that lie d places from those at p, |d| up to kWindow.
   template <class V, class F>
   void neighbours(int p, F&& f) const {
     for (int d = 1; d <= kWindow; ++d) {
@@ -29,11 +32,10 @@ struct Sorted {
 template <bool want_ties, class T, class Out>
 class CountedRanks {
  public:
-  static bool possible(const Stats<T>&) { return true; }
+  static constexpr int lanes = lanes_v<T>;
+
   CountedRanks(const Row<T>& row, const Stats<T>& s, Workspace& ws)
-      : stats_(s), scale_(late ? T(1) : T(0.5) / T(s.count)), twice_(ws.sorted_ranks.need<T>(row.n + lanes)) {
-    for (int i = 0; i < lanes; ++i) iota_[i] = i;
-  }
+      : stats_(s), scale_(late ? T(1) : T(0.5) / T(s.count)), ranks_(ws.sorted_ranks.need<T>(row.n + lanes)) {}
 
   template <class I>
   void arrange(const I*) {}
@@ -41,34 +43,31 @@ class CountedRanks {
   void by_window(const Sorted<T>& sorted) {
     for (int p = 0; p < sorted.n; p += lanes) {
       const auto [excess, equal] = compare_with_neighbours(sorted, p);
-      put(p, 2 * (iota_ + p) + 1 + excess);
-      if constexpr (want_ties) equal_ += iota_ < sorted.count - p ? equal : 0;
+      // Of place q all before the window are less: 2 #{less} + #{equal} = 2 q + 1 + excess.
+      store(ranks_ + p, converted(2 * (numbers + p) + 1 + excess));
+      if constexpr (want_ties) equal_ += numbers < sorted.count - p ? equal : 0;
     }
   }
-  // Instead, for a bucket that holds more than the window.
   void by_all(const Sorted<T>& sorted, int begin, int end) {
     for (int p = begin; p < end; p += lanes) {
       const V own = load(sorted.values + p);
       Comparison c{};
       for (int i = begin; i < end; ++i) c.with(own, splat(sorted.values[i]));
-      const auto mine = iota_ < end - p;
-      store(twice_ + p, select(mine, converted(begin + end + c.excess), load(twice_ + p)));
+      const auto mine = numbers < end - p;
+      store(ranks_ + p, select(mine, converted(begin + end + c.excess), load(ranks_ + p)));
       if constexpr (want_ties) equal_ += mine ? c.equal - compare_with_neighbours(sorted, p).equal : 0;
     }
   }
 
-  Out at(int position) const { return late ? Out(twice_[position]) * 0.5 / stats_.count : Out(twice_[position]); }
+  Out at(int position) const { return late ? Out(ranks_[position]) * 0.5 / stats_.count : Out(ranks_[position]); }
   double ties() const {
-    double pairs = 0;
-    for (int i = 0; i < lanes; ++i) pairs += double(equal_[i]);
     const double weight = stats_.total / stats_.count;
-    return pairs * weight * weight;
+    return double(sum_lanes(equal_)) * weight * weight;
   }
 
  private:
   using V = vec_t<T>;
   using I = ivec_t<T>;
-  static constexpr int lanes = lanes_v<T>;
   static constexpr bool late = sizeof(Out) > sizeof(T);  // scaled at the end, where more digits are wanted
   struct Comparison {
     I excess, equal;  // #{less} - #{greater}, #{equal}
@@ -88,19 +87,21 @@ class CountedRanks {
     return c;
   }
   V converted(I twice) const { return __builtin_convertvector(twice, V) * scale_; }
-  void put(int p, I twice) { store(twice_ + p, converted(twice)); }
 
   const Stats<T>& stats_;
   T scale_;
-  T* twice_;  // [n] twice the rank, times scale_
-  I iota_{}, equal_{};
+  T* ranks_;  // [n] F, or if `late` 2 F count
+  const I numbers = lane_numbers<I>();
+  I equal_{};
 };
 
 // Ranks of candidates that weigh anything. Only sums are taken, in float64, so that the smallest ranks keep their
 // digits.
-template <bool want_ties, class T, class Out>
+template <class T, class Out>
 class WeighedRanks {
  public:
+  static constexpr int lanes = 8;
+
   // Not where the total, or its inverse, is more than a number holds.
   static bool possible(const Stats<T>& s) { return s.total <= most && 1 / s.total <= most; }
   WeighedRanks(const Row<T>& row, const Stats<T>& s, Workspace& ws)
@@ -115,15 +116,16 @@ class WeighedRanks {
     const int n = row_.n;
     for (int k = 0; k < n; ++k) weights_[position[k]] = row_.weights[k];
     running_sums(Core<T>{}, n, [&](int p) { return double(weights_[p]); }, [&](int p, double sum) { below_[p] = sum; });
-    for (int i = 1; i <= margin; ++i) weights_[-i] = below_[-i] = 0;
-    for (int i = 0; i < margin; ++i) weights_[n + i] = 0;
+    std::fill(weights_ - margin, weights_, T(0));
+    std::fill(weights_ + n, weights_ + n + margin, T(0));
+    std::fill(below_ - margin, below_, 0.0);
   }
 
   void by_window(const Sorted<T>& sorted) {
     for (int p = 0; p < sorted.n; p += lanes) {
       const auto [less, equal] = compare_with_neighbours(sorted, p);
       store(ranks_ + p, rank(load(below_ + p - kWindow), less, equal));
-      if constexpr (want_ties) ties_ += widened(load_as<Octet>(weights_ + p)) * equal;
+      ties_ += widened(load_as<Octet>(weights_ + p)) * equal;
     }
   }
   void by_all(const Sorted<T>& sorted, int begin, int end) {
@@ -131,11 +133,11 @@ class WeighedRanks {
       Comparison c{};
       const dvec own = widened(load_as<Octet>(sorted.values + p));
       for (int i = begin; i < end; ++i) c.with(own, dvec{} + double(sorted.values[i]), dvec{} + double(weights_[i]));
-      const Ranks own_ranks = rank(dvec{} + below_[begin], c.less, c.equal);
+      const OutOctet own_ranks = rank(dvec{} + below_[begin], c.less, c.equal);
       const dvec counted = compare_with_neighbours(sorted, p).equal;
       for (int i = 0; i < std::min(lanes, end - p); ++i) {
         ranks_[p + i] = own_ranks[i];
-        if constexpr (want_ties) ties_[i] += weights_[p + i] * (c.equal[i] - counted[i]);
+        ties_[i] += weights_[p + i] * (c.equal[i] - counted[i]);
       }
     }
   }
@@ -145,10 +147,9 @@ class WeighedRanks {
 
  private:
   using Octet = typename Simd<T>::octet;
-  using Ranks = typename Simd<Out>::octet;
+  using OutOctet = typename Simd<Out>::octet;
   static constexpr double most = std::numeric_limits<double>::max();
-  static constexpr int lanes = 8, margin = 2 * lanes;
-  static_assert(margin >= kWindow + lanes);
+  static constexpr int margin = Sorted<T>::margin;
   struct Comparison {
     dvec less, equal;  // what others weigh that are
 
@@ -167,8 +168,8 @@ class WeighedRanks {
     return c;
   }
   // before: what all weigh that are not compared, and less.
-  Ranks rank(dvec before, dvec less, dvec equal) const {
-    return __builtin_convertvector((before + less + equal * 0.5) * per_total_, Ranks);
+  OutOctet rank(dvec before, dvec less, dvec equal) const {
+    return __builtin_convertvector((before + less + equal * 0.5) * per_total_, OutOctet);
   }
 
   const Row<T>& row_;

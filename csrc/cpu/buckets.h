@@ -19,8 +19,10 @@ struct EqualWidths {
   vec_t<T> operator()(vec_t<T> v) const { return (v - low) * per_width; }
 };
 
-// So many values of a row stand for all of them, where there are so many of those that looking costs nothing.
-inline constexpr int kSample = 64, kSampled = 1024;
+// Values that are looked at: two for each part of EqualShares.
+inline constexpr int kSample = 64;
+// From so many values on: in shorter rows the sample takes longer than what it saves (measured).
+inline constexpr int kSampled = 1024;
 
 // Evenly spaced in the row.
 template <class T>
@@ -45,7 +47,8 @@ struct RowSample {
   }
 };
 
-// Buckets that a sample says are equally full: of equal width between every other of its values.
+// Buckets that a sample says are equally full: of equal width between every other of its values. Where two registers do
+// not hold the bounds of all parts, finding a value's part takes as long as the sort.
 template <class T>
 struct EqualShares {
   static constexpr bool available = false;
@@ -57,7 +60,7 @@ struct EqualShares<float> {
   static constexpr int parts = 32;  // two registers
 
   EqualShares(RowSample<float> sample, const Stats<float>& s, int buckets) : per_part(float(buckets) / parts) {
-    std::sort(sample.values, sample.values + kSample, [](float a, float b) { return a < b; });
+    std::sort(sample.values, sample.values + kSample);
     float from[parts + 1], per_value[parts];
     from[0] = s.low;
     for (int i = 1; i < parts; ++i) from[i] = std::min(std::max(sample.values[i * kSample / parts], s.low), s.high);

@@ -133,9 +133,7 @@ Weighed weigh(const Core<T>&, const Row<T>& row) {
     most = vmax(w, most);
     total.add(w);
   }
-  Weighed result{total.total(), 0, min_lane(least) == max_lane(most)};
-  for (int i = 0; i < lanes_v<T>; ++i) result.count += static_cast<int>(count[i]);
-  return result;
+  return {total.total(), static_cast<int>(sum_lanes(count)), min_lane(least) == max_lane(most)};
 }
 
 }  // namespace pcoherence::PCOH_ISA

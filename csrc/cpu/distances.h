@@ -174,8 +174,10 @@ inline WideSquares squares(double anchor_norm, const double* norms, const double
   return {sum, sum - 2.0 * load(products)};
 }
 
-// Candidates whose distances are finished before the near ones of them are measured: they stay in fast memory.
-inline constexpr int kLookedAt = 512;
+// Candidates whose distances are finished together, before the near ones among them are measured: norms, products and
+// distances (8 KiB in float32) are in the L1 cache still.
+inline constexpr int kFinishedTogether = 512;
+static_assert(kFinishedTogether % kRowPadding == 0);
 
 // Of which a row is asked for so many before it is used: they lie anywhere, and memory takes as long as several.
 inline constexpr int kAhead = 3;
@@ -189,16 +191,16 @@ void prefetch(const T* row, std::int64_t width) {
 template <class T>
 void measure_near(const DistanceRow<T>& a, std::int64_t begin, std::int64_t end, std::vector<std::int32_t>* near) {
   using V = vec_t<T>;
-  std::int32_t found[kLookedAt + lanes_v<T>];
+  std::int32_t found[kFinishedTogether];
   const T per_factor = 1 / a.factor;
-  index_t<T> iota{};
-  for (int i = 0; i < lanes_v<T>; ++i) iota[i] = i;
+  const auto numbers = lane_numbers<index_t<T>>();
   int count = 0;
   for (std::int64_t k = begin; k < end; k += lanes_v<T>) {
     // The bound again, from the distance: at the bound itself rounding may decide otherwise, and either is right.
     const V d = load(a.row + k), rough = a.root ? d * d : d * per_factor;
     const V norms = squares(a.anchor_norm, a.candidate_norms + k, a.products + k).norms;
-    count += keep_where<T>(rough < norms * Nearness<T>::distance, iota + static_cast<std::int32_t>(k), found + count);
+    count +=
+        keep_where<T>(rough < norms * Nearness<T>::distance, numbers + static_cast<std::int32_t>(k), found + count);
   }
   while (count > 0 && found[count - 1] >= a.n) --count;  // padding
   for (int i = 0; i < count; ++i) {
@@ -226,12 +228,12 @@ void finish_distances(const DistanceRow<T>& a, std::vector<std::int32_t>* near) 
       counted -= square < norms * Nearness<T>::distance;
       store(a.row + k, from_square(square));
     }
-    return sum_of_lanes(counted);
+    return static_cast<std::int64_t>(sum_lanes(counted));
   };
-  for (std::int64_t begin = 0; begin < size; begin += kLookedAt) {
-    const std::int64_t end = std::min(size, begin + kLookedAt);
-    auto nearby = a.root ? pass(begin, end, [](V square) { return vsqrt(square); })
-                         : pass(begin, end, [&](V square) { return square * a.factor; });
+  for (std::int64_t begin = 0; begin < size; begin += kFinishedTogether) {
+    const std::int64_t end = std::min(size, begin + kFinishedTogether);
+    std::int64_t nearby = a.root ? pass(begin, end, [](V square) { return vsqrt(square); })
+                                 : pass(begin, end, [&](V square) { return square * a.factor; });
     for (std::int64_t k = std::max(begin, a.n); k < end; ++k) a.row[k] = 0;
     if (begin <= a.identical && a.identical < end) {
       a.row[a.identical] = 0;

@@ -15,12 +15,13 @@ struct FewBins {
 template <>
 struct FewBins<float> {
   static constexpr int order = GridOrder<float>::order;
-  static constexpr int most = 32;        // two registers for each coefficient
-  static constexpr int most_masked = 6;  // with more, masks take as long as scattering (measured)
+  static constexpr int per_register = lanes_v<float>;
+  static constexpr int most = 2 * per_register;  // two registers for each coefficient
+  static constexpr int most_masked = 6;          // with more, masks take as long as scattering (measured)
 
   // moments [bins, order]; bin, x, v: [n]
   static void spread(const std::int32_t* bin, const float* x, const float* v, int n, int bins, float* moments) {
-    // Of three bins 24 registers hold the sums.
+    // The sums of three take 24 of 32 registers; four are two and two, since a pass for one alone costs as much.
     for (int b = 0; b < bins;) {
       const int left = bins - b, together = left % 3 == 0 || left > 4 ? 3 : left >= 2 ? 2 : 1;
       float* to = moments + b * order;
@@ -39,11 +40,11 @@ struct FewBins<float> {
   class Field {
    public:
     Field(const float* field, int bins) {
-      alignas(64) float columns[order][16 * registers] = {};
+      alignas(64) float columns[order][per_register * registers] = {};
       for (int b = 0; b < bins; ++b)
         for (int q = 0; q < order; ++q) columns[q][b] = field[b * order + q];
       for (int q = 0; q < order; ++q)
-        for (int i = 0; i < registers; ++i) column_[q][i] = load(columns[q] + 16 * i);
+        for (int i = 0; i < registers; ++i) column_[q][i] = load(columns[q] + per_register * i);
     }
     vec_t<float> at(index_t<float> bin, vec_t<float> x) const {
       vec_t<float> value = of(order - 1, bin);

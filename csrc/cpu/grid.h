@@ -1,4 +1,4 @@
-// Kernel sums on a grid (docs/mathematics.rst): spread, convolve, gather.
+// Kernel sums on a grid (docs/mathematics.rst): spread, convolve, evaluate.
 //
 // With x, y the local coordinates in [-1, 1] of two points whose bins differ by D, the kernel is the polynomial
 //   kernel(width * (D + (x - y) / 2)) = sum_qr table[D][r][q] x^q y^r
@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../tables.h"
+#include "few_bins.h"
 #include "layout.h"
 
 namespace pcoherence::PCOH_ISA {
@@ -16,7 +17,6 @@ class Grid {
  public:
   explicit Grid(Workspace& ws) : ws_(ws) {}
 
-  void load(const Row<T>& row) { load(row, Layout<T>(row, ws_)); }
   void load(const Row<T>& row, const Layout<T>& layout) {
     row_ = row;
     bins_ = layout.bins;
@@ -65,11 +65,10 @@ class Grid {
     spread(r, residual_moments_);
     convolve(table, moments_, fields_, Far::nothing);
     convolve(table, residual_moments_, residual_fields_, Far::nothing);
-    with_field(fields_, [&](const auto& own) {
-      with_field(residual_fields_, [&](const auto& pulled) {
-        for (int l = 0; l < row_.n; l += lanes)
-          store(out + l, PCOH_ISA::load(r + l) * own(l) - PCOH_ISA::load(row_.weights + l) * pulled(l));
-      });
+    with_evaluator([&](const auto& of) {
+      const auto own = of(fields_), pulled = of(residual_fields_);
+      for (int l = 0; l < row_.n; l += lanes)
+        store(out + l, PCOH_ISA::load(r + l) * own(l) - PCOH_ISA::load(row_.weights + l) * pulled(l));
     });
   }
 
@@ -92,12 +91,15 @@ class Grid {
     void store(T* p) const {
       for (int i = 0; i < parts; ++i) PCOH_ISA::store(p + 8 * i, part[i]);
     }
-    void add(const Terms& other, T factor) {
-      for (int i = 0; i < parts; ++i) part[i] += other.part[i] * factor;
+    void add(const Terms& other) {
+      for (int i = 0; i < parts; ++i) part[i] += other.part[i];
     }
   };
   // What kernel(t) is where t is beyond reach on the far left of a point: 0 or 1.
   enum class Far { nothing, count };
+
+  // Replicas of so many bins take 128 KiB in float32, and stay in the L2 cache.
+  static constexpr int kReplicatedBins = 512;
 
   // out[b][q] = sum over k in bin b of v_k x_k^q. Neighbours k go to different replicas of the bins, so that an
   // addition need not wait for the one before; many bins make such conflicts rare, and replicas dear.
@@ -108,7 +110,7 @@ class Grid {
         return;
       }
     }
-    if (bins_ <= 512)
+    if (bins_ <= kReplicatedBins)
       spread_replicated<8>(v, out);
     else
       spread_replicated<1>(v, out);
@@ -116,7 +118,7 @@ class Grid {
 
   template <int replicas>
   void spread_replicated(const T* v, T* out) {
-    T* acc = replicas == 1 ? out : ws_.replicas.need<T>(std::size_t(bins_) * replicas * order);
+    T* acc = replicas == 1 ? out : ws_.partial_sums.need<T>(std::size_t(bins_) * replicas * order);
     std::memset(acc, 0, sizeof(T) * bins_ * replicas * order);
     const std::int32_t* bin = bin_;  // a copy, which no store can change
     for (int k = 0; k < row_.n; k += lanes) {
@@ -139,23 +141,38 @@ class Grid {
       for (int b = 0; b < bins_; ++b) {
         const T* cell = acc + std::size_t(b) * replicas * order;
         Terms sum = Terms::load(cell);
-        for (int i = 1; i < replicas; ++i) sum.add(Terms::load(cell + i * order), T(1));
+        for (int i = 1; i < replicas; ++i) sum.add(Terms::load(cell + i * order));
         sum.store(out + std::size_t(b) * order);
       }
   }
 
-  // field[b] = sum over bins b' within reach of table[b - b'] applied to moments[b'], and the far field. A bin's
-  // moments stay in registers while it gives to all others; even and odd r are added up apart, side by side.
+  // field[b] = sum over bins b' within reach of table[b - b'] applied to moments[b'], and the far field.
   void convolve(const GridTable<T>& table, const T* moments, T* field, Far far) {
     constexpr int reach = GridTable<T>::bins_in_reach;
+    const T* sums = near_fields(table, moments);
+    double count = 0;  // sum of M_0 of all bins below reach
+    for (int b = 0, begin = 0; b < bins_; ++b) {
+      for (; place_[begin] < place_[b] - reach; ++begin) count += double(moments[std::size_t(begin) * order]);
+      const T* pair = sums + 2 * std::size_t(b) * order;
+      Terms sum = Terms::load(pair);
+      sum.add(Terms::load(pair + order));
+      if (far == Far::count) sum.part[0][0] += T(count);
+      sum.store(field + std::size_t(b) * order);
+    }
+  }
+
+  // Of each bin the sum over even r, and that over odd r, side by side: [bins, 2, order]. A bin gives to those within
+  // its reach, its moments made ready once, for two rows of the table at a time.
+  const T* near_fields(const GridTable<T>& table, const T* moments) {
+    constexpr int reach = GridTable<T>::bins_in_reach;
     constexpr int width = 2 * order, vectors = width / lanes;
-    T* sums = ws_.replicas.need<T>(std::size_t(bins_) * width);
+    T* sums = ws_.partial_sums.need<T>(std::size_t(bins_) * width);
     std::memset(sums, 0, sizeof(T) * bins_ * width);
     for (int c = 0, begin = 0, end = 0; c < bins_; ++c) {
       while (place_[begin] < place_[c] - reach) ++begin;
       while (end < bins_ && place_[end] <= place_[c] + reach) ++end;
       const T* m = moments + std::size_t(c) * order;
-      V factors[order / 2][vectors];  // of two rows of the table
+      V factors[order / 2][vectors];
       for (int r = 0; r < order; r += 2)
         for (int i = 0; i < vectors; ++i)
           for (int l = 0; l < lanes; ++l) factors[r / 2][i][l] = m[r + (i * lanes + l) / order];
@@ -169,43 +186,43 @@ class Grid {
         for (int i = 0; i < vectors; ++i) PCOH_ISA::store(to + i * lanes, sum[i]);
       }
     }
-    double count = 0;  // sum of M_0 of all bins below reach
-    for (int b = 0, begin = 0; b < bins_; ++b) {
-      for (; place_[begin] < place_[b] - reach; ++begin) count += double(moments[std::size_t(begin) * order]);
-      Terms sum = Terms::load(sums + std::size_t(b) * width);
-      sum.add(Terms::load(sums + std::size_t(b) * width + order), T(1));
-      if (far == Far::count) sum.part[0][0] += T(count);
-      sum.store(field + std::size_t(b) * order);
-    }
+    return sums;
   }
 
   // out[k] = the polynomial of element k's bin at its own local coordinate.
   void evaluate(const T* field, T* out) {
-    with_field(field, [&](const auto& at) {
+    with_evaluator([&](const auto& of) {
+      const auto at = of(field);
       for (int k = 0; k < row_.n; k += lanes) store(out + k, at(k));
     });
   }
 
-  // f(at), at(k) being the values of a field for the elements from k on.
+  // f(of): at = of(field) makes at(k), the values of a field for the elements from k on.
   template <class F>
-  void with_field(const T* field, F&& f) const {
+  void with_evaluator(F&& f) const {
     if constexpr (FewBins<T>::most > 0) {
-      const auto few = [&](const auto& terms) {
-        f([&](int k) { return terms.at(load_as<index_t<T>>(bin_ + k), PCOH_ISA::load(x_ + k)); });
+      const auto in_registers = [&]<int registers>(std::integral_constant<int, registers>) {
+        f([&](const T* field) {
+          return [this, terms = typename FewBins<T>::template Field<registers>(field, bins_)](int k) {
+            return terms.at(load_as<index_t<T>>(bin_ + k), PCOH_ISA::load(x_ + k));
+          };
+        });
       };
-      if (bins_ <= 16) return few(typename FewBins<T>::template Field<1>(field, bins_));
-      if (bins_ <= FewBins<T>::most) return few(typename FewBins<T>::template Field<2>(field, bins_));
+      if (bins_ <= FewBins<T>::per_register) return in_registers(std::integral_constant<int, 1>{});
+      if (bins_ <= FewBins<T>::most) return in_registers(std::integral_constant<int, 2>{});
     }
-    f([&](int k) {
-      const V x = PCOH_ISA::load(x_ + k);
-      V value{};
-      for (int q = order - 8; q >= 0; q -= 8) {
-        V c[8];
-        for (int i = 0; i < 8; ++i) c[i] = rows_of(field + q, k + i);
-        transpose(c);
-        for (int i = 7; i >= 0; --i) value = value * x + c[i];
-      }
-      return value;
+    f([&](const T* field) {
+      return [this, field](int k) {
+        const V x = PCOH_ISA::load(x_ + k);
+        V value{};
+        for (int q = order - 8; q >= 0; q -= 8) {
+          V c[8];
+          for (int i = 0; i < 8; ++i) c[i] = rows_of(field + q, k + i);
+          transpose(c);
+          for (int i = 7; i >= 0; --i) value = value * x + c[i];
+        }
+        return value;
+      };
     });
   }
 

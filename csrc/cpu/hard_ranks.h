@@ -28,22 +28,25 @@ double hard_ranks_sorted(const Row<T>& row, const Stats<T>& s, Out* out, Workspa
 // So many vectors of comparisons, for each value of the row, take as long as the sort of all (by their instructions).
 inline constexpr int kComparisons = 4;
 
-template <class I>
-struct CountVector;
-template <>
-struct CountVector<std::uint16_t> {
-  typedef std::uint16_t type __attribute__((vector_size(64)));
-};
-template <>
-struct CountVector<std::uint32_t> {
-  typedef std::uint32_t type __attribute__((vector_size(64)));
-};
+// The buckets of a row's values into bucket [n]; those without weight have one of their own, the last.
+template <class T, class I, class Buckets>
+void find_buckets(const Row<T>& row, const Buckets& bucket_of, int buckets, I* bucket) {
+  using V = vec_t<T>;
+  typedef I Index __attribute__((vector_size(lanes_v<T> * sizeof(I))));
+  const V zero{}, top = splat<T>(T(buckets - 1)), beyond = splat<T>(T(buckets));
+  for (int k = 0; k < row.n; k += lanes_v<T>) {
+    const V b = vmin(vmax(bucket_of(load(row.values + k)), zero), top);
+    // By way of 32 bits: there is no direct conversion to 16, and the compiler would go lane by lane.
+    const auto wide = __builtin_convertvector(select(load(row.weights + k) > zero, b, beyond), index_t<T>);
+    store(bucket + k, __builtin_convertvector(wide, Index));
+  }
+}
 
-// Exclusive running sums of counts[0..n), n a multiple of the 64-byte vector's lanes, in place. crowded(first, lanes):
-// some of the counts from `first` on are larger than `limit`.
+// Exclusive running sums of counts [n], n a multiple of a vector's lanes, in place. crowded(first, lanes): some of the
+// counts from `first` on are larger than `limit`.
 template <class I, class F>
 void exclusive_sums(I* counts, int n, int limit, F&& crowded) {
-  typedef typename CountVector<I>::type V;
+  typedef I V __attribute__((vector_size(64)));
   constexpr int lanes = 64 / sizeof(I);
   constexpr auto all = std::make_index_sequence<lanes>{};
   const V most = V{} + static_cast<I>(limit);
@@ -62,91 +65,99 @@ void exclusive_sums(I* counts, int n, int limit, F&& crowded) {
   }
 }
 
-// One pass into buckets, then every value is compared with those of its bucket. No branch depends on the data, unless
-// buckets are crowded. I: holds every bucket's number. False where too many are crowded.
+// Buckets that hold more than a window, and how many vectors of `lanes` comparisons they take.
+struct Crowded {
+  std::int32_t* buckets;
+  int count = 0;
+  std::int64_t comparisons = 0;
+
+  void add(int bucket, int size, int lanes) {
+    buckets[count++] = bucket;
+    comparisons += std::int64_t(size) * ((size + lanes - 1) / lanes);
+  }
+};
+
+// Into buckets, then every value is compared with those of its own. No branch depends on the data, unless buckets are
+// crowded; false where they are too crowded. I: holds every bucket's number. A Ranks (bucket_ranks.h) has
+//   lanes                        values that it compares at a time
+//   arrange(position)            told where each candidate lies in the order of buckets, [n]
+//   by_window(sorted)            ranks of all
+//   by_all(sorted, begin, end)   again, of a bucket
+//   at(position)  ties()         the results
 template <class I, class Buckets, class Ranks, class T, class Out>
-bool hard_ranks_bucketed(const Row<T>& row, int weighing, Out* out, Workspace& ws, const Buckets& number, int buckets,
-                         Ranks& ranks) {
-  using V = vec_t<T>;
-  constexpr int lanes = lanes_v<T>;
-  typedef I Index __attribute__((vector_size(lanes_v<T> * sizeof(I))));
+bool hard_ranks_bucketed(const Row<T>& row, int count, const Buckets& bucket_of, int buckets, Ranks& ranks, Out* out,
+                         Workspace& ws) {
   const T* values = row.values;
   const int n = row.n;
   auto* bucket = ws.bucket.need<I>(n);
-  const V zero{}, top = splat<T>(T(buckets - 1)), beyond = splat<T>(T(buckets));
-  for (int k = 0; k < n; k += lanes) {
-    const V b = vmin(vmax(number(load(values + k)), zero), top);
-    // By way of 32 bits: there is no direct conversion to 16, and the compiler would go lane by lane.
-    const auto wide = __builtin_convertvector(select(load(row.weights + k) > zero, b, beyond), index_t<T>);
-    store(bucket + k, __builtin_convertvector(wide, Index));
-  }
+  find_buckets(row, bucket_of, buckets, bucket);
 
-  // The last bucket, of those without weight, stands for itself: it starts where all others end.
   auto* counts = ws.counts.need<I>(buckets + 1);
-  auto* position = ws.arrival.need<I>(n);
+  auto* position = ws.position.need<I>(n);
   std::memset(counts, 0, sizeof(*counts) * (buckets + 1));
 #pragma GCC unroll 8
   for (int k = 0; k < n; ++k) position[k] = counts[bucket[k]]++;
-  auto* crowded = ws.crowded.need<std::int32_t>(n / kWindow + 1);
-  int found = 0;
-  std::int64_t comparisons = 0;
-  exclusive_sums(counts, buckets, kWindow + 1, [&](int first, int size) {
-    for (int b = first; b < first + size; ++b) {
-      if (counts[b] <= kWindow + 1) continue;
-      crowded[found++] = b;
-      comparisons += std::int64_t(counts[b]) * ((counts[b] + lanes - 1) / lanes);
-    }
+  Crowded crowded{ws.crowded.need<std::int32_t>(n / kWindow + 1)};
+  exclusive_sums(counts, buckets, kWindow + 1, [&](int first, int lanes) {
+    for (int b = first; b < first + lanes; ++b)
+      if (counts[b] > kWindow + 1) crowded.add(b, counts[b], Ranks::lanes);
   });
-  if (comparisons > std::int64_t(kComparisons) * n) return false;
-  counts[buckets] = static_cast<I>(weighing);
+  if (crowded.comparisons > std::int64_t(kComparisons) * n) return false;
+  counts[buckets] = static_cast<I>(count);  // where those with weight end
 
-  // Sentinels on both sides stand for "nothing there": they compare as below before, as above after.
-  constexpr int margin = (kWindow + lanes + lanes - 1) / lanes * lanes;
+  constexpr T inf = std::numeric_limits<T>::infinity();
+  constexpr int margin = Sorted<T>::margin;
   T* sorted = ws.sorted.need<T>(n + 2 * margin) + margin;
-  for (int i = 1; i <= margin; ++i) sorted[-i] = -std::numeric_limits<T>::infinity();
+  std::fill(sorted - margin, sorted, -inf);
 #pragma GCC unroll 8
   for (int k = 0; k < n; ++k) sorted[position[k] += counts[bucket[k]]] = values[k];
-  for (int i = weighing; i < n + margin; ++i) sorted[i] = std::numeric_limits<T>::infinity();
+  std::fill(sorted + count, sorted + n + margin, inf);
 
   ranks.arrange(position);
-  const Sorted<T> view{sorted, n, weighing};
-  ranks.by_window(view);
-  for (int i = 0; i < found; ++i) ranks.by_all(view, counts[crowded[i]], counts[crowded[i] + 1]);
+  const Sorted<T> ordered{sorted, n, count};
+  ranks.by_window(ordered);
+  for (int i = 0; i < crowded.count; ++i)
+    ranks.by_all(ordered, counts[crowded.buckets[i]], counts[crowded.buckets[i] + 1]);
 #pragma GCC unroll 8
   for (int k = 0; k < n; ++k) out[k] = ranks.at(position[k]);
   return true;
 }
 
-// By buckets, if that is possible. `ties` as hard_ranks() returns it.
+// By buckets; what hard_ranks() returns, or nothing where that is left to the sort.
 template <class Ranks, class T, class Out>
-bool hard_ranks_by_buckets(const Row<T>& row, const Stats<T>& s, Out* out, double& ties, Workspace& ws) {
-  const int buckets = (kBucketsPerValue * row.n + 31) / 32 * 32;
-  const bool narrow = kBucketsPerValue * row.n + 32 < std::numeric_limits<std::uint16_t>::max();
-  const auto bucketed = [&](const auto& number) {
+std::optional<double> hard_ranks_by_buckets(const Row<T>& row, const Stats<T>& s, Out* out, Workspace& ws) {
+  static_assert(kBucketsPerValue * kRowPadding % 32 == 0);  // lanes of exclusive_sums(), of 16 bits
+  const int buckets = kBucketsPerValue * row.n;
+  const auto by = [&](const auto& bucket_of) -> std::optional<double> {
     Ranks ranks(row, s, ws);
-    const bool done = narrow ? hard_ranks_bucketed<std::uint16_t>(row, s.count, out, ws, number, buckets, ranks)
-                             : hard_ranks_bucketed<std::uint32_t>(row, s.count, out, ws, number, buckets, ranks);
-    if (done) ties = ranks.ties();
-    return done;
+    const bool done = buckets < std::numeric_limits<std::uint16_t>::max()
+                          ? hard_ranks_bucketed<std::uint16_t>(row, s.count, bucket_of, buckets, ranks, out, ws)
+                          : hard_ranks_bucketed<std::uint32_t>(row, s.count, bucket_of, buckets, ranks, out, ws);
+    return done ? std::optional(ranks.ties()) : std::nullopt;
   };
   const EqualWidths<T> widths(s, buckets);
-  if (!widths.possible() || !Ranks::possible(s)) return false;
+  if (!widths.possible()) return std::nullopt;
+  if (row.n < kSampled) return by(widths);
   const RowSample<T> sample(row);
-  if (row.n < kSampled || !sample.crowds(s)) return bucketed(widths);
-  if constexpr (EqualShares<T>::available) return bucketed(EqualShares<T>(sample, s, buckets));
-  return false;
+  if (!sample.crowds(s)) return by(widths);
+  if constexpr (EqualShares<T>::available) return by(EqualShares<T>(sample, s, buckets));
+  return std::nullopt;
 }
 
-// Returns sum_jk w_j w_k [v_j = v_k] if want_ties, otherwise 0 or that. What crowds its buckets is left to the sort.
+// Returns sum_jk w_j w_k [v_j = v_k] if want_ties, otherwise anything.
 template <class T, class Out, class Workplace>
 double hard_ranks(const Core<T>&, const Row<T>& row, const Stats<T>& s, bool want_ties, Out* out, Workplace& work) {
-  double ties = 0;
-  const auto done = [&]<bool with_ties> {
-    return s.uniform ? hard_ranks_by_buckets<CountedRanks<with_ties, T, Out>>(row, s, out, ties, work.ws)
-                     : hard_ranks_by_buckets<WeighedRanks<with_ties, T, Out>>(row, s, out, ties, work.ws);
-  };
-  if (s.high > s.low && (want_ties ? done.template operator()<true>() : done.template operator()<false>())) return ties;
-  return hard_ranks_sorted(row, s, out, work.ws);
+  std::optional<double> ties;
+  if (!(s.high > s.low)) {
+    // all are equal
+  } else if (!s.uniform) {
+    if (WeighedRanks<T, Out>::possible(s)) ties = hard_ranks_by_buckets<WeighedRanks<T, Out>>(row, s, out, work.ws);
+  } else if (want_ties) {
+    ties = hard_ranks_by_buckets<CountedRanks<true, T, Out>>(row, s, out, work.ws);
+  } else {
+    ties = hard_ranks_by_buckets<CountedRanks<false, T, Out>>(row, s, out, work.ws);
+  }
+  return ties ? *ties : hard_ranks_sorted(row, s, out, work.ws);
 }
 
 }  // namespace pcoherence::PCOH_ISA

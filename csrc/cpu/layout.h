@@ -2,11 +2,15 @@
 // point costs its own bin, not the way to it.
 #pragma once
 
-#include "few_bins.h"
+#include "core.h"
 
 namespace pcoherence::PCOH_ISA {
 
-// The bins of a row's elements, and where in them they lie. It lives in the workspace.
+// Up to so many bins, positions in the row's own type are as exact as the values' differences: a rounding of 16 bits
+// and more is left for the place within a bin.
+inline constexpr int kBinsInFloat = 32;
+
+// The bins of a row's elements, and where in them they lie. Its arrays are in the workspace, until the next is laid.
 template <class T>
 class Layout {
  public:
@@ -20,11 +24,7 @@ class Layout {
     auto* own_bin = ws.bins.need<std::int32_t>(row.n);
     T* own_x = ws.locals.need<T>(row.n);
     const double per_value = row.scale.per_distance / kBinWidth;
-    if (laid <= FewBins<T>::most && per_value <= double(std::numeric_limits<T>::max())) {
-      put(row, static_cast<T>(per_value), laid, own_bin, own_x);  // of few bins it is as exact as their differences are
-    } else {
-      put_in_double(row, per_value, laid, own_bin, own_x);
-    }
+    locate(row, per_value, laid, own_bin, own_x);
     auto* own_place = ws.places.need<std::int32_t>(laid);
     if (laid > kDenseBins) {
       bins = leave_out_empty(own_bin, row.n, laid, own_place, ws);
@@ -43,11 +43,14 @@ class Layout {
   // Up to here the bins cost less than finding out which of them are empty.
   static constexpr int kDenseBins = 128;
 
-  struct Place {
-    dvec bin, x;
-  };
+  static void locate(const Row<T>& row, double per_value, int laid, std::int32_t* bin, T* x) {
+    if constexpr (sizeof(T) == 4)
+      if (laid > kBinsInFloat || per_value > double(std::numeric_limits<T>::max()))
+        return locate_in_double(row, per_value, laid, bin, x);
+    locate_in_own_type(row, static_cast<T>(per_value), laid, bin, x);
+  }
 
-  static void put(const Row<T>& row, T per_value, int laid, std::int32_t* bin, T* x) {
+  static void locate_in_own_type(const Row<T>& row, T per_value, int laid, std::int32_t* bin, T* x) {
     const V last = splat(T(laid - 1)), end = splat(T(laid));
     for (int k = 0; k < row.n; k += lanes) {
       // Only candidates of weight 0 can lie outside.
@@ -59,24 +62,21 @@ class Layout {
   }
 
   // The same in float64: a bin far from the lowest value resolves as much of its values as the first.
-  static void put_in_double(const Row<T>& row, double per_value, int laid, std::int32_t* bin, T* x) {
+  static void locate_in_double(const Row<float>& row, double per_value, int laid, std::int32_t* bin, float* x) {
+    struct Located {
+      dvec bin, x;
+    };
     const dvec low = dvec{} + double(row.low), last = dvec{} + double(laid - 1), end = dvec{} + double(laid);
-    const auto place_of = [&](dvec v) {
+    const auto located = [&](dvec v) {
       const dvec t = vmin(vmax((v - low) * per_value, dvec{}), end);
       const dvec floor = vmin(widened(__builtin_convertvector(t, index_t<double>)), last);
-      return Place{floor, (t - floor) * 2.0 - 1.0};
+      return Located{floor, (t - floor) * 2.0 - 1.0};
     };
-    for (int k = 0; k < row.n; k += lanes) {
-      const V v = load(row.values + k);
-      if constexpr (sizeof(T) == 4) {
-        const Place a = place_of(low_half(v)), b = place_of(high_half(v));
-        store(bin + k, __builtin_convertvector(join(a.bin, b.bin), index_t<T>));
-        store(x + k, join(a.x, b.x));
-      } else {
-        const Place a = place_of(v);
-        store(bin + k, __builtin_convertvector(a.bin, index_t<T>));
-        store(x + k, a.x);
-      }
+    for (int k = 0; k < row.n; k += lanes_v<float>) {
+      const vec_t<float> v = load(row.values + k);
+      const Located a = located(low_half(v)), b = located(high_half(v));
+      store(bin + k, __builtin_convertvector(join(a.bin, b.bin), index_t<float>));
+      store(x + k, join(a.x, b.x));
     }
   }
 

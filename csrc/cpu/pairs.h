@@ -37,7 +37,7 @@ class Pairs {
         const V v = load_at(row_.values, k), w = load_at(row_.weights, k), z = decay((row_.values[j] - v) * per_value_);
         V log1p{};
         for (int m = kSeriesDegree<T> - 1; m >= 0; --m) log1p = (log1p + T(series<T>().softplus[m])) * z;
-        logs.add(select(lane_numbers() + k == ivec_t<T>{} + j, V{}, w * log1p));
+        logs.add(select(lane_numbers<ivec_t<T>>() + k == ivec_t<T>{} + j, V{}, w * log1p));
         const V half = splat<T>(0.5);
         below.add(select(v < row_.values[j], w, select(v == row_.values[j], w * half, V{})));
       }
@@ -50,7 +50,7 @@ class Pairs {
   // l itself is left out, as in the scan: it cancels, but contracted to a fused multiplication its rounding would stay,
   // where all other slopes are 0.
   void pullback(const T* r, T* out) {
-    const ivec_t<T> iota = lane_numbers();
+    const ivec_t<T> iota = lane_numbers<ivec_t<T>>();
     for (int l = 0; l < row_.n; ++l) {
       V sum{};
       for (int j = 0; j < row_.n; j += lanes) {
@@ -65,11 +65,6 @@ class Pairs {
  private:
   using V = vec_t<T>;
   static constexpr int lanes = lanes_v<T>;
-  static ivec_t<T> lane_numbers() {
-    ivec_t<T> iota{};
-    for (int i = 0; i < lanes; ++i) iota[i] = i;
-    return iota;
-  }
   static V load_at(const T* p, int k) { return PCOH_ISA::load(p + k); }
   static V decay(V t) { return exp_nonpositive<T>(select(t < V{}, t, -t)); }
   static double total(V v) {

@@ -24,7 +24,6 @@ struct Simd<double> {
 };
 
 typedef double dvec __attribute__((vector_size(64)));
-typedef float fhalf __attribute__((vector_size(32)));
 
 template <class T>
 using vec_t = typename Simd<T>::vec;
@@ -71,11 +70,18 @@ inline vec_t<T> splat(T x) {
   return vec_t<T>{} + x;
 }
 
+// 0, 1, 2, ...
+template <class V>
+inline V lane_numbers() {
+  V v{};
+  for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = i;
+  return v;
+}
 template <class M, class V>
 inline V select(M mask, V a, V b) {
   return mask ? a : b;
 }
-// Whether any lane of a comparison holds.
+// Whether any bit is set.
 template <class M>
 inline bool any(M mask) {
 #if defined(PCOH_AVX512)
@@ -132,8 +138,8 @@ inline vec_t<T> vsqrt_loop(vec_t<T> x) {
 inline vec_t<float> vsqrt(vec_t<float> x) { return vsqrt_loop<float>(x); }
 inline vec_t<double> vsqrt(vec_t<double> x) { return vsqrt_loop<double>(x); }
 
-// In float64. (The compiler would take two halves and put them together.)
-inline dvec widened(fhalf v) {
+// In float64. GCC would convert two halves and join them: this is one instruction.
+inline dvec widened(Simd<float>::octet v) {
 #if defined(PCOH_AVX512)
   return _mm512_cvtps_pd(v);
 #else
@@ -152,10 +158,17 @@ inline dvec low_half(vec_t<float> v) { return widened(__builtin_shufflevector(v,
 inline dvec high_half(vec_t<float> v) { return widened(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)); }
 
 inline vec_t<float> join(dvec low, dvec high) {
-  return __builtin_shufflevector(__builtin_convertvector(low, fhalf), __builtin_convertvector(high, fhalf), 0, 1, 2, 3,
+  using Octet = Simd<float>::octet;
+  return __builtin_shufflevector(__builtin_convertvector(low, Octet), __builtin_convertvector(high, Octet), 0, 1, 2, 3,
                                  4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
+template <class V>
+inline auto sum_lanes(V v) {
+  auto sum = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) sum += v[i];
+  return sum;
+}
 inline double sum_lanes(dvec v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 // Sums in float64 whatever the element type: row sums then cost no accuracy and need no blocking.
@@ -174,12 +187,6 @@ struct Sum {
   double total() const { return sum_lanes(a + b); }
 };
 
-template <class V>
-inline auto sum_of_lanes(V v) {
-  auto sum = v[0];
-  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) sum += v[i];
-  return sum;
-}
 // Smallest lane / largest lane.
 template <class V>
 inline auto min_lane(V v) {

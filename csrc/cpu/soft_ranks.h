@@ -22,11 +22,13 @@ struct Workplace {
   using Grid = PCOH_ISA::Grid<T>;
   using Scan = PCOH_ISA::Scan<T>;
   using Pairs = PCOH_ISA::Pairs<T>;
-  // Where "auto" leaves the grid: a bin costs as much as this many elements' share of the scan. Comparing all pairs is
-  // a third quicker for 8 elements, no quicker for 32, and then soon several times slower (measured from n = 8 to
+  // Where "auto" leaves the grid: a bin costs as much as this many elements' share of the scan (measured from n = 8 to
   // 1,024, see docs/speed.rst).
   static constexpr int elements_per_bin = sizeof(T) == 4 ? 6 : 32;
-  static constexpr int few_pairs = 0, few_to_hold = 96;
+  // Comparing all pairs is a third quicker for 8 elements, no quicker for 32, and then soon several times slower.
+  static constexpr int few_pairs = 0;
+  // Up to so many elements, bins that are too many are not looked at for empty ones.
+  static constexpr int few_to_hold = 96;
   static constexpr int most_bins = kMaxBins;
   static constexpr bool tabulates = true;  // near_table()
 
@@ -98,7 +100,7 @@ struct Workplace {
       sums.load(row);
     }
     f(sums);
-    layout.reset();  // it is of this row
+    layout.reset();  // another row of this workplace has another
   }
 
   static Row<T> placed(Row<T> row, T low, const Scaling& scale) {

@@ -65,10 +65,10 @@ struct Workspace {
   Buffer wide[3];           // double [n], see anchor_row_in_double()
   Buffer weights;           // [n], of an anchor that has its own
   Buffer rows[kRows];       // [n], handed out in this order
-  Buffer bins, held, places, numbers, locals, moments, replicas, fields, mass;                  // grid
-  Buffer items, items_swap, histogram;                                                          // radix sort
-  Buffer bucket, arrival, counts, crowded, sorted, sorted_ranks, sorted_weights, weight_below;  // hard ranks
-  Buffer steps, up, down;                                                                       // scan
+  Buffer bins, held, places, numbers, locals, moments, partial_sums, fields, mass;               // grid
+  Buffer items, items_swap, histogram;                                                           // radix sort
+  Buffer bucket, position, counts, crowded, sorted, sorted_ranks, sorted_weights, weight_below;  // hard ranks
+  Buffer steps, up, down;                                                                        // scan
 };
 
 }  // namespace pcoherence
