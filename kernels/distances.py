@@ -113,17 +113,22 @@ def product_distances(
     square = tl.where(square < 0.0, 0.0, square)  # keeps NaN
     norms = norms.to(T)
     itself = tl.zeros_like(valid)
+    twin = tl.zeros_like(valid)  # identical, where V is not 0
     if SAME:
         # Two anchors that are identical are 0 apart as well.
         of_anchor = tl.load(first + begin + i, mask=i < r, other=-1)
         itself = of_anchor[:, None] == k[None, :]
         square = tl.where(itself, 0.0, square)
+        if not ROOT:
+            twin = valid & itself & ((begin + i)[:, None] != j[None, :])
     near = valid & (square < norms * NEAR) & (itself == 0)
-    flag = tl.max(tl.max(near.to(tl.int32), 1), 0)
+    flag = tl.max(tl.max((near | twin).to(tl.int32), 1), 0)
     if flag > 0:
         exact = squared_differences(anchors, candidates, i, j, r, n, width, BF)
         square = tl.where(near, exact, square)
-        close = near & (square < norms * NEAR_GRADIENT) & (square > 0.0)
+        close = (near | twin) & (square < norms * NEAR_GRADIENT)
+        if ROOT:
+            close &= square > 0.0  # at 0 its gradient is 0
         flag = tl.max(tl.max(close.to(tl.int32), 1), 0)
     tl.store(flags + tile_i * across + tile_j, flag)
     d = from_square(square, ROOT, FACTOR)

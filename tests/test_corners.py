@@ -351,6 +351,24 @@ def test_points_that_nearly_coincide_pull_alike(
 
 
 @on_all_paths(
+    "metric",
+    singles(["euclidean", "sqeuclidean", "cosine"]),
+    singles(["euclidean", "sqeuclidean", "cosine"]),
+)
+def test_points_that_coincide_do_not_pull(metric: str, evaluate: Evaluate) -> None:
+    """Nor take digits from those that nearly do: in a square V is largest where they meet."""
+    group = torch.arange(24) % 3
+    points = make_case("gaussian", 3, 11)[group]
+    points = points + 1e-5 * make_case("gaussian", 6, 11, seed=2)[torch.arange(24) % 6]
+    constants = {
+        "teacher": make_case("gaussian", 24, 4, seed=1),
+        "candidate_weights": (group[:, None] == group).to(points.dtype),
+    }
+    options = {"metric": metric, "objective": "mse"}
+    compare(evaluate([points], constants, **options), reference([points], constants, **options))
+
+
+@on_all_paths(
     "scale, rectangular, weighted",
     list(itertools.product(("anchor", "none"), (False, True), (False, True))),
     [("anchor", True, True)],

@@ -143,6 +143,16 @@ def test_hard_ranks_of_long_rows(n: int, case: str, weights: str, dtype: str, is
 
 
 @on_every_isa
+def test_hard_ranks_of_more_values_than_float32_numbers(isa: str) -> None:
+    """Beyond 2^23 values twice a rank, and a bucket's number, are no float32."""
+    n = 2**23 + 32
+    for weights in (np.ones(n, np.float32), np.linspace(1, 2, n, dtype=np.float32)):
+        ranks, _ = C.hard_ranks_float32(np.arange(n, dtype=np.float32), weights, isa)
+        below = np.cumsum(weights, dtype=np.float64) - weights / 2
+        np.testing.assert_allclose(ranks, below / weights.sum(dtype=np.float64), rtol=1e-6)
+
+
+@on_every_isa
 def test_hard_ranks_of_weights_whose_sum_has_no_inverse(isa: str) -> None:
     values, weights = values_of("gaussian", 33, "float64"), np.linspace(1, 2, 33) * 1e-310
     ranks, _ = C.hard_ranks_float64(values, weights, isa)
@@ -255,6 +265,20 @@ def test_soft_ranks_of_so_many_bins(bins: int, dtype: str, isa: str) -> None:
     pulled = kernel(values, weights, upstream, temperature, "grid", isa)
     assert (np.abs(ranks - truth.ranks) <= truth.ranks_error).all()
     assert (np.abs(pulled - truth.pullback) <= truth.pullback_error).all()
+
+
+@on_every_isa
+@pytest.mark.parametrize("bins", [4, 20, 300, 1000, 40_000])
+def test_soft_ranks_of_long_rows_keep_their_digits(bins: int, isa: str) -> None:
+    """Most of 33,000 values lie in one bin, and weigh what no sum in float32 has exactly."""
+    rng, n = np.random.default_rng(bins), 33_000
+    values = np.where(np.arange(n) < 30_000, 0.5, 1.5 * bins) * rng.random(n)
+    weights = np.full(n, 0.1, np.float32)
+    row = values.astype(np.float32), weights, None, 1.0, "grid", isa
+    found = C.soft_rank_float32(*row) - 0.5
+    truth = C.soft_rank_float64(*row) - 0.5
+    # 8 sums of 1,024 elements, or as many as there are bins
+    assert np.abs(found - truth).max() / (0.1 * n) < 16 * np.finfo(np.float32).eps
 
 
 @on_every_isa

@@ -210,7 +210,9 @@ void measure_near(const DistanceRow<T>& a, std::int64_t begin, std::int64_t end,
     const T square = static_cast<T>(near_square(a.anchor, a.candidate(k), a.width, a.scale));
     a.row[k] = a.root ? std::sqrt(square) : square * a.factor;
     const T norms = static_cast<T>(a.anchor_norm + a.candidate_norms[k]);
-    if (near != nullptr && square < norms * Nearness<T>::gradient && square > 0) near->push_back(k);
+    // Of roots the gradient at 0 is 0.
+    const bool pulls = square > 0 || !a.root;
+    if (near != nullptr && pulls && square < norms * Nearness<T>::gradient) near->push_back(k);
   }
 }
 

@@ -98,31 +98,73 @@ class Grid {
   // What kernel(t) is where t is beyond reach on the far left of a point: 0 or 1.
   enum class Far { nothing, count };
 
-  // Replicas of so many bins take 128 KiB in float32, and stay in the L2 cache.
+  // Neighbours are added to different replicas of the bins, so that an addition need not wait for the one before.
+  static constexpr int kReplicas = 8;
+  // Sums of so many elements are rounded in float32, 64 or 128 to a lane or replica: of weights that are no whole
+  // numbers more would lose digits.
+  static constexpr int kPart = 1024;
+  // Up to here adding the replicas of a part takes less than half as long as its elements.
+  static constexpr int kBinsInParts = 64;
+  // Replicas of so many bins take 256 KiB in float64, and stay in the L2 cache. With more neighbours hardly ever meet.
   static constexpr int kReplicatedBins = 512;
 
-  // out[b][q] = sum over k in bin b of v_k x_k^q. Neighbours k go to different replicas of the bins, so that an
-  // addition need not wait for the one before; many bins make such conflicts rare, and replicas dear.
+  // out[b][q] = sum over k in bin b of v_k x_k^q.
   void spread(const T* v, T* out) {
+    const int n = row_.n, cells = bins_ * order;
+    if (bins_ > kReplicatedBins) return spread_replicated<1, double>(0, n, v, out);
+    if (bins_ > kBinsInParts) return spread_replicated<kReplicas, double>(0, n, v, out);
+    const int part = sizeof(T) == 8 ? n : kPart;
+    if (n <= part) return spread_part(0, n, v, out);
+    double* sums = ws_.mass.need<double>(cells);
+    std::fill_n(sums, cells, 0.0);
+    for (int begin = 0; begin < n; begin += part) {
+      spread_part(begin, std::min(n, begin + part), v, out);
+      for (int i = 0; i < cells; ++i) sums[i] += double(out[i]);
+    }
+    for (int i = 0; i < cells; ++i) out[i] = static_cast<T>(sums[i]);
+  }
+
+  // Of elements from begin to end.
+  void spread_part(int begin, int end, const T* v, T* out) {
     if constexpr (FewBins<T>::most_masked > 0) {
       if (bins_ <= FewBins<T>::most_masked) {
-        FewBins<T>::spread(bin_, x_, v, row_.n, bins_, out);
+        FewBins<T>::spread(bin_ + begin, x_ + begin, v + begin, end - begin, bins_, out);
         return;
       }
     }
-    if (bins_ <= kReplicatedBins)
-      spread_replicated<8>(v, out);
-    else
-      spread_replicated<1>(v, out);
+    spread_replicated<kReplicas, T>(begin, end, v, out);
   }
 
-  template <int replicas>
-  void spread_replicated(const T* v, T* out) {
-    T* acc = replicas == 1 ? out : ws_.partial_sums.need<T>(std::size_t(bins_) * replicas * order);
-    std::memset(acc, 0, sizeof(T) * bins_ * replicas * order);
-    const std::int32_t* bin = bin_;  // a copy, which no store can change
-    for (int k = 0; k < row_.n; k += lanes) {
-      const V x = PCOH_ISA::load(x_ + k);
+  // Added up as Sum: T or double.
+  template <int replicas, class Sum>
+  void spread_replicated(int begin, int end, const T* v, T* out) {
+    using Eight = typename Simd<Sum>::octet;
+    constexpr int width = replicas * order;  // of a bin
+    Sum* sums = ws_.partial_sums.need<Sum>(std::size_t(bins_) * width);
+    std::memset(sums, 0, sizeof(Sum) * bins_ * width);
+    each_terms(begin, end, v, [&](std::int32_t bin, int i, int q, Octet terms) {
+      Sum* cell = sums + std::size_t(bin) * width + (i % replicas * order + q);
+      if constexpr (sizeof(Sum) == sizeof(double))
+        PCOH_ISA::store(cell, load_as<Eight>(cell) + widened(terms));
+      else
+        PCOH_ISA::store(cell, load_as<Eight>(cell) + terms);
+    });
+    for (int b = 0; b < bins_; ++b)
+      for (int q = 0; q < order; q += 8) {
+        const Sum* cell = sums + std::size_t(b) * width + q;
+        Eight sum = load_as<Eight>(cell);
+        for (int i = 1; i < replicas; ++i) sum += load_as<Eight>(cell + i * order);
+        PCOH_ISA::store(out + std::size_t(b) * order + q, __builtin_convertvector(sum, Octet));
+      }
+  }
+
+  // f(bin, i, q, terms) for every element, the i-th of its vector: 8 of its terms v x^q, from q on.
+  template <class F>
+  void each_terms(int begin, int end, const T* v, F&& f) const {
+    const std::int32_t* bin = bin_;  // copies, which no store can change
+    const T* local = x_;
+    for (int k = begin; k < end; k += lanes) {
+      const V x = PCOH_ISA::load(local + k);
       V term = PCOH_ISA::load(v + k);
       for (int q = 0; q < order; q += 8) {
         V c[8];
@@ -130,20 +172,10 @@ class Grid {
           terms = term;
           term *= x;
         }
-        transpose(c);  // into 8 terms of each element
-        for (int i = 0; i < lanes; ++i) {
-          T* cell = acc + std::size_t(bin[k + i]) * (replicas * order) + (i % replicas * order + q);
-          PCOH_ISA::store(cell, load_as<Octet>(cell) + octet(c[i % 8], i / 8));
-        }
+        transpose(c);
+        for (int i = 0; i < lanes; ++i) f(bin[k + i], i, q, octet(c[i % 8], i / 8));
       }
     }
-    if constexpr (replicas > 1)
-      for (int b = 0; b < bins_; ++b) {
-        const T* cell = acc + std::size_t(b) * replicas * order;
-        Terms sum = Terms::load(cell);
-        for (int i = 1; i < replicas; ++i) sum.add(Terms::load(cell + i * order));
-        sum.store(out + std::size_t(b) * order);
-      }
   }
 
   // field[b] = sum over bins b' within reach of table[b - b'] applied to moments[b'], and the far field.

@@ -123,6 +123,10 @@ bool hard_ranks_bucketed(const Row<T>& row, int count, const Buckets& bucket_of,
   return true;
 }
 
+// Of so many values bucket numbers, and twice the ranks, are whole numbers that T tells apart.
+template <class T>
+inline constexpr int kMostInBuckets = sizeof(T) == 4 ? (1 << 23) - 1 : 1 << 29;
+
 // By buckets; what hard_ranks() returns, or nothing where that is left to the sort.
 template <class Ranks, class T, class Out>
 std::optional<double> hard_ranks_by_buckets(const Row<T>& row, const Stats<T>& s, Out* out, Workspace& ws) {
@@ -136,7 +140,7 @@ std::optional<double> hard_ranks_by_buckets(const Row<T>& row, const Stats<T>& s
     return done ? std::optional(ranks.ties()) : std::nullopt;
   };
   const EqualWidths<T> widths(s, buckets);
-  if (!widths.possible()) return std::nullopt;
+  if (!widths.possible() || row.n > kMostInBuckets<T>) return std::nullopt;
   if (row.n < kSampled) return by(widths);
   const RowSample<T> sample(row);
   if (!sample.crowds(s)) return by(widths);

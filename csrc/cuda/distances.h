@@ -94,10 +94,12 @@ PCOH_DEVICE void finish_product(G& g, const ProductTask<T>& task, std::int64_t r
                                 double norm, T product) {
   const std::int64_t k = base + g.lane();
   T value = 0, norms = 0;
-  bool near = false;
-  if (k < task.n && !(task.same && from == task.first[task.begin + r])) {
+  bool near = false, leaves = false;
+  if (k < task.n) norms = static_cast<T>(task.anchor_norms[r] + norm);
+  if (k < task.n && task.same && from == task.first[task.begin + r]) {
+    leaves = k != task.begin + r;  // identical, but not itself
+  } else if (k < task.n) {
     const double sum = task.anchor_norms[r] + norm;
-    norms = static_cast<T>(sum);
     const T raw = static_cast<T>(sum - 2.0 * double(product));
     value = raw < 0 ? T(0) : raw;  // keeps NaN
     near = value < norms * Nearness<T>::distance;
@@ -108,7 +110,8 @@ PCOH_DEVICE void finish_product(G& g, const ProductTask<T>& task, std::int64_t r
     const double square = squared_difference(g, task.anchors + r * task.width, candidate, task.width);
     if (g.lane() == lane) value = static_cast<T>(square);
   }
-  const bool leaves = near && value > 0 && value < norms * Nearness<T>::gradient;
+  // Of roots the gradient at 0 is 0.
+  leaves = (near || leaves) && (value > 0 || !task.root) && value < norms * Nearness<T>::gradient;
   const unsigned leaving = g.ballot(leaves);
   if (task.near != nullptr && g.lane() == 0) task.near[r * words_of(task.n) + base / kWarp] = leaving;
   if (k < task.n) task.out[r * task.n + k] = task.root ? std::sqrt(value) : value * task.factor;
