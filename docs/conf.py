@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from pathlib import Path
 from typing import Any
 
 import pcoherence
 
+sys.path.insert(0, str(Path(__file__).parent))  # for _ext
+
 project = "pcoherence"
-author = "The pcoherence authors"
+author = "the pcoherence authors"
+copyright = f"2026, {author}"
 release = pcoherence.__version__
 version = release
 
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "_ext.mathml",
+    "_ext.results",
 ]
 smartquotes_action = "D"  # dashes alone: quotes stay as they are typed
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_ext", "_static"]
 highlight_language = "none"  # literal blocks are commands; testcode is Python by itself
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 # Docstrings put names in single backticks: a link where the name is documented, code otherwise.
 default_role = "py:obj"

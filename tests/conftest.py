@@ -19,7 +19,8 @@ import pcoherence
 if os.environ.get("PCOHERENCE_REHEARSAL") == "1":
     importlib.import_module("benchmarks.gpu.device").rehearse()
 
-from emulation import emulate as emulate  # a fixture
+from documentation import site as site  # fixtures
+from emulation import emulate as emulate
 
 # Several test processes share the cores; tests/test_threads.py sees to more than one thread.
 if "PYTEST_XDIST_WORKER" in os.environ:

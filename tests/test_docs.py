@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import runpy
 import subprocess
@@ -12,46 +11,25 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from documentation import DOCS, build, run
 
 import pcoherence
-
-DOCS = Path(__file__).parent.parent / "docs"
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")  # it shows the library with its extension
 
 
-def run(*command: str) -> str:
-    """What a Python command prints; its output is the message where it fails."""
-    done = subprocess.run(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def build(builder: str, folder: Path) -> str:
-    options = ["-q", "-W", "--keep-going", "-n", "-b", builder]
-    return run("-m", "sphinx", *options, str(DOCS), str(folder / builder))
-
-
-def test_pages_build_without_warnings(tmp_path: Path) -> None:
-    build("html", tmp_path)
+def test_pages_build_without_warnings(site: Path) -> None:
     pages = {path.stem for path in DOCS.glob("*.rst")}
-    assert pages <= {path.stem for path in (tmp_path / "html").glob("*.html")}
-    reference = (tmp_path / "html" / "api.html").read_text()
+    assert pages <= {path.stem for path in site.glob("*.html")}
+    reference = (site / "api.html").read_text()
     for name in pcoherence.__all__:
         assert (
             f'id="pcoherence.{name}"' in reference or f'id="module-pcoherence.{name}"' in reference
         )
-    adapters = (tmp_path / "html" / "adapters.html").read_text()
+    adapters = (site / "adapters.html").read_text()
     for path in (DOCS.parent / "pcoherence" / "adapters").glob("[a-z]*.py"):
         assert f'id="module-pcoherence.adapters.{path.stem}"' in adapters
-    assert pcoherence.__version__ in (tmp_path / "html" / "index.html").read_text()
+    assert pcoherence.__version__ in (site / "index.html").read_text()
 
 
 def test_examples_run(tmp_path: Path) -> None:
