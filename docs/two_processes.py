@@ -1,4 +1,4 @@
-"""Distillation on several processes: the gradient is that of one process on the whole batch."""
+"""Distillation on several processes, with the gradient of one on the whole batch."""
 
 import gc
 

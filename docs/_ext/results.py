@@ -26,9 +26,14 @@ ROOT = Path(__file__).parent.parent.parent
 MARKS = re.compile(r"\*\*(?P<strong>[^*]+)\*\*|`(?P<literal>[^`]+)`")
 
 
+def parts(text: str) -> list[str]:
+    """What stands between bars."""
+    return [part.strip() for part in text.split("|")]
+
+
 def cells(line: str) -> list[str]:
     """The cells of a line of a Markdown table."""
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+    return parts(line.strip().removeprefix("|").removesuffix("|"))
 
 
 def find_table(text: str, after: str, columns: list[str]) -> tuple[list[list[str]], list[int]]:
@@ -95,8 +100,8 @@ class Results(SphinxDirective):
         """Called by docutils."""
         path = ROOT / self.arguments[0]
         self.env.note_dependency(str(path))
-        columns = cells(self.options["columns"])
-        heads = cells(self.options.get("heads", self.options["columns"]))
+        columns = parts(self.options["columns"])
+        heads = parts(self.options.get("heads", self.options["columns"]))
         try:
             rows, places = find_table(path.read_text(), self.options.get("after", ""), columns)
         except StopIteration:
@@ -105,7 +110,7 @@ class Results(SphinxDirective):
         rows = [[row[i] for i in places] for row in rows if wanted.search(" | ".join(row))]
         if not rows or len(heads) != len(columns):
             raise self.error(f"{path}: no such rows, or not a head for each column")
-        align = cells(self.options.get("align", "left"))
+        align = parts(self.options.get("align", "left"))
         align += align[-1:] * (len(columns) - len(align))
         return [table(heads, rows, align)]
 
