@@ -29,7 +29,14 @@ def test_pages_build_without_warnings(site: Path) -> None:
     adapters = (site / "adapters.html").read_text()
     for path in (DOCS.parent / "pcoherence" / "adapters").glob("[a-z]*.py"):
         assert f'id="module-pcoherence.adapters.{path.stem}"' in adapters
-    assert pcoherence.__version__ in (site / "index.html").read_text()
+    first = (site / "index.html").read_text()
+    assert pcoherence.__version__ in first
+    readme = (DOCS.parent / "README.md").read_text()
+    measured = re.findall(r"^\| (.*: times the four products .*) \| (.*) \| .* \|$", readme, re.M)
+    assert len(measured) == 2
+    for figure, value in measured:
+        assert f"<p>{figure}</p>" in first
+        assert f"<p>{value}</p>" in first
 
 
 def test_examples_run(tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ class Browser:
             self.requested.add(parameters["request"]["url"])
         elif method == "Runtime.exceptionThrown":
             self.failures.append(str(parameters["exceptionDetails"]))
+        elif method == "Network.loadingFailed":
+            self.failures.append(str(parameters))
         return message
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -104,6 +106,8 @@ class Browser:
         self.call("Page.navigate", url=page.as_uri())
         while self.receive().get("method") != "Page.loadEventFired":
             pass
+        fonts = "document.fonts.ready.then(() => true)"
+        self.call("Runtime.evaluate", expression=fonts, awaitPromise=True)
         found = self.call("Runtime.evaluate", expression=LOOK)["result"]
         assert found["type"] == "string", found
         return Look(**json.loads(found["value"]))
