@@ -1,0 +1,123 @@
+"""Peak memory and time of a step, cached against uncached: `python -m benchmarks.cached`.
+
+Every row is a process of its own, which has done nothing larger. Peak memory is what is resident
+at most beyond what was before the step. Nothing is asserted, nothing written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from pcoherence import PerceptionCoherenceLoss, cached_backward
+
+from .measure import peak_memory, seconds_of
+
+CHUNKS = (None, 8192, 2048, 512, 128)
+"""None: uncached, the whole batch at once."""
+MIB = 2**20
+
+
+def perceptron() -> tuple[nn.Module, tuple[int, ...]]:
+    """Eight wide layers: 16 activations of 512 numbers for a point, and the shape of a point."""
+    layers: list[nn.Module] = []
+    for _ in range(8):
+        layers += [nn.Linear(512, 512), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(512, 64)), (512,)
+
+
+def convolutions() -> tuple[nn.Module, tuple[int, ...]]:
+    """Three layers on small images, of 16 to 32 channels."""
+    network = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 16, 64),
+    )
+    return network, (1, 16, 16)
+
+
+ENCODERS = {"mlp": perceptron, "conv": convolutions}
+
+
+def step_of(encoder: str, n: int, chunk: int | None) -> Callable[[], Tensor]:
+    """One step's loss and gradient; chunk None: uncached."""
+    torch.manual_seed(0)
+    student, shape = ENCODERS[encoder]()
+    inputs, teacher = torch.randn(n, *shape), torch.randn(n, 128)
+    criterion = PerceptionCoherenceLoss()
+
+    def step() -> Tensor:
+        student.zero_grad()
+        if chunk is not None:
+            return cached_backward(student, inputs, criterion, teacher, chunk)
+        loss: Tensor = criterion(student(inputs), teacher)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    return step
+
+
+def measure(encoder: str, n: int, chunk: int | None) -> dict[str, float]:
+    """In this process: the first step's peak, and the time of a second one."""
+    step_of(encoder, 64, 32)()  # threads, tables and torch's own first-use memory
+    step = step_of(encoder, n, chunk)
+    peak = peak_memory(step)
+    seconds = seconds_of(step)
+    return {"peak": peak / MIB, "seconds": seconds, "loss": float(step())}
+
+
+def measured(encoder: str, n: int, chunk: int | None, threads: int) -> dict[str, float]:
+    """In a process of its own."""
+    program = (
+        "import json, torch\n"
+        f"torch.set_num_threads({threads})\n"
+        "from benchmarks.cached import measure\n"
+        f"print(json.dumps(measure({encoder!r}, {n}, {chunk})))\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cached", description=__doc__)
+    parser.add_argument("--n", type=int, default=16_384, help="points of the batch")
+    parser.add_argument("--encoder", choices=ENCODERS, help="one of them; default: all")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    table = Table(title=f"one step, n = {arguments.n:,}, threads: {arguments.threads}")
+    for name in ("encoder", "chunk", "chunks", "peak MiB", "seconds", "loss"):
+        table.add_column(name, justify="left" if name == "encoder" else "right")
+    console = Console(width=80)
+    for encoder in [arguments.encoder] if arguments.encoder else ENCODERS:
+        for chunk in CHUNKS:
+            with console.status(f"{encoder}, chunk {chunk}"):
+                row = measured(encoder, arguments.n, chunk, arguments.threads)
+            table.add_row(
+                encoder,
+                "uncached" if chunk is None else f"{chunk:,}",
+                "" if chunk is None else str(-(-arguments.n // chunk)),
+                f"{row['peak']:,.0f}",
+                f"{row['seconds']:.2f}",
+                f"{row['loss']:.6f}",
+            )
+        table.add_section()
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
