@@ -200,6 +200,7 @@ class CachedPass:
                                 "(no parameter requires grad, or the embeddings are detached)"
                             )
                         embeddings.backward(gradient.to(embeddings.dtype))  # type: ignore[no-untyped-call]
+                        del embeddings  # it may be a view of all that its chunk was
         finally:
             generators.restore()
             buffers.restore()

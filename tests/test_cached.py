@@ -254,7 +254,7 @@ def test_any_criterion_and_its_own_parameters() -> None:
 @pytest.mark.parametrize("kind", INPUTS)
 def test_a_teacher_that_is_a_network(kind: str) -> None:
     teacher, network, alone = Network(dropout=0.5), Network(), Network()
-    teacher.second.weight.data.neg_()
+    teacher.first.weight.data.mul_(torch.linspace(1, 4, 6))  # or the student would have learnt all
     criterion, sizes = PerceptionCoherenceLoss(), []
 
     def watched(*args: Any, **named: Any) -> Tensor:
@@ -457,7 +457,7 @@ def test_refused_before_any_work(
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_gradients_must_be_enabled(context: Callable[[], Any]) -> None:
-    with context(), pytest.raises(RuntimeError, match=r"^cached_backward: expected .* no_grad"):
+    with context(), pytest.raises(RuntimeError, match=r"^cached_backward: expected .*no_grad"):
         cached_backward(Network(), X, PerceptionCoherenceLoss(), TEACHER, 5)
 
 
@@ -507,7 +507,7 @@ def parallel_training(rank: int) -> None:
     own = slice(*SHARDS[rank])
     reductions = []
 
-    def count(state: object, bucket: dist.GradBucket) -> Any:
+    def count(state, bucket):  # annotations as strings are refused
         reductions.append(bucket.is_last())
         work = dist.all_reduce(bucket.buffer(), async_op=True)
         return work.get_future().then(lambda done: done.value()[0] / dist.get_world_size())

@@ -173,7 +173,7 @@ class CachedCoherenceDistillationLoss(CoherenceDistillationLoss):
         for part in embeddings:
             part.requires_grad_()
         loss = self.calculate_loss(by_column, labels, with_backward=True)
-        gradients = [part.grad for part in embeddings]
+        gradients = [part.grad for part in embeddings if part.grad is not None]
         for part in embeddings:
             part.grad = None
         if not loss.requires_grad:
@@ -183,7 +183,7 @@ class CachedCoherenceDistillationLoss(CoherenceDistillationLoss):
             """Scale is d(what is differentiated) / d(loss): a GradScaler's, or 1 / steps."""
             first_pass.backward([gradient * scale for gradient in gradients])
 
-        loss.register_hook(second_pass)
+        loss.register_hook(second_pass)  # type: ignore[no-untyped-call]
         return loss
 
     def calculate_loss(
