@@ -109,7 +109,6 @@ def cached_backward(
     if not isinstance(teacher, Tensor):
         with torch.no_grad():
             teacher = torch.cat([_embed("teacher", teacher, inputs, *rows) for rows in ranges])
-        torch.clear_autocast_cache()  # it may share weights with the student
     loss = criterion(embeddings, teacher.detach())
     _check_loss(loss)
     scaled = factor * loss
@@ -168,8 +167,6 @@ class CachedPass:
                 self._generators.append(Generators(self._devices))
                 # A copy: the embeddings may be a view of all that their chunk was.
                 found.append(call().clone())
-        # Weights that autocast has converted here have no graph, and the second pass needs one.
-        torch.clear_autocast_cache()
         return found
 
     def backward(self, gradients: Sequence[Tensor]) -> None:

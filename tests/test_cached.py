@@ -181,7 +181,10 @@ def test_generators_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_autocast_holds_in_both_passes(chunk: int) -> None:
-    """Weights converted without a graph in the first pass are not those of the second."""
+    """Weights that it converted in the first pass, without a graph, get gradients in the second.
+
+    torch sees to that from 2.11 on.
+    """
     network, alone, criterion = Network(), Network(), PerceptionCoherenceLoss()
     dtypes = []
     network.second.register_forward_hook(lambda m, i, found: dtypes.append(found.dtype))
