@@ -14,9 +14,12 @@ import torch
 import torch.distributed as dist
 from processes import join_group, run_in_processes
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from pcoherence import CandidateBank, PerceptionCoherenceLoss, cached, cached_backward
+from pcoherence.adapters.sentence_transformers import CachedCoherenceDistillationLoss
 from pcoherence.testing import make_case, relative_error
 
 N = 12
@@ -555,10 +558,45 @@ def refused(rank: int) -> None:
         cached_backward(fixed, X, PerceptionCoherenceLoss(), TEACHER, 3)
 
 
+class Texts(nn.Module):
+    """Returns what a SentenceTransformer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Network()
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sentence_embedding": self.network(features["values"])}
+
+
+def adapter(rank: int) -> None:
+    """The second pass runs inside of the trainer's backward pass."""
+    own, alone = slice(*SHARDS[rank]), Network()
+    wrapped = DistributedDataParallel(Texts())
+    criterion = CachedCoherenceDistillationLoss(wrapped, mini_batch_size=3, gather=True)
+    for _ in range(2):
+        wrapped.zero_grad()
+        criterion([{"values": X[own]}], TEACHER[own]).backward()
+    PerceptionCoherenceLoss()(alone(X), TEACHER).backward()
+    assert_same(wrapped.module, alone)
+
+
+def fully_sharded(rank: int) -> None:
+    """As many chunks in every process."""
+    own, network, alone = slice(6 * rank, 6 * rank + 6), Network(), Network()
+    fully_shard(network, mesh=init_device_mesh("cpu", (2,)))
+    cached_backward(network, X[own], PerceptionCoherenceLoss(gather=True), TEACHER[own], 4)
+    PerceptionCoherenceLoss()(alone(X), TEACHER).backward()
+    for found, expected in zip(network.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(found.grad.full_tensor(), expected.grad, rtol=1e-5, atol=1e-6)
+
+
 def work(rank: int, size: int) -> None:
     """What one process does."""
     parallel_training(rank)
     parallel_buffers(rank)
+    adapter(rank)
+    fully_sharded(rank)
     refused(rank)
 
 
