@@ -4,6 +4,7 @@ from . import ops as ops  # declares the operators
 from . import reference
 from .backends import available_backends
 from .bank import CandidateBank
+from .cached import cached_backward
 from .diagnostics import Diagnosis
 from .loss import PerceptionCoherenceLoss, perception_coherence_loss, soft_rank
 from .metrics import Coherence, coherence
@@ -19,6 +20,7 @@ __all__ = [
     "PerceptionCoherenceLoss",
     "__version__",
     "available_backends",
+    "cached_backward",
     "coherence",
     "optimal_transport_loss",
     "perception_coherence_loss",

@@ -7,12 +7,24 @@ pcoherence[sentence-transformers]. Nothing of it is imported here: the model is 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pcoherence.cached import (
+    CachedPass,
+    check_embeddings,
+    check_reduction,
+    chunk_ranges,
+    count_points,
+    devices_of,
+    take_rows,
+)
+from pcoherence.inputs import at_least_float32
 from pcoherence.loss import PerceptionCoherenceLoss
+from pcoherence.spec import check_count
 
 from ._dtypes import same_dtype
 
@@ -59,9 +71,7 @@ class CoherenceDistillationLoss(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        columns = list(sentence_features)
-        if not columns:
-            raise ValueError("sentence_features: expected at least one text column; got none")
+        columns = _text_columns(sentence_features)
         teacher = _teacher_points(labels, len(columns))
         _refuse_cut(self.model, labels)
         student = torch.cat([self.model(column)["sentence_embedding"] for column in columns])
@@ -89,6 +99,139 @@ class CoherenceDistillationLoss(nn.Module):
     archivePrefix={arXiv}
 }
 """
+
+
+class CachedCoherenceDistillationLoss(CoherenceDistillationLoss):
+    """`CoherenceDistillationLoss` of batches whose activations do not fit into memory.
+
+    Takes the place of `CoherenceDistillationLoss` as CachedMultipleNegativesRankingLoss does of
+    MultipleNegativesRankingLoss: set a large per_device_train_batch_size, and a mini_batch_size
+    that fits. The model embeds each mini-batch without a graph; loss and gradient are those of the
+    whole batch; the backward pass embeds each mini-batch again, for its part of the gradient. See
+    `pcoherence.cached_backward` for what the second pass finds as it was, for batch norm, and for
+    several processes. MatryoshkaLoss cuts the embeddings, and leaves the labels whole.
+
+    Args:
+        model: as of `CoherenceDistillationLoss`, padded inputs only: every tensor of a column has
+            a row for each text. StaticEmbedding has none, and needs no cache.
+        mini_batch_size: texts of a column that are embedded at a time, at least 1.
+        **options: of `PerceptionCoherenceLoss`; reduction is "mean" or "sum". Parameters of a
+            callable metric get their gradients too.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    uses_gradient_cache = True
+    """MatryoshkaLoss and others ask for it: the second pass runs after their forward pass."""
+
+    def __init__(self, model: nn.Module, mini_batch_size: int = 32, **options: Any) -> None:
+        super().__init__(model, **options)
+        check_count("mini_batch_size", mini_batch_size)
+        check_reduction("reduction", self.criterion.reduction)
+        # By name, since nothing of sentence-transformers is imported here.
+        if any(type(module).__name__ == "StaticEmbedding" for module in model.modules()):
+            raise ValueError(
+                "model: expected one whose inputs have a row for each text; got a StaticEmbedding "
+                "(CoherenceDistillationLoss takes it)"
+            )
+        self.mini_batch_size = mini_batch_size
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """The loss of a batch, whose backward pass runs the model again.
+
+        Args:
+            sentence_features: as of `CoherenceDistillationLoss`.
+            labels: likewise.
+
+        Returns:
+            A 0-d tensor.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        columns = _text_columns(sentence_features)
+        counts = [count_points(f"sentence_features[{i}]", each) for i, each in enumerate(columns)]
+        _check_labels(labels, counts)
+        ranges = [chunk_ranges(count, self.mini_batch_size) for count in counts]
+        first_pass = CachedPass(
+            "model",
+            [
+                partial(self._embed, column, *rows)
+                for column, of_column in zip(columns, ranges, strict=True)
+                for rows in of_column
+            ],
+            [self.model],
+            {device for column in columns for device in devices_of(column)},
+        )
+        # In float32, or the gradient of a loss that is not yet scaled would vanish in float16.
+        embeddings = [at_least_float32(part) for part in first_pass.embeddings()]
+        parts = iter(embeddings)
+        by_column = [[next(parts) for _ in of_column] for of_column in ranges]
+        if not torch.is_grad_enabled():
+            return self.calculate_loss(by_column, labels)
+        for part in embeddings:
+            part.requires_grad_()
+        loss = self.calculate_loss(by_column, labels, with_backward=True)
+        gradients = [part.grad for part in embeddings if part.grad is not None]
+        for part in embeddings:
+            part.grad = None
+        if not loss.requires_grad:
+            loss.requires_grad_()
+
+        def second_pass(scale: Tensor) -> None:
+            """Scale is d(what is differentiated) / d(loss): a GradScaler's, or 1 / steps."""
+            first_pass.backward([gradient * scale for gradient in gradients])
+
+        loss.register_hook(second_pass)  # type: ignore[no-untyped-call]
+        return loss
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of embeddings; MatryoshkaLoss puts its own around this method.
+
+        Args:
+            reps: for each column its mini-batches' embeddings [points, ds].
+            labels: as of forward.
+            with_backward: add the gradient to the `.grad` of each of reps.
+
+        Returns:
+            A 0-d tensor; with_backward leaves it a graph only where a metric may have parameters.
+        """
+        teacher = _teacher_points(labels, len(reps))
+        parts = [part for column in reps for part in column]
+        student = torch.cat(parts)
+        loss: Tensor = self.criterion(*same_dtype(student, teacher.to(student.device)))
+        if not with_backward:
+            return loss
+        learns = callable(self.criterion.metric)
+        loss.backward(inputs=parts, retain_graph=learns)  # type: ignore[no-untyped-call]
+        return loss if learns else loss.detach()
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options, for the model card."""
+        return {"mini_batch_size": self.mini_batch_size, **super().get_config_dict()}
+
+    def _embed(self, column: dict[str, Tensor], begin: int, end: int) -> Tensor:
+        found = self.model(take_rows(column, begin, end))["sentence_embedding"]
+        return check_embeddings("model", found, end - begin)
+
+
+def _text_columns(sentence_features: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    columns = list(sentence_features)
+    if not columns:
+        raise ValueError("sentence_features: expected at least one text column; got none")
+    return columns
+
+
+def _check_labels(labels: Tensor, counts: list[int]) -> None:
+    """Raise unless there is a row for each text; `counts` are those of the columns."""
+    rows = _teacher_points(labels, len(counts)).shape[0]
+    if rows != sum(counts):
+        raise ValueError(
+            f"labels: expected as many rows as texts, {counts[0]}; got {labels.shape[0]}"
+        )
 
 
 def _refuse_cut(model: nn.Module, labels: Tensor) -> None:

@@ -50,6 +50,7 @@ RELATED = {
     "pcoherence/metrics": "metrics adapters_torchmetrics validation distillation",
     "pcoherence/diagnostics": "diagnostics validation docs",
     "pcoherence/plots": "plots",
+    "pcoherence/cached": "cached adapters_sentence_transformers",
     "pcoherence/bank": "bank distributed validation modes",
     "pcoherence/anchors": "anchors bank distributed validation",
     "pcoherence/distributed": "distributed bank validation",
