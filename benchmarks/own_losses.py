@@ -70,7 +70,7 @@ def batch(n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(n)
     labels = torch.arange(n) // OF_A_CLASS
     centres, noise = (torch.randn(n, FEATURES, generator=generator) for _ in range(2))
-    return (centres[labels] + 2 * noise).to(dtype).requires_grad_(), labels
+    return (centres[labels] + 4 * noise).to(dtype).requires_grad_(), labels
 
 
 def step(
