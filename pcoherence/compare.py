@@ -523,7 +523,7 @@ def _run(asked: argparse.Namespace) -> None:
     else:
         print(f"anchors  {len(rows):,} of {n:,} rows drawn as anchors, each compared with all rows")
     by = asked.metric if theirs == asked.metric else f"{asked.metric}, the teacher's {theirs}"
-    print(f"metric   {by}", end="\n\n", flush=True)
+    print(f"metric   {by}", flush=True)
     views = View(teacher.points, theirs), View(student.points, asked.metric)
     found = measured(*views, rows, nearest)
     if any(values.isnan().any() for values in found):
@@ -532,11 +532,11 @@ def _run(asked: argparse.Namespace) -> None:
             "got larger ones"
         )
     for lines in (table(found, n, nearest), meaning(found, n, nearest), worst(found, rows)):
-        print(*lines, sep="\n", end="\n\n")
+        print("", *lines, sep="\n")
     if asked.plot is not None:
         shown = _draw(asked, teacher.points, student.points, found.spearman.mean().item())
         some = "" if shown == n else f", of {shown:,} rows evenly spread"
-        print(f"picture  {asked.plot}: ranks by student against ranks by teacher{some}")
+        print(f"\npicture  {asked.plot}: ranks by student against ranks by teacher{some}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

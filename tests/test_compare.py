@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pcoherence import __main__, coherence, compare, distances
+from pcoherence import Coherence, __main__, coherence, compare, distances
 from pcoherence.spec import METRICS
 from pcoherence.testing import CASES, make_case
 
@@ -197,6 +197,20 @@ def test_sampling_repeats_and_is_near_the_whole(run: Run) -> None:
     error = float(re.search(r"^concordance.*\+- (\S+)", first, re.M)[1])
     apart = values(first)["concordance"] - values(whole)["concordance"]
     assert 0 < abs(apart) < 4 * error
+
+
+def test_the_standard_error_is_that_of_the_draw() -> None:
+    """Of rows that are drawn without replacement: here, two thirds of them."""
+    student, teacher = embeddings(90)[:, :5].double(), embeddings(90).double()
+    whole = coherence(student, teacher, reduction="none")
+    means, said = [], []
+    for seed in range(300):
+        rows = compare.drawn(90, 60, seed)
+        part = Coherence(*(values[rows] for values in whole))
+        means.append(part.overlap.mean())
+        said.append(float(compare.table(part, 90, 10)[4].split("+-")[1]))
+    true = torch.stack(means).std().item()
+    assert sum(said) / len(said) == pytest.approx(true, rel=0.2)
 
 
 def test_the_default_draws_what_a_minute_takes() -> None:
