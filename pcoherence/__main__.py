@@ -1,10 +1,15 @@
-"""`python -m pcoherence`: versions, the extension's build, and who can compute here."""
+"""`python -m pcoherence`: versions, the extension's build, and who can compute here.
+
+`python -m pcoherence compare`: see compare.py.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 import platform
+import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -42,13 +47,27 @@ def _extension() -> list[tuple[str, str]]:
     return [("extension", str(getattr(extension, "__file__", "found"))), *built]
 
 
-def main() -> None:
-    """Print the table."""
+def main(arguments: Sequence[str] = ()) -> None:
+    """Print the table, or do what the first argument says."""
+    if arguments:
+        _command(*arguments)
+        return
     rows = report()
     width = max(len(name) for name, _ in rows)
     for name, state in rows:
         print(f"{name:<{width}}  {state}")
 
 
+def _command(name: str, *arguments: str) -> None:
+    if name == "compare":
+        importlib.import_module("pcoherence.compare").main(arguments)
+    elif name in ("-h", "--help"):
+        print("python -m pcoherence: versions, the extension, and who can compute here")
+        print("python -m pcoherence compare TEACHER STUDENT: what another embedding model finds")
+    else:
+        print(f"python -m pcoherence: expected compare or nothing; got {name}", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
