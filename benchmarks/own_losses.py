@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "own_losses.rst"
 
 SIZES = (384, 1024, 4096)
-"""The authors' largest batch, and what follows."""
+"""A batch of the authors, and larger ones."""
 
 FEATURES = 512
 OF_A_CLASS = 4
