@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "own_losses.rst"
 
 SIZES = (384, 1024, 4096)
-"""The authors' largest batch, and what follows."""
+"""A batch of the authors, and larger ones."""
 
 FEATURES = 512
 OF_A_CLASS = 4
@@ -92,6 +93,16 @@ def losses() -> dict[str, Loss]:
     return {"soft_rank": page()["smooth_ap"], "all triples": plain_smooth_ap}
 
 
+def core_seconds(call: Callable[[], object], budget: float) -> list[float]:
+    """Of 3 to 20 calls, the time of all cores, which does not count what other programs took."""
+    found: list[float] = []
+    while len(found) < 3 or (len(found) < 20 and sum(found) < budget):
+        start = time.process_time()
+        call()
+        found.append(time.process_time() - start)
+    return found
+
+
 def row(who: str, n: int, memory_limit: float, budget: float) -> dict[str, Any]:
     """Median seconds and peak bytes, or why there are none; verified first, in float64."""
     results = [step(loss, 64, torch.float64)() for loss in losses().values()]
@@ -103,7 +114,7 @@ def row(who: str, n: int, memory_limit: float, budget: float) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_AS, (virtual + int(memory_limit * 2**30), hard))
     try:
         peak = measure.peak_memory(call)
-        seconds = measure.interleaved({who: call}, 20, budget=budget, at_least=3, warm=False)[who]
+        seconds = core_seconds(call, budget)
     except (RuntimeError, MemoryError) as error:
         if "allocate" not in str(error) and not isinstance(error, MemoryError):
             raise
@@ -125,7 +136,7 @@ def main() -> None:
         print(json.dumps(row(asked.job, asked.sizes[0], asked.memory_limit, asked.budget)))
         return
     print(f"Smooth-AP, forward and backward, d {FEATURES}, float32, threads: {asked.threads}")
-    print(f"{'n':>6}  {'':12}{'time':>12}{'memory':>12}")
+    print(f"{'n':>6}  {'':12}{'core time':>12}{'memory':>12}")
     for n in asked.sizes:
         for who in losses():
             command = [sys.executable, "-m", "benchmarks.own_losses", "--job", who]
@@ -139,11 +150,11 @@ def main() -> None:
             if "reason" in found:
                 print(f"{n:6,}  {who:12}{'-':>12}  {found['reason']}", flush=True)
             else:
-                time, size = (
+                spent, size = (
                     f"{found['seconds'] * 1e3:,.1f} ms",
                     f"{found['bytes'] / 2**20:,.0f} MiB",
                 )
-                print(f"{n:6,}  {who:12}{time:>12}{size:>12}", flush=True)
+                print(f"{n:6,}  {who:12}{spent:>12}{size:>12}", flush=True)
 
 
 if __name__ == "__main__":
