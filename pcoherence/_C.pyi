@@ -1,25 +1,10 @@
-"""The C++ extension: build information, and the row kernels for unit tests.
-
-Importing it registers the CPU kernels of `pcoherence.ops`. Arrays of another dtype are converted.
-"""
+"""The row kernels, for tests: built where the library is developed. Arrays are converted."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-def build_info() -> dict[str, str]:
-    """Compiler, torch version and instruction sets of this build."""
-
-def options() -> dict[str, list[str]]:
-    """The options that the C++ side knows, and for each its names; of a number none."""
-
-def constants() -> dict[str, float]:
-    """Constants that Python states too, or that tests go by."""
-
 def isas() -> list[str]:
     """Instruction sets this processor supports, best first."""
-
-def set_poison(on: bool) -> None:
-    """Fill scratch memory with NaN before use (for tests)."""
 
 def hard_ranks_float32(
     values: ArrayLike, weights: ArrayLike, isa: str

@@ -1,11 +1,10 @@
-"""`python -m pcoherence`: versions, the extension's build, and who can compute here.
+"""`python -m pcoherence`: versions, the library's build, and who can compute here.
 
 `python -m pcoherence compare`: see compare.py.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import platform
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 import pcoherence
+from pcoherence import library
 
 
 def report() -> list[tuple[str, str]]:
@@ -23,7 +23,7 @@ def report() -> list[tuple[str, str]]:
         ("python", platform.python_version()),
         ("torch", torch.__version__),
         ("triton", _version("triton")),
-        *_extension(),
+        *_library(),
     ]
     for name, reason in pcoherence.available_backends().items():
         rows.append((f"backend {name}", "available" if reason is None else f"no: {reason}"))
@@ -38,13 +38,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _extension() -> list[tuple[str, str]]:
+def _library() -> list[tuple[str, str]]:
     try:
-        extension = importlib.import_module("pcoherence._C")
-    except (ImportError, OSError) as error:
-        return [("extension", f"not found: {error}")]
-    built = [(f"  {key}", str(value)) for key, value in extension.build_info().items()]
-    return [("extension", str(getattr(extension, "__file__", "found"))), *built]
+        built = library.about()["build"]
+    except OSError as error:
+        return [("library", f"not found: {error}")]
+    rows = [(f"  {key}", str(value)) for key, value in built.items()]
+    return [("library", str(library.path("cpu"))), *rows]
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -62,7 +62,7 @@ def _command(name: str, *arguments: str) -> None:
     if name == "compare":
         importlib.import_module("pcoherence.compare").main(arguments)
     elif name in ("-h", "--help"):
-        print("python -m pcoherence: versions, the extension, and who can compute here")
+        print("python -m pcoherence: versions, the library, and who can compute here")
         print("python -m pcoherence compare TEACHER STUDENT: what another embedding model finds")
     else:
         print(f"python -m pcoherence: expected compare or nothing; got {name}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """The custom operators: schema, fake and autograd declared once; the kernels are elsewhere.
 
-A set of operators lives in a namespace of torch.ops. `native` is implemented by the extensions,
-for CPU tensors by `pcoherence._C`; a backend written in Python makes a set of its own, since one
-operator has one implementation for each kind of device.
+A set of operators lives in a namespace of torch.ops. `native` is implemented by the libraries that
+`pcoherence.library` loads; a backend written in Python makes a set of its own, since one operator
+has one implementation for each kind of device.
 
 Conventions shared by both operators: tensors are contiguous and of one dtype, float32 or float64
 (indices int64); weights of None are ones. Only `student`, `student_candidates` and `values` get

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products that repeat bit for bit
 
 import pcoherence
+from pcoherence import library
 
 if os.environ.get("PCOHERENCE_REHEARSAL") == "1":
     importlib.import_module("benchmarks.gpu.device").rehearse()
@@ -35,12 +36,11 @@ def poisoned_memory() -> Iterator[None]:
     """Uninitialised memory is NaN, in torch and in the extension: reading it shows."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    extension = None if WITHOUT_EXTENSION else importlib.import_module("pcoherence._C")
-    if extension is not None:
-        extension.set_poison(True)
+    if not WITHOUT_EXTENSION:
+        library.poison(True)
     yield
-    if extension is not None:
-        extension.set_poison(False)
+    if not WITHOUT_EXTENSION:
+        library.poison(False)
     torch.use_deterministic_algorithms(False)
 
 

@@ -8,7 +8,6 @@ may happen to be small, and twice an accident is no bound.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import torch
 from covering import covering
 from torch import Tensor
 
-from pcoherence import perception_coherence_loss
+from pcoherence import library, perception_coherence_loss
 from pcoherence.spec import METHODS, METRICS, OBJECTIVES, REDUCTIONS, SCALES
 from pcoherence.testing import (
     ACCURACY,
@@ -344,7 +343,7 @@ def in_blocks(metric: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
 
     Some pairs are near, in the first block and in the second.
     """
-    block = int(importlib.import_module("pcoherence._C").constants()["anchors of a block"])
+    block = int(library.about()["constants"]["anchors of a block"])
     m, n = block + 18, 11
     student, teacher = (make_case("gaussian", m, d, seed=d) for d in (9, 4))
     candidates, others = (make_case("gaussian", n, d, seed=d) for d in (9 + m, 4 + m))
@@ -389,7 +388,7 @@ def test_a_second_block_is_as_good_as_the_first(scale: str, metric: str) -> None
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_batch_in_blocks_is_the_batch(metric: str) -> None:
     """Its own points, given as candidates: in blocks, and as rows computed one by one."""
-    n = int(importlib.import_module("pcoherence._C").constants()["anchors of a block"]) + 18
+    n = int(library.about()["constants"]["anchors of a block"]) + 18
     student, teacher = (make_case("gaussian", n, d, seed=d) for d in (9, 4))
     student[n - 10 : n - 5] = student[:5] * (1 + 1e-9)
     leaf = student.clone().requires_grad_()

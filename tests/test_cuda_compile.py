@@ -6,7 +6,6 @@ import importlib.util
 import re
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -117,15 +116,12 @@ def test_sums_of_elements_stay_in_registers(capability: int, compiled: tuple[str
         assert "STL" not in instructions, wanted
 
 
-@pytest.mark.parametrize("source", ["ops.cpp", "module.cpp"])
-def test_glue_compiles(source: str, tmp_path: Path) -> None:
+def test_glue_compiles(tmp_path: Path) -> None:
     """Against the CPU build of torch; linking needs a CUDA one."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++ to compile with")
-    if source == "module.cpp" and not Path(sysconfig.get_path("include"), "Python.h").exists():
-        pytest.skip("the headers of Python are not installed")
     command = [compiler, "-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
     command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{TORCH}"]
-    command += [f"-I{sysconfig.get_path('include')}", "-c", str(CUDA / source)]
+    command += ["-c", str(CUDA / "ops.cpp")]
     subprocess.run([*command, "-o", str(tmp_path / "object.o")], check=True)

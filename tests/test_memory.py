@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
 import itertools
 import os
 import subprocess
@@ -234,12 +233,14 @@ def main_leaks() -> int:
 
 def main_pool() -> int:
     """What stays resident; 1 if it is more than the pool and a tenth."""
+    from pcoherence import library
+
     loss_step(64)()
     before = resident_mib()
     for n in (4096, 2700, 1800, 1200):
         loss_step(n)()
     found = resident_mib() - before
-    kept = importlib.import_module("pcoherence._C").constants()["pool bytes"] / 2**20
+    kept = library.about()["constants"]["pool bytes"] / 2**20
     print(f"{found:.1f} MiB stay, at most {kept} and a tenth")
     return int(found > 1.1 * kept)
 

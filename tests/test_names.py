@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import math
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from pcoherence import (
     PerceptionCoherenceLoss,
+    library,
     objectives,
     ops,
     perception_coherence_loss,
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 def test_option_names() -> None:
     """C++ knows the same names in the same order; metrics may still have to be ported."""
-    known = importlib.import_module("pcoherence._C").options()
+    known = library.about()["options"]
     assert set(known) == {*spec.ROW_OPTIONS, "metric", "teacher_metric"}
-    unsaid = importlib.import_module("pcoherence._C").constants()
+    unsaid = library.about()["constants"]
     for name, own in spec.ROW_OPTIONS.items():
         if known[name]:
             assert known[name][0] == own
@@ -97,7 +97,7 @@ def test_spearman_floor(epsilons: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_constants(dtype: torch.dtype) -> None:
     """Those that are stated again where C++ cannot be asked: in the reference and for Triton."""
-    known = importlib.import_module("pcoherence._C").constants()
+    known = library.about()["constants"]
     name = str(dtype)[6:]
     assert known[f"resolution {name}"] == objectives.RESOLUTION[dtype]
     assert known["huber delta"] == objectives.HUBER_DELTA

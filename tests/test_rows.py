@@ -380,7 +380,9 @@ def test_soft_ranks_of_ends_are_the_first_and_the_last(
 
 
 def test_the_instruction_set_that_is_asked_for_is_used() -> None:
-    program = "import torch, pcoherence._C as C; print(C.build_info()['instruction set in use'])"
+    program = (
+        "from pcoherence import library as l; print(l.about()['build']['instruction set in use'])"
+    )
     environment = os.environ | {"PCOHERENCE_ISA": C.isas()[-1]}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

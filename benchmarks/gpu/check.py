@@ -112,7 +112,7 @@ def keep_earlier(output: Path) -> None:
 
 
 def start_build(runner: Runner, capability: str) -> Build:
-    """Build the extension in the background, for this device alone, beside the one in use."""
+    """Build the libraries in the background, for this device alone, beside those in use."""
     folder = ROOT / ".benchmarks" / "build"
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder)]
     command += ["--build-temp", str(folder / "objects")]
@@ -122,7 +122,7 @@ def start_build(runner: Runner, capability: str) -> Build:
 
 
 def wants_build(events: Sequence[Mapping[str, object]], unfit: str | None) -> str | None:
-    """Why the extension has to be built here; None: the one in the pack will do."""
+    """Why the libraries have to be built here; None: those in the pack will do."""
     if unfit is not None:
         return unfit
     said = modules.manifest(modules.PACK)["capability"]
@@ -145,7 +145,7 @@ def attempted(step: Callable[[], str | None]) -> str | None:
 
 
 def run(arguments: argparse.Namespace, runner: Runner) -> None:
-    """The environment, what the extension needs, and all stages."""
+    """The environment, what the libraries need, and all stages."""
     output, cache = runner.output, Path(runner.environment["TRITON_CACHE_DIR"])
 
     def write(**event: object) -> None:

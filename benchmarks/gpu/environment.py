@@ -27,7 +27,7 @@ RESOURCES = ("threads", "blocks", "shared", "workspace", "registers", "local", "
 
 
 def facts() -> Iterator[tuple[str, Any]]:
-    """The device's own numbers, whether the extension is there, versions: what is needed first."""
+    """The device's own numbers, whether the libraries are there, versions: what is needed first."""
     if device.REHEARSAL:
         yield "device", "none: a rehearsal on the CPU"
         yield "capability", "9.0"
@@ -35,8 +35,8 @@ def facts() -> Iterator[tuple[str, Any]]:
         properties = torch.cuda.get_device_properties(0)
         yield "device", properties.name
         yield "capability", f"{properties.major}.{properties.minor}"
-    yield modules.CPU_FACT, imported("_C")
-    yield modules.CUDA_FACT, imported("_C_cuda")
+    yield modules.CPU_FACT, loaded("cpu")
+    yield modules.CUDA_FACT, loaded("cuda")
     yield from measure.environment().items()
     yield "cores", os.cpu_count()
     yield "glibc", platform.libc_ver()[1]
@@ -64,13 +64,14 @@ def printed(*command: str) -> str:
     return done.stdout.strip()
 
 
-def imported(name: str) -> str:
-    """Import an extension: LOADED, or why it cannot be."""
+def loaded(name: str) -> str:
+    """Load the library for "cpu" or "cuda": LOADED, or why it cannot be."""
+    library = importlib.import_module("pcoherence.library")
     try:
-        module = importlib.import_module(f"pcoherence.{name}")
-    except (ImportError, OSError) as error:
+        library.load(name)
+    except OSError as error:
         return " ".join(str(error).split())[: journal.MESSAGE]
-    print(f"{name}: {module.__file__}", flush=True)
+    print(f"{name}: {library.path(name)}", flush=True)
     return modules.LOADED
 
 

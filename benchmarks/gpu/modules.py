@@ -1,4 +1,4 @@
-"""The extension on a GPU machine: as it was packed elsewhere, where that fits, or built there."""
+"""The libraries on a GPU machine: as packed elsewhere, where that fits, or built there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sysconfig
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,16 @@ from benchmarks.gpu.groups import ROOT
 
 PACK = ROOT / ".gpu-pack"
 MANIFEST = "manifest.json"
-CUDA_MODULE = "_C_cuda.abi3.so"
+LIBRARIES = ("libpcoherence_cpu.so", "libpcoherence_cuda.so")
+"""As pcoherence/library.py names them; to import that here would load those that are to go."""
 
-CPU_FACT, CUDA_FACT = "cpu module", "cuda module"
+CPU_FACT, CUDA_FACT = "cpu library", "cuda library"
 LOADED = "loaded"
-"""Facts of the environment: whether the extensions can be imported, or why not."""
+"""Facts of the environment: whether the libraries can be loaded, or why not."""
 
 
 def sources() -> str:
-    """A hash of what the extension is built from."""
+    """A hash of what the libraries are built from."""
     found = hashlib.sha256((ROOT / "setup.py").read_bytes())
     for path in sorted((ROOT / "csrc").rglob("*.*")):
         found.update(path.read_bytes())
@@ -40,19 +40,18 @@ def manifest(pack: Path) -> dict[str, Any]:
 
 
 def unfit(pack: Path) -> str | None:
-    """Why the modules of a pack cannot serve here; None: they can."""
+    """Why the libraries of a pack cannot serve here; None: they can."""
     said = manifest(pack)
     if not said:
         return f"there is no {pack.name}, or it is not whole"
     if said.get("sources") != sources():
         return f"{pack.name} was built from other sources"
-    own = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    missing = [name for name in (CUDA_MODULE, own) if not (pack / name).exists()]
+    missing = [name for name in LIBRARIES if not (pack / name).exists()]
     return f"{pack.name} has no {', '.join(missing)}" if missing else None
 
 
 def use(pack: Path, package: Path) -> str | None:
-    """Put a pack's modules where Python finds them; why not, or None."""
+    """Put a pack's libraries where the package finds them; why not, or None."""
     why = unfit(pack)
     if why is None:
         install(pack, package)
@@ -60,16 +59,13 @@ def use(pack: Path, package: Path) -> str | None:
 
 
 def install(folder: Path, package: Path) -> list[str]:
-    """Put the modules in a folder where Python finds them, and no older one; their names."""
-    modules = sorted(folder.glob("_C*.so"))
-    for module in modules:
-        # A name with this Python's own suffix would be found before abi3.
-        for other in ("abi3.so", f"{sysconfig.get_config_var('SOABI')}.so"):
-            (package / f"{module.name.partition('.')[0]}.{other}").unlink(missing_ok=True)
-        part = package / f"{module.name}.part"  # a process may have mapped the old one
-        shutil.copyfile(module, part)
-        part.replace(package / module.name)
-    return [module.name for module in modules]
+    """Put the libraries in a folder where the package finds them; their names."""
+    libraries = [folder / name for name in LIBRARIES if (folder / name).exists()]
+    for file in libraries:
+        part = package / f"{file.name}.part"  # a process may have mapped the old one
+        shutil.copyfile(file, part)
+        part.replace(package / file.name)
+    return [file.name for file in libraries]
 
 
 def install_triton(pack: Path, cache: Path) -> None:

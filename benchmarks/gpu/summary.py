@@ -14,7 +14,7 @@ FAILURES = 40
 
 HEAD = (
     *("device", "capability", "driver", "cuda", "torch", "triton", "python", "commit"),
-    *("pack", "built here", "cpu module", "cuda module"),
+    *("pack", "built here", "cpu library", "cuda library"),
 )
 """Facts at the top."""
 

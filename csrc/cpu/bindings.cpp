@@ -1,20 +1,15 @@
-// The Python module pcoherence._C: build information, and the row kernels for unit tests.
-// The operators register themselves (ops.cpp) when the module is loaded.
+// The Python module pcoherence._C: the row kernels, for tests. Only where the library is developed; it needs nothing of
+// torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/headeronly/version.h>
 
 #include <algorithm>
-#include <map>
 #include <string>
 
-#include "../distances.h"
-#include "../objectives.h"
 #include "../options.h"
-#include "../soft_ranks.h"
-#include "pipeline.h"
 #include "rows.h"
+#include "workspace.h"
 
 namespace py = pybind11;
 
@@ -23,30 +18,6 @@ namespace {
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
-
-std::map<std::string, std::string> build_info() {
-#if defined(__clang__)
-  const std::string compiler = "clang " __clang_version__;
-#else
-  const std::string compiler = "gcc " __VERSION__;
-#endif
-  std::string sets;
-  for (const Kernels* k : supported_kernels()) sets += std::string(sets.empty() ? "" : ", ") + k->isa;
-  return {{"compiler", compiler},
-          {"built with torch", TORCH_VERSION},
-          {"instruction sets", sets},
-          {"instruction set in use", kernels().isa}};
-}
-
-std::map<std::string, std::vector<std::string>> known_options() {
-  std::map<std::string, std::vector<std::string>> found;
-  Options options;
-  for_each_option(options, [&](std::string_view option, const auto& names, auto&) {
-    auto& list = found[std::string(option)];
-    if constexpr (!std::is_same_v<std::decay_t<decltype(names)>, Number>) list.assign(names.begin(), names.end());
-  });
-  return found;
-}
 
 const Kernels& kernels_for(const std::string& isa) {
   for (const Kernels* k : supported_kernels())
@@ -109,28 +80,7 @@ void bind_rows(py::module_& m, const std::string& suffix) {
 
 PYBIND11_MODULE(_C, m) {
   using namespace pcoherence;
-  m.doc() = "C++ backend of pcoherence";
-  kernels();  // an unknown PCOHERENCE_ISA is an error of the import, which says why there is no backend
-  m.def("build_info", &build_info, "Compiler, torch version and instruction sets of this build.");
-  m.def("options", &known_options, "The options that the C++ side knows, and for each its names; of a number none.");
-  m.def(
-      "constants",
-      [] {
-        return std::map<std::string, double>{{"huber delta", kHuberDelta},
-                                             {"resolution float32", kResolution<float>},
-                                             {"resolution float64", kResolution<double>},
-                                             {"spearman floor", kSpearmanFloor},
-                                             {"nearness float32", Nearness<float>::distance},
-                                             {"nearness float64", Nearness<double>::distance},
-                                             {"gradient nearness float32", Nearness<float>::gradient},
-                                             {"gradient nearness float64", Nearness<double>::gradient},
-                                             {"series degree float32", kSeriesDegree<float>},
-                                             {"series degree float64", kSeriesDegree<double>},
-                                             {"anchors of a block", kMaxBlock},
-                                             {"pool bytes", kPoolBytes},
-                                             {"neighbourhood", Options{}.neighbourhood}};
-      },
-      "Constants that Python states too, or that tests go by.");
+  m.doc() = "Row kernels of pcoherence, for tests";
   m.def(
       "isas",
       [] {
@@ -139,9 +89,6 @@ PYBIND11_MODULE(_C, m) {
         return names;
       },
       "Instruction sets this processor supports, best first.");
-  m.def(
-      "set_poison", [](bool on) { poison_workspace = on; }, py::arg("on"),
-      "Fill scratch memory with NaN before use (for tests).");
   bind_rows<float>(m, "float32");
   bind_rows<double>(m, "float64");
 }

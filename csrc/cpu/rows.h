@@ -131,9 +131,9 @@ struct Kernels {
 };
 
 // The best instruction set that this processor has, or the one named by PCOHERENCE_ISA ("default", "v3", "v4").
-const Kernels& kernels();
+PCOH_EXPORT const Kernels& kernels();
 
 // The instruction sets that this processor supports, best first.
-std::vector<const Kernels*> supported_kernels();
+PCOH_EXPORT std::vector<const Kernels*> supported_kernels();
 
 }  // namespace pcoherence

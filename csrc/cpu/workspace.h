@@ -32,7 +32,7 @@ struct Block {
 // Large blocks of finished calls are kept for the next: a training loop asks for the same ones in every step, and the
 // system takes longer to clear fresh pages than a matrix product takes to fill them. Thread-safe.
 Block take_block(std::size_t bytes);
-void return_block(Block block) noexcept;
+PCOH_EXPORT void return_block(Block block) noexcept;
 
 class Buffer {
  public:
@@ -49,7 +49,7 @@ class Buffer {
   }
 
  private:
-  void* need_bytes(std::size_t bytes);
+  PCOH_EXPORT void* need_bytes(std::size_t bytes);
 
   Block block_;
 };

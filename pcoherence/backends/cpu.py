@@ -1,22 +1,19 @@
-"""The C++ extension as a backend: CPU tensors, every option, methods grid, scan and pairs."""
+"""The C++ library as a backend: CPU tensors, every option, methods grid, scan and pairs."""
 
 from __future__ import annotations
 
-import importlib
-
 from torch import Tensor
 
-from .. import ops
+from .. import library, ops
 from .operators import OperatorBackend, Ported
 
 
 def _load() -> tuple[str | None, Ported]:
     """Load the kernels: why they cannot be, or None; and what they know of options."""
     try:
-        extension = importlib.import_module("pcoherence._C")
-    except (ImportError, OSError) as error:  # OSError: a shared library that does not link
-        return f"the C++ extension cannot be imported: {error}", {}
-    return None, extension.options()
+        return None, library.about()["options"]
+    except OSError as error:
+        return f"the C++ library cannot be loaded: {error}", {}
 
 
 _LOAD_ERROR, PORTED = _load()
@@ -28,11 +25,11 @@ class CpuBackend(OperatorBackend):
     name = "cpu"
 
     def available(self) -> str | None:
-        """Whether the extension was imported."""
+        """Whether the library was loaded."""
         return _LOAD_ERROR
 
     def operators(self) -> ops.Operators:
-        """The native set, which the extension implements for CPU tensors."""
+        """The native set, which the library implements for CPU tensors."""
         return ops.native
 
     def ported(self) -> Ported:

@@ -10,12 +10,10 @@ constants to it; do that before capturing a CUDA graph.
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import library, ops
 from ..spec import LossSpec
 from . import cpu
 from .cuda_kernels import CudaRowKernels
@@ -66,13 +64,13 @@ def implement(operators: ops.Operators, dispatch_key: str) -> None:
 
 
 def _load() -> str | None:
-    """Load the extension, whose operators then serve CUDA tensors; why it cannot be, or None."""
+    """Load the library, whose operators then serve CUDA tensors; why it cannot be, or None."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     try:
-        importlib.import_module("pcoherence._C_cuda")
-    except (ImportError, OSError) as error:  # OSError: a shared library that does not link
-        return f"the CUDA extension cannot be imported: {error}"
+        library.load("cuda")
+    except OSError as error:
+        return f"the CUDA library cannot be loaded: {error}"
     implement(ops.native, "CUDA")
     return None
 
@@ -87,11 +85,11 @@ class CudaBackend(OperatorBackend):
     name = "cuda"
 
     def available(self) -> str | None:
-        """Whether the extension is built and there is a device."""
+        """Whether the library is built and there is a device."""
         return _LOAD_ERROR or (None if torch.cuda.is_available() else "no CUDA device")
 
     def operators(self) -> ops.Operators:
-        """The native set, which the extension implements for CUDA tensors."""
+        """The native set, which the library implements for CUDA tensors."""
         return ops.native
 
     def ported(self) -> Ported:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ NUMBER = "PCOHERENCE_SLIP"
 HANGS = "it hangs"
 
 HEADER = """#pragma once
-extern "C" __attribute__((visibility("hidden"))) int pcoherence_slip;
+extern "C" __attribute__((visibility("default"))) int pcoherence_slip;
 """
 DEFINITION = """#include <cstdlib>
 static const char* told = std::getenv("PCOHERENCE_SLIP");
@@ -62,10 +61,11 @@ def with_switches(folder: Path, slips: Sequence[Slip]) -> None:
 
 
 def build(folder: Path, slips: Sequence[Slip]) -> None:
-    """The CPU extension, or the checkout's where no slip is in it; tests build CUDA's emulation."""
-    built = ROOT / "pcoherence" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if built.exists() and not any(slip.native and "/cuda/" not in slip.file for slip in slips):
-        shutil.copy2(built, folder / "pcoherence")
+    """The CPU library, or the checkout's where no slip is in it; tests build CUDA's emulation."""
+    built = list((ROOT / "pcoherence").glob("*.so"))
+    if built and not any(slip.native and "/cuda/" not in slip.file for slip in slips):
+        for file in built:
+            shutil.copy2(file, folder / "pcoherence")
         return
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
