@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import measure
+from .suite.worker import limit_memory, out_of_memory
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "own_losses.rst"
@@ -109,14 +109,12 @@ def row(who: str, n: int, memory_limit: float, budget: float) -> dict[str, Any]:
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-9)
     call = step(losses()[who], n)
-    virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (virtual + int(memory_limit * 2**30), hard))
+    limit_memory(int(memory_limit * 2**30), "cpu")
     try:
         peak = measure.peak_memory(call)
         seconds = core_seconds(call, budget)
     except (RuntimeError, MemoryError) as error:
-        if "allocate" not in str(error) and not isinstance(error, MemoryError):
+        if not out_of_memory(error):
             raise
         return {"reason": f"more than {memory_limit:g} GiB"}
     return {"seconds": statistics.median(seconds), "bytes": peak}

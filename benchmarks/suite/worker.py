@@ -84,13 +84,13 @@ def run(job: Job) -> dict[str, Any]:
         loss = contestant.build(case)
     except UnavailableError as reason:
         return {"status": "not installed", "reason": str(reason)}
-    _limit_memory(job.memory_limit, job.device)
+    limit_memory(job.memory_limit, job.device)
     try:
         return _contest(contestant, loss, case, job)
     except verify.WrongResultError as reason:
         return {"status": "wrong result", "reason": str(reason)}
     except Exception as error:
-        if _out_of_memory(error):
+        if out_of_memory(error):
             limit = f"more than {job.memory_limit / 2**30:.3g} GiB"
             return {"status": "out of memory", "reason": limit}
         return {"status": "failed", "reason": f"{type(error).__name__}: {_first_line(error)}"}
@@ -199,7 +199,7 @@ def _end_after(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
-def _limit_memory(limit: int, device: str) -> None:
+def limit_memory(limit: int, device: str) -> None:
     """Allocations beyond the limit fail. On a GPU the host's address space says nothing."""
     if device == "cpu":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -216,7 +216,7 @@ def _lift_memory_limit() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """However torch, C++ and Python say it."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
