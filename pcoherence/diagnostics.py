@@ -53,6 +53,8 @@ class Diagnosis(NamedTuple):
         suggested_temperature: the temperature at which half of the misordered pairs have
             ``|z| <= 2``. None where nothing is misordered, or half of it ties in the student; and
             with "cross_entropy", whose gradient does not fade where comparisons are saturated.
+        student_ties: share of the pairs that are equally far for the student; 1: it has collapsed.
+        teacher_ties: likewise for the teacher.
     """
 
     loss: float
@@ -63,6 +65,8 @@ class Diagnosis(NamedTuple):
     misordered: float
     gradient_scale: float
     suggested_temperature: float | None
+    student_ties: float
+    teacher_ties: float
 
     def __str__(self) -> str:
         """A line for each, in words."""
@@ -71,6 +75,8 @@ class Diagnosis(NamedTuple):
             (
                 f"loss                   {self.loss:.4g}",
                 f"misordered pairs       {self.misordered:.1%}",
+                f"tied pairs             student {self.student_ties:.1%}, "
+                f"teacher {self.teacher_ties:.1%}",
                 f"saturated comparisons  {self.saturated:.1%}",
                 f"resolution             {self.resolution:.1f} of {self.candidates:.0f} ranks",
                 f"gradient scale         {self.gradient_scale:.3g}",
@@ -92,14 +98,20 @@ def diagnose(
     spec: LossSpec, inputs: LossInputs, evaluate: Callable[[LossSpec, LossInputs], Tensor]
 ) -> Diagnosis:
     """Examine one batch; `evaluate` computes the loss of one call."""
+    _check_finite(inputs)
     spec = dataclasses.replace(spec, reduction="mean", num_anchors=None)
-    loss, gradient_scale = _gradient(spec, inputs, evaluate)
     weights, pairs = _draw(spec, inputs)
     z = pairs.student / spec.temperature
     shares = weights.double() / weights.double().sum(1, keepdim=True)
     count_candidates = 1 / shares.square().sum(1).mean().item()
     wrong = pairs.distinct & (pairs.student.sign() != pairs.teacher)
-    count = max(1, int(pairs.distinct.sum()))
+    count = int(pairs.distinct.sum())
+    if count == 0:
+        raise ValueError(
+            "candidate_weights: expected an anchor with 2 or more candidates that count, "
+            "itself left out, or there is nothing to compare; got none"
+        )
+    loss, gradient_scale = _gradient(spec, inputs, evaluate)
     fades = spec.objective != "cross_entropy"
     middle = pairs.student[wrong].abs().median().item() if fades and bool(wrong.any()) else 0.0
     return Diagnosis(
@@ -111,7 +123,22 @@ def diagnose(
         misordered=int(wrong.sum()) / count,
         gradient_scale=gradient_scale,
         suggested_temperature=middle / SUGGESTED if middle > 0 else None,
+        student_ties=int((pairs.distinct & (pairs.student == 0)).sum()) / count,
+        teacher_ties=int((pairs.distinct & (pairs.teacher == 0)).sum()) / count,
     )
+
+
+def _check_finite(inputs: LossInputs) -> None:
+    """Raise ValueError where a feature is NaN or infinite: the loss is NaN, too."""
+    for name in ("student", "teacher", "student_candidates", "teacher_candidates"):
+        points: Tensor | None = getattr(inputs, name)
+        if points is None or (finite := points.isfinite().all(1)).all():
+            continue
+        bad = (~finite).nonzero()[:, 0]
+        raise ValueError(
+            f"{name}: expected finite features; got NaN or inf in {len(bad)} of {len(points)} "
+            f"rows, row {bad[0].item()} first"
+        )
 
 
 def _resolution(z: Tensor, most: float) -> float:
@@ -160,6 +187,8 @@ def _draw(spec: LossSpec, inputs: LossInputs) -> tuple[Tensor, _Pairs]:
     )
     index = None if inputs.self_index is None else inputs.self_index[rows]
     weights = pair_weights(student, rows_of(inputs.candidate_weights, rows), index)
+    if spec.scale == "anchor":
+        _check_unit(student[weights > 0])
     student = distances.scaled(student, weights, spec.scale)
     used = weights.sum(1) > 0  # an anchor that has nobody to compare says nothing
     if not bool(used.any()):
@@ -175,6 +204,19 @@ def _draw(spec: LossSpec, inputs: LossInputs) -> tuple[Tensor, _Pairs]:
         (teacher.gather(1, j) - teacher.gather(1, k)).sign(),
         j != k,
     )
+
+
+def _check_unit(distances: Tensor) -> None:
+    """Raise ValueError unless a mean of these, 1-d, is a unit to divide by: none is negative.
+
+    Rounding may make one: 1 - cos of a point to itself.
+    """
+    rounding = distances.abs().mean() * torch.finfo(distances.dtype).eps ** 0.5
+    if bool((distances < -rounding).any()):
+        raise ValueError(
+            "metric: expected distances of at least 0 with scale='anchor', which divides by their "
+            f"mean; got {distances.min().item():.3g} (scale='none' takes any)"
+        )
 
 
 def _distances(a: Tensor, b: Tensor, metric: Metric, argument: str) -> Tensor:

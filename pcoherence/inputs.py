@@ -38,12 +38,12 @@ def rows_of(candidate_weights: Tensor | None, anchors: Tensor | slice) -> Tensor
     return candidate_weights[anchors] if by_anchor else candidate_weights  # type: ignore[index]
 
 
-def check_common_weights(inputs: LossInputs, what: str) -> None:
+def check_common_weights(candidate_weights: object, what: str) -> None:
     """Raise ValueError where weights differ by anchor, and `what` adds candidates to theirs."""
-    if inputs.candidate_weights is not None and inputs.candidate_weights.ndim == 2:
+    if isinstance(candidate_weights, Tensor) and candidate_weights.ndim == 2:
         raise ValueError(
-            f"candidate_weights: expected shape [n] with {what}, which adds candidates; "
-            f"got {tuple(inputs.candidate_weights.shape)}"
+            "candidate_weights: expected shape [n], a weight for each candidate of this batch, "
+            f"with {what}, which adds candidates; got {tuple(candidate_weights.shape)}"
         )
 
 

@@ -91,13 +91,14 @@ def perception_coherence_loss(
             (a [m, d], b [n, d]) -> [m, n]. Its parameters get gradients too.
         teacher_metric: likewise, without gradients; None: the same as `metric`.
         scale: distances are divided by their weighted mean over the anchor's candidates
-            ("anchor"; never by a mean of 0 or less), or by nothing ("none").
+            ("anchor"; never by a mean of 0 or less), or by nothing ("none": for a callable that
+            may be negative, minus an inner product say, whose mean is no unit).
         objective: "mse", "l1", "huber", "cross_entropy" or "spearman", as above.
         reduction: "mean": sum_i a_i L_i / sum_i a_i; "sum"; "none": a_i L_i. An anchor whose
             candidates all weigh 0 has L_i = 0 and still counts in the mean.
-        num_anchors: draw this many of the m anchors at random, without replacement, and weigh
-            them by m / num_anchors: an unbiased estimate at that share of the cost ("none": 0
-            where not drawn). None: all.
+        num_anchors: draw this many of the anchors that weigh more than 0 at random, without
+            replacement, and weigh them by how many there are, over num_anchors: an unbiased
+            estimate at that share of the cost ("none": 0 where not drawn). None: all.
         generator: for that draw, not under torch.compile; None: torch's default one.
         method: "grid", "scan" or "pairs" fixes how a fast backend sums; "auto" lets it choose.
         backend: "reference", "cpu", ... or "auto": the fastest for the tensors' device.
@@ -213,7 +214,10 @@ class PerceptionCoherenceLoss(nn.Module):
         # A metric may be wrapped in place, as tools for checkpoints and sharding do.
         wrapped = name in self._modules and isinstance(value, nn.Module)
         if name in FIXED and not wrapped:
-            raise AttributeError(f"{name}: expected to stay as the loss was made; got {value!r}")
+            raise AttributeError(
+                f"{name}: expected {getattr(self._spec, name)!r}, as the loss was made (of its "
+                f"options, only temperature may be set; make another loss); got {value!r}"
+            )
         if name == "gather":
             check_flag("gather", value)
         super().__setattr__(name, value)
@@ -269,6 +273,7 @@ class PerceptionCoherenceLoss(nn.Module):
 
         def prepare() -> LossInputs:
             anchors.check_draw(spec, generator)
+            self._check_weights(candidate_weights, self.gather)
             if self.bank is not None and self.training:
                 refuse_recomputation("bank")
             return prepare_inputs(
@@ -308,8 +313,10 @@ class PerceptionCoherenceLoss(nn.Module):
         call. Trains nothing and remembers nothing; with gather, only this process's batch counts.
 
         Raises:
-            TypeError, ValueError: as forward; or there are no anchors, or nobody to compare.
+            TypeError, ValueError: as forward; or there are no anchors, nobody to compare, or
+                features that are not finite.
         """
+        self._check_weights(candidate_weights, False)
         inputs = prepare_inputs(
             student,
             teacher,
@@ -326,6 +333,10 @@ class PerceptionCoherenceLoss(nn.Module):
             raise ValueError("student: expected at least 1 anchor (row); got 0")
         return diagnostics.diagnose(self.spec, inputs, _evaluate)
 
+    def _check_weights(self, candidate_weights: object, gather: bool) -> None:
+        if gather or self.bank is not None:
+            check_common_weights(candidate_weights, "gather=True" if gather else "a bank")
+
     def _gathered(self, prepare: Callable[[], LossInputs]) -> tuple[LossSpec, LossInputs]:
         distributed.check_group(self.process_group)
         try:
@@ -335,7 +346,6 @@ class PerceptionCoherenceLoss(nn.Module):
                     "student_candidates: expected None with gather=True, which makes the "
                     "candidates; a CandidateBank adds more"
                 )
-            check_common_weights(inputs, "gather=True")
             if self.bank is not None:
                 self.bank.check(inputs.student, inputs.teacher)
             _select(self.spec, inputs)  # which may refuse, before anyone waits

@@ -38,6 +38,12 @@ class Coherence(NamedTuple):
     spearman: Tensor
     overlap: Tensor
 
+    def __str__(self) -> str:
+        """A line for each mean; tensors of single anchors as they are."""
+        if self.overlap.ndim > 0:
+            return repr(self)
+        return "\n".join(f"{name:<12} {value:.4f}" for name, value in self._asdict().items())
+
 
 def coherence(
     student: Tensor,
@@ -61,7 +67,8 @@ def coherence(
         self_index: int64 [m], the candidate that is the anchor itself, -1 for none; "auto".
         metric: a name or a callable, as in `perception_coherence_loss`.
         teacher_metric: likewise; None: the same.
-        nearest: k of the overlap, at least 1; all candidates where there are fewer.
+        nearest: k of the overlap, at least 1. Of n candidates, unrelated orders have k / n in
+            common: 1 where there are no more than k, which says nothing.
         reduction: "mean" over anchors, 0-d, or "none", [m].
 
     Returns:

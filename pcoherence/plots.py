@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .inputs import at_least_float32
+from .inputs import at_least_float32, check_points, check_same_length
 from .metrics import coherence, evenly_spaced, ordered_distances
 from .spec import Metric, check_metrics, check_share
 from .weights import in_neighbourhood, mid_ranks
@@ -64,6 +64,10 @@ def rank_agreement(
     named = {"student": students} if isinstance(students, Tensor) else dict(students)
     if not named:
         raise ValueError("students: expected at least one; got none")
+    check_points("teacher", teacher)
+    for name, student in named.items():
+        check_points(f"students[{name!r}]", student)
+        check_same_length("teacher", teacher, f"students[{name!r}]", student)
     if len(teacher) < 2:
         raise ValueError(f"teacher: expected at least 2 points (rows); got {len(teacher)}")
     Figure, LogNorm = _matplotlib()  # noqa: N806
@@ -88,7 +92,7 @@ def rank_agreement(
         image = axes.pcolormesh(x_edges, y_edges, density, norm=LogNorm(LOWEST, HIGHEST))
         axes.plot([0, 1], [0, 1], color="white", linestyle=":", linewidth=1)
         axes.set(
-            title=f"{name}: coherence {agreement[name]:.3f}",
+            title=f"{name}: Spearman {agreement[name]:.3f}",
             xlabel="rank by the teacher (0: nearest, 1: farthest)",
             aspect="equal",
         )

@@ -21,18 +21,21 @@ def value_and_grad(**options: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weights", [None, [3.0, 1, 4, 1, 5, 9], [3.0, 0, 4, 1, 0, 9]])
+@pytest.mark.parametrize("drawn", [3, 5])  # 5: more than are not padding
 def test_the_mean_over_all_draws_is_the_whole_loss(
-    reduction: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
+    reduction: str, weights: list[float] | None, drawn: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over every cyclic shift of one order, each anchor is drawn equally often."""
-    weights = torch.arange(M).double() if weighted else None
-    options: dict[str, Any] = {"reduction": reduction, "anchor_weights": weights}
+    """Over the cyclic shifts of those that weigh something, each is drawn equally often."""
+    given = None if weights is None else torch.tensor(weights).double()
+    options: dict[str, Any] = {"reduction": reduction, "anchor_weights": given}
+    counting = torch.arange(M) if given is None else given.nonzero()[:, 0]
+    padding = torch.tensor([i for i in range(M) if i not in counting], dtype=torch.int64)
     found = []
-    for shift in range(M):
-        order = torch.arange(M).roll(shift)
+    for shift in range(len(counting)):
+        order = torch.cat([padding, counting.roll(shift)])
         monkeypatch.setattr(torch, "randperm", lambda *a, order=order, **k: order)
-        found.append(value_and_grad(num_anchors=4, **options))
+        found.append(value_and_grad(num_anchors=drawn, **options))
     loss, gradient = (torch.stack(part).mean(0) for part in zip(*found, strict=True))
     expected_loss, expected_gradient = value_and_grad(**options)
     assert relative_error(loss, expected_loss) < 1e-12
@@ -53,6 +56,12 @@ def test_a_generator_repeats_the_draw_everywhere() -> None:
     assert all(loss.count_nonzero() == 3 for loss in found)
     torch.testing.assert_close(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_nothing_but_padding() -> None:
+    loss, gradient = value_and_grad(num_anchors=2, anchor_weights=torch.zeros(M).double())
+    assert loss == 0
+    assert not gradient.any()
 
 
 def test_more_than_there_are_takes_all() -> None:

@@ -166,6 +166,17 @@ def test_bad_sizes(size: int) -> None:
         CandidateBank(size)
 
 
+@pytest.mark.parametrize("columns", [4, 9])
+def test_weights_by_anchor_have_nobody_to_weigh_the_bank(columns: int) -> None:
+    """Whatever their width: a message that asked for another would send its reader round."""
+    points = make_case("gaussian", 4, 3)
+    criterion = PerceptionCoherenceLoss(bank=CandidateBank(5))
+    message = rf"^candidate_weights: expected shape \[n\].*a bank.*got \(4, {columns}\)"
+    for call in (criterion, criterion.diagnose):
+        with pytest.raises(ValueError, match=message):
+            call(points, points, candidate_weights=torch.ones(4, columns).double())
+
+
 def test_a_bank_makes_one_point_enough() -> None:
     criterion = PerceptionCoherenceLoss(bank=CandidateBank(8))
     criterion(*batch(0))

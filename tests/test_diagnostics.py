@@ -212,6 +212,41 @@ def test_errors() -> None:
         loss.diagnose(student, teacher, candidate_weights=torch.zeros(N))
     with pytest.raises(ValueError, match=r"^teacher: expected as many rows"):
         loss.diagnose(student, teacher[1:])
+    with pytest.raises(ValueError, match=r"^candidate_weights: expected an anchor with 2 or more"):
+        loss.diagnose(student[:2], teacher[:2])
+    for name in ("student", "teacher", "student_candidates", "teacher_candidates"):
+        points = {"student": student, "teacher": teacher}
+        points |= {"student_candidates": student, "teacher_candidates": teacher}
+        points[name] = points[name].clone()
+        points[name][4] = torch.nan
+        message = rf"^{name}: expected finite features; got NaN or inf in 1 of {N} rows, row 4"
+        with pytest.raises(ValueError, match=message):
+            loss.diagnose(**points)
+    inner = PerceptionCoherenceLoss(metric=lambda a, b: -(a @ b.T))
+    with pytest.raises(ValueError, match=r"^metric: expected distances of at least 0 with scale"):
+        inner.diagnose(student, teacher)
+
+
+def test_metrics_that_no_check_refuses() -> None:
+    """Without a scale any; with one, what rounding leaves of 1 - cos of a point to itself."""
+    student, teacher = batch()
+    directions = torch.nn.functional.normalize
+
+    def cosine(a: Tensor, b: Tensor) -> Tensor:
+        return 1 - directions(a) @ directions(b).T - 1e-9  # below 0 on every machine
+
+    PerceptionCoherenceLoss(metric=lambda a, b: -(a @ b.T), scale="none").diagnose(student, teacher)
+    PerceptionCoherenceLoss(metric=cosine).diagnose(student, teacher)
+
+
+def test_ties_say_who_has_collapsed() -> None:
+    student, teacher = batch()
+    loss = PerceptionCoherenceLoss()
+    found = loss.diagnose(torch.ones_like(student), teacher)
+    assert (found.student_ties, found.teacher_ties) == (1, 0)
+    assert "tied pairs             student 100.0%, teacher 0.0%" in str(found)
+    found = loss.diagnose(student, torch.ones_like(teacher))
+    assert (found.student_ties, found.teacher_ties) == (0, 1)
 
 
 @pytest.mark.parametrize("temperature", [1e-7, 1e-9])

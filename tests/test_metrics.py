@@ -130,3 +130,14 @@ def test_a_teacher_keeps_its_digits_beside_a_metric_of_fewer() -> None:
     rows = torch.cdist(x, x).double(), metrics.ordered_distances(y, y, "euclidean", "")
     expected = ops.rank_agreement(*rows, torch.arange(40), 10).mean(0)
     assert torch.equal(torch.stack(found[1:]), expected)
+
+
+def test_means_print_a_line_each() -> None:
+    points = make_case("gaussian", 9, 3)
+    assert str(coherence(points, points)).splitlines() == [
+        "concordance  1.0000",
+        "kendall      1.0000",
+        "spearman     1.0000",
+        "overlap      1.0000",
+    ]
+    assert str(coherence(points, points, reduction="none")).startswith("Coherence(concordance=")

@@ -44,11 +44,11 @@ def test_many_points_are_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert density(points, points, metric="cosine").shape == (plots.CELLS, plots.CELLS)
 
 
-def test_a_panel_for_each_student_says_its_coherence() -> None:
+def test_a_panel_for_each_student_says_its_correlation() -> None:
     points = make_case("gaussian", 30, 3)
     figure = plots.rank_agreement({"a": points, "b": -points}, points)
     titles = [axes.get_title() for axes in figure.axes[:2]]
-    assert titles == ["a: coherence 1.000", "b: coherence 1.000"]
+    assert titles == ["a: Spearman 1.000", "b: Spearman 1.000"]
     assert plots.rank_agreement(points, points).axes[0].get_title().startswith("student")
 
 

@@ -283,7 +283,7 @@ def test_a_temperature_may_be_set() -> None:
 def test_other_options_stay(name: str) -> None:
     """Assigning them would otherwise do nothing, silently."""
     criterion = PerceptionCoherenceLoss(metric=torch.nn.PairwiseDistance())
-    with pytest.raises(AttributeError, match=rf"^{name}: expected to stay as the loss was made"):
+    with pytest.raises(AttributeError, match=rf"^{name}: expected .* as the loss was made"):
         setattr(criterion, name, "none")
 
 
@@ -299,5 +299,5 @@ def test_a_metric_may_be_wrapped_in_place() -> None:
     assert dict(criterion.named_children()) == {"metric": wrapped}
     expected = perception_coherence_loss(X, Y, metric=wrapped, temperature=0.3)
     assert torch.equal(criterion(X, Y), expected)
-    with pytest.raises(AttributeError, match=r"^metric: expected to stay"):
+    with pytest.raises(AttributeError, match=r"^metric: expected Halved.*, as the loss was made"):
         criterion.metric = "cosine"
