@@ -1,7 +1,9 @@
-"""Matrix products of the GPU backends, in full float32 whatever torch's switch for TF32 says.
+"""Matrix products of the GPU backends, as exact as float32 whatever torch's switch for TF32 says.
 
 TF32 keeps 10 bits of a feature: it would move 14 % of a teacher's hard ranks (n = 2,048,
 d = 512). Scripts switch it on for their networks' layers, where that does no harm.
+
+SPLIT, None by default, has them computed on tensor cores, of parts: see splits.py.
 """
 
 from __future__ import annotations
@@ -15,19 +17,32 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from . import splits
+
 T = TypeVar("T")
+
+SPLIT: splits.Split | None = None
+"""Of float32 products; None: they are not split. A card has to say what is faster, and as exact."""
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Write a b into out; a [m, k], b [k, n], out [m, n], all of one dtype."""
     with full_float32():
-        torch.mm(a, b, out=out)
+        if SPLIT is not None and out.dtype == torch.float32:
+            splits.multiply(SPLIT, a, b, out)
+        else:
+            torch.mm(a, b, out=out)
 
 
 def subtract_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Subtract a b from out; a [m, k], b [k, n], out [m, n], all of one dtype."""
     with full_float32():
-        out.addmm_(a, b, alpha=-1)
+        if SPLIT is not None and out.dtype == torch.float32:
+            product = torch.empty_like(out)
+            splits.multiply(SPLIT, a, b, product)
+            out -= product
+        else:
+            out.addmm_(a, b, alpha=-1)
 
 
 @contextlib.contextmanager
