@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,21 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from benchmarks import measure
-from benchmarks.gpu import check, device, figures, groups, journal, modules, pack, picture, plan
+from benchmarks.gpu import (
+    check,
+    choices,
+    device,
+    figures,
+    groups,
+    journal,
+    modules,
+    pack,
+    picture,
+    plan,
+)
 from benchmarks.gpu import summary as summaries
 from pcoherence import library
+from pcoherence.backends import clouds, pipeline, products
 
 ROOT = Path(__file__).parent.parent
 
@@ -414,6 +426,55 @@ def test_bars_are_of_figures_that_are_measured(monkeypatch: pytest.MonkeyPatch) 
     errors = {name for name in wanted if "error of" in name}
     assert wanted - errors <= names
     assert errors == {f"float32: error of the {what}" for what in ("loss", "gradient")}
+
+
+def test_the_rule_takes_what_is_quicker_and_as_exact() -> None:
+    default = choices.Measured(*choices.DEFAULT, 1.0, 1.0, 1.0)
+    quick = choices.Measured("float16 parts", "10 MiB", 0.5, 1.2, 1.1)
+    assert choices.chosen([default, quick]) == ("float16 parts", "10 MiB")
+    assert choices.chosen([default, quick._replace(gradient_error=1.3)]) == choices.DEFAULT
+    assert choices.chosen([default, quick._replace(loss_error=float("nan"))]) == choices.DEFAULT
+    assert choices.chosen([default, quick._replace(time=0.96)]) == choices.DEFAULT
+    quicker = choices.Measured("bfloat16 parts", "at once", 0.4, 1.0, 1.0)
+    assert choices.chosen([default, quick, quicker]) == ("bfloat16 parts", "at once")
+
+
+def test_every_way_is_measured_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = lambda: (products.SPLIT, pipeline.BLOCK_BYTES, clouds.SYMMETRIC_BYTES)  # noqa: E731
+    before, replayed = used(), []
+    monkeypatch.setattr(choices, "ROWS", {"at once": None, "few": 7})
+
+    def replays() -> Callable[[], None]:
+        replayed.append(used())
+        return lambda: None
+
+    found = list(
+        choices.compare(
+            replays,
+            lambda: (2.0 if products.SPLIT is None else 3.0, 1.0),
+            lambda *calls, repeats: [[1.0], [0.5]],
+            1,
+        )
+    )
+    assert used() == before
+    assert [(way.products, way.rows) for way in found] == choices.ways()
+    assert found[0][:2] == choices.DEFAULT
+    assert all(way.time == 0.5 for way in found)
+    assert {way.loss_error for way in found if way.products == "float32"} == {1.0}
+    assert {way.loss_error for way in found if way.products != "float32"} == {1.5}
+    ways = {(choices.PRODUCTS[product], rows) for product, rows in choices.ways()}
+    assert {(split, "few" if size == 7 else "at once") for split, size, _ in replayed} == ways
+    assert all(symmetric == 0 for _, size, symmetric in replayed if size == 7)
+
+
+def test_choices_are_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "step", lambda *_: lambda: None)
+    monkeypatch.setattr(figures, "errors", lambda *_: (1e-6, 1e-5))
+    monkeypatch.setattr(device, "captured", lambda call: (call, None))
+    monkeypatch.setattr(figures, "milliseconds", lambda *calls, repeats: [[2.0], [1.0]])
+    names = [event["figure"] for event in figures.by_choice("cuda", 64, 8)]
+    assert len(names) == 3 * len(choices.ways()) + 1
+    assert names[-1].endswith("choice: float32, at once")
 
 
 def test_a_figure_that_fails_is_an_event() -> None:

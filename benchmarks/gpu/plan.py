@@ -45,12 +45,13 @@ FIRST = (
 """Seconds 0 to 25 of 170, to 85, to 114, to 141, and the rest; a stage that is done ends early."""
 
 EVERYTHING = (
-    Stage(("compile", "rows", "tests"), 0.42),
-    Stage(("speed cuda",), 0.52),
-    Stage(("speed triton",), 0.62),
-    Stage(("large",), 0.68),
-    Stage(("compiled",), 0.8),
-    Stage(("picture",), 0.82),
+    Stage(("compile", "rows", "tests"), 0.4),
+    Stage(("speed cuda",), 0.49),
+    Stage(("choices",), 0.58),
+    Stage(("speed triton",), 0.67),
+    Stage(("large",), 0.72),
+    Stage(("compiled",), 0.82),
+    Stage(("picture",), 0.84),
     Stage(("memcheck", "racecheck"), 1.0),
 )
 
@@ -77,6 +78,7 @@ class Plan:
             "tests": self._tests,
             "speed cuda": lambda: [self._figures("cuda", "speed", "accuracy")],
             "speed triton": lambda: [self._figures("triton", "speed", "accuracy")],
+            "choices": lambda: [self._figures("cuda", "choices")],
             "large": lambda: [self._figures(name, "large") for name in ("cuda", "triton")],
             "compiled": lambda: [self._figures("cuda", "compiled")],
             "picture": self._picture,
