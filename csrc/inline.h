@@ -3,7 +3,7 @@
 
 #if defined(__CUDACC__)
 #define PCOH_INLINE __host__ __device__ __forceinline__
-#define PCOH_DEVICE __device__
+#define PCOH_DEVICE __device__ inline
 // A function of its own: what several kernels need, or a path that is rarely taken, is compiled once.
 #define PCOH_APART __device__ __noinline__
 #define PCOH_UNROLL _Pragma("unroll")

@@ -1,4 +1,4 @@
-// Every kernel, of float32 and float64: to be included where launch() is defined.
+// Every kernel of a type: to be instantiated where launch() is defined.
 #pragma once
 
 #include "launch.h"
@@ -20,12 +20,3 @@
   PCOH_STREAM(FirstTask<T>)                                                 \
   PCOH_STREAM(SymmetriseTask<T>)                                            \
   PCOH_STREAM(SmallGradientTask<T>)
-
-namespace pcoherence::cuda {
-PCOH_INSTANTIATE(float)
-PCOH_INSTANTIATE(double)
-}  // namespace pcoherence::cuda
-
-#undef PCOH_ROWS
-#undef PCOH_STREAM
-#undef PCOH_INSTANTIATE
