@@ -41,7 +41,7 @@ def check_prepared(
 ) -> None:
     """Equal but for the rounding of the centre and of directions; identical points exactly."""
     traits = points.TRAITS[metric]
-    found = kernels.prepare(anchors, candidates, traits)
+    (found,) = kernels.prepare([points.Network(anchors, candidates, traits)])
     expected = plain_points.prepare(anchors, candidates, traits)
     assert torch.equal(found.scale, expected.scale)
     assert torch.equal(found.first, expected.first)
@@ -77,7 +77,7 @@ def check_near_pairs(kernels: RowKernels, n: int, width: int, device: str) -> No
     anchors = make_case("gaussian", 34, width, seed=2).to(device)
     anchors[[0, 1, 33]] = candidates[[1, n // 2, 3]] + 1e-9
     traits = points.TRAITS["euclidean"]
-    own, others, first, _ = kernels.prepare(anchors, candidates, traits)
+    ((own, others, first, _),) = kernels.prepare([points.Network(anchors, candidates, traits)])
     out = anchors.new_empty(34, n)
     products = own.prepared @ others.prepared.t()
     products[:, n - 1] = torch.nan  # that of the first of its kind serves

@@ -413,7 +413,8 @@ def test_many_identical_points_share_the_first(emulate: Emulate) -> None:
     given = make_case("gaussian", 5, 3, dtype=torch.float32)[kinds].to(DEVICE)
     for seed in (0, 1, 2):
         emulate(seed=seed)
-        found = CudaRowKernels().prepare(given, None, points.TRAITS["euclidean"])
+        network = points.Network(given, None, points.TRAITS["euclidean"])
+        (found,) = CudaRowKernels().prepare([network])
         first = torch.tensor([kinds.tolist().index(kind) for kind in kinds.tolist()])
         assert torch.equal(found.first.cpu(), first)
 

@@ -95,8 +95,8 @@ class PlainKernels(CudaRowKernels):
             return lambda *_: None
         return super().__getattribute__(name)
 
-    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: Any) -> Any:
-        return plain_points.prepare(anchors, candidates, traits)
+    def prepare(self, networks: Any) -> Any:
+        return [plain_points.prepare(*network) for network in networks]
 
     def product_distances(self, out: Tensor, products: Tensor, *_: Any) -> None:
         out.copy_(products)

@@ -14,9 +14,9 @@
   PCOH_STREAM(ProductTask<T>)                                               \
   PCOH_STREAM(PullTask<T>)                                                  \
   PCOH_STREAM(ClearTask<T>)                                                 \
-  PCOH_STREAM(CentreTask<T>)                                                \
-  PCOH_STREAM(PrepareTask<T>)                                               \
-  PCOH_STREAM(IdenticalTask<T>)                                             \
-  PCOH_STREAM(FirstTask<T>)                                                 \
+  PCOH_STREAM(Several<CentreTask<T>>)                                       \
+  PCOH_STREAM(Several<PrepareTask<T>>)                                      \
+  PCOH_STREAM(Several<IdenticalTask<T>>)                                    \
+  PCOH_STREAM(Several<FirstTask<T>>)                                        \
   PCOH_STREAM(SymmetriseTask<T>)                                            \
   PCOH_STREAM(SmallGradientTask<T>)

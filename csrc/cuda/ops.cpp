@@ -97,9 +97,8 @@ STABLE_TORCH_LIBRARY(PCOH_LIBRARY, m) {
       "Tensor tables, Tensor series, Tensor(b!) status) -> ()");
   m.def("row_sums(Tensor matrix, Tensor(a!) sums) -> ()");
   m.def(
-      "prepare(Tensor anchors, Tensor? candidates, bool directions, Tensor(a!) numbers, Tensor(b!) prepared, "
-      "Tensor(c!) norms, Tensor(d!)? scaled, Tensor(e!)? candidate_prepared, Tensor(f!)? candidate_norms, "
-      "Tensor(g!)? candidate_scaled, Tensor(h!) first) -> ()");
+      "prepare(Tensor[] points, int[] directions, Tensor(a!)[] numbers, Tensor(b!)[] prepared, Tensor(c!)[] norms, "
+      "Tensor(d!)[] scaled, Tensor(e!)[] first) -> ()");
   m.def(
       "product_distances(Tensor(a!) out, Tensor products, Tensor anchor_norms, Tensor candidate_norms, "
       "Tensor anchors, Tensor candidates, Tensor first, Tensor(b!) near, int begin, bool same, bool root, "

@@ -57,22 +57,6 @@ PCOH_DEVICE double sums_over_features(G& g, int width, F term) {
   return sum[0];
 }
 
-// What turns a point into its direction. A zero vector has none, stays zero, and gets no gradient.
-struct Length {
-  double length, inverse;
-
-  PCOH_DEVICE explicit Length(double square) : length(square == 0 ? 1 : std::sqrt(square)), inverse(1 / length) {}
-  // 1 / |x| as the gradient sees it.
-  PCOH_DEVICE double shrink(double square) const { return square == 0 ? 0 : inverse; }
-};
-
-// x / length, correctly rounded from the rounded 1 / length (Markstein 1990), in a third of a division's time. Equal
-// directions of different lengths tie as they do in the reference.
-PCOH_DEVICE double quotient(double x, double length, double inverse) {
-  const double q = x * inverse;
-  return std::fma(std::fma(-q, length, x), inverse, q);
-}
-
 // Distances of anchor r into out [n].
 template <class T, class G>
 PCOH_DEVICE void small_distances(G& g, const GivenPoints<T>& points, std::int64_t r, int n, bool order_only, T* out) {
@@ -85,7 +69,7 @@ PCOH_DEVICE void small_distances(G& g, const GivenPoints<T>& points, std::int64_
     const double square =
         sums_over_features(g, width, [=](auto, std::int64_t f) { return double(a[f]) * double(a[f]); });
     anchor = Length(square);
-    if (points.anchor_shrinks != nullptr && g.thread() == 0) points.anchor_shrinks[r] = anchor.shrink(square);
+    if (points.anchor_shrinks != nullptr && g.thread() == 0) points.anchor_shrinks[r] = anchor.inverse;
   }
   for (int first = g.warp() * kTogether; first < n; first += g.warps() * kTogether) {
     const T* c[kTogether];  // the last ones again where there are no more
@@ -102,15 +86,15 @@ PCOH_DEVICE void small_distances(G& g, const GivenPoints<T>& points, std::int64_
       });
       const Length candidate(square);
       if (points.candidate_shrinks != nullptr && r == 0 && finishes)
-        points.candidate_shrinks[first + own] = candidate.shrink(square);
+        points.candidate_shrinks[first + own] = candidate.inverse;
       double lengths[kTogether], inverses[kTogether];
       unrolled<kTogether>([&](auto i) {
         lengths[i] = g.shuffle(candidate.length, i);
         inverses[i] = g.shuffle(candidate.inverse, i);
       });
       d = m.factor * sums_over_features(g, width, [&](auto i, std::int64_t f) {
-            const double difference = quotient(double(a[f]), anchor.length, anchor.inverse) -
-                                      quotient(double(c[i][f]), lengths[i], inverses[i]);
+            const double difference =
+                quotient(double(a[f]), anchor) - quotient(double(c[i][f]), lengths[i], inverses[i]);
             return difference * difference;
           });
     } else {

@@ -1,6 +1,8 @@
 // Which function of a group does a task's piece of work: the only list of kernels, for launcher and emulation alike.
 #pragma once
 
+#include <algorithm>
+
 #include "prepare.h"
 #include "small.h"
 #include "symmetric.h"
@@ -36,7 +38,7 @@ inline constexpr int kPullThreads = 128;    // features of a block
 template <class Task>
 inline constexpr int kMostThreadsOf = kStreamThreads;
 template <class T>
-inline constexpr int kMostThreadsOf<CentreTask<T>> = kCentreThreads;
+inline constexpr int kMostThreadsOf<Several<CentreTask<T>>> = kCentreThreads;
 
 // Blocks that treat `rows`, a warp each.
 constexpr Shape a_warp_each(std::int64_t rows) {
@@ -45,12 +47,12 @@ constexpr Shape a_warp_each(std::int64_t rows) {
 }
 
 template <class T, class G>
-PCOH_DEVICE void work(G& g, const CentreTask<T>& task, std::int64_t, int) {
-  find_centre(g, task);
+PCOH_DEVICE void work(G& g, const CentreTask<T>& task, std::int64_t x, int) {
+  find_centre(g, task, x);
 }
 template <class T>
-Shape shape(const CentreTask<T>&) {
-  return {1, 1, kCentreThreads};
+Shape shape(const CentreTask<T>& task) {
+  return {task.stage == CentreStage::finish ? 1 : kSampleParts, 1, kCentreThreads};
 }
 
 template <class T, class G>
@@ -78,6 +80,18 @@ PCOH_DEVICE void work(G& g, const FirstTask<T>& task, std::int64_t x, int) {
 template <class T>
 Shape shape(const FirstTask<T>& task) {
   return {(task.n + kStreamThreads - 1) / kStreamThreads, 1, kStreamThreads};
+}
+
+template <class Task, class G>
+PCOH_DEVICE void work(G& g, const Several<Task>& tasks, std::int64_t x, int y) {
+  work(g, tasks.of[y], x, 0);
+}
+template <class Task>
+Shape shape(const Several<Task>& tasks) {
+  Shape all = shape(tasks.of[0]);
+  for (int i = 1; i < tasks.count; ++i) all.x = std::max(all.x, shape(tasks.of[i]).x);
+  all.y = tasks.count;
+  return all;
 }
 
 template <class T, class G>

@@ -7,12 +7,13 @@ read back, no shape depends on data. No sum depends on the order in which thread
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from ..spec import LossSpec
-from .points import MetricTraits, Prepared, Side
+from .points import MetricTraits, Network, Prepared, Side
 
 
 class Rows(NamedTuple):
@@ -41,8 +42,8 @@ class RowKernels(Protocol):
     `near` is what the backend wants to remember of the pairs whose gradient leaves the products.
     """
 
-    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits) -> Prepared:
-        """Points for products, see points.py; T [m, d], and [n, d] or the anchors."""
+    def prepare(self, networks: Sequence[Network]) -> list[Prepared]:
+        """Points of one network or two for products, see points.py; all have candidates or none."""
         ...
 
     def product_distances(

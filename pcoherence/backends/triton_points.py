@@ -5,6 +5,7 @@ Grids and buffers only: tensors were checked before, and are what the kernels' d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from triton import cdiv
 
 from ..kernels import distances, points, tuning
-from .points import NEARNESS, SAMPLE, MetricTraits, Prepared, Side, first_identical
+from .points import NEARNESS, SAMPLE, MetricTraits, Network, Prepared, Side, first_identical
 
 
 class NearTiles(NamedTuple):
@@ -50,8 +51,14 @@ class PointKernels:
             num_warps=t.distance_warps,
         )
 
-    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits) -> Prepared:
-        """See RowKernels. Two launches, or three with other candidates; torch sorts the hashes."""
+    def prepare(self, networks: Sequence[Network]) -> list[Prepared]:
+        """See RowKernels."""
+        return [self._prepare(*network) for network in networks]
+
+    def _prepare(
+        self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits
+    ) -> Prepared:
+        """Two launches, or three with other candidates; torch sorts the hashes."""
         everyone = anchors if candidates is None else candidates
         n, width = everyone.shape
         t = tuning.tiles(anchors.dtype, anchors.is_cuda)
