@@ -36,10 +36,13 @@ template <class T, class Task>
 auto prepared_kernel(const Plan& plan) {
   const auto kernel = row_kernel<T, Task>;
   constexpr std::int64_t by_default = 48 << 10;  // more has to be asked for
-  // The most there is, not plan.shared: another thread of the host may be launching rows of another length.
-  if (plan.shared > by_default)
+  if (plan.shared > by_default) {
+    // The most there is, not plan.shared: another thread of the host may be launching rows of another length.
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(current_device().shared_per_block));
+    // Or the driver may leave the cache so much that the second of two blocks does not fit.
+    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   return kernel;
 }
 
