@@ -131,7 +131,7 @@ struct Problem {
     std::vector<std::int64_t> first(n);
     for (int k = 0; k < n; ++k) first[k] = k;
     launch(ProductTask<T>{m, n, width, teacher.data(), student.data(), near.data(), norms.data(), norms.data(),
-                          x.data(), c.data(), first.data(), 0, false, true, T(1)},
+                          x.data(), c.data(), first.data(), 0, false, false, true, T(1)},
            nullptr);
     for (unsigned& word : near) word = 0x10003;
     if (n % 32 != 0)
@@ -162,7 +162,13 @@ struct Problem {
     one(FirstTask<T>{n, found, first.data()});
     launch(ClearTask<T>{m, n, near.data(), gradient.data()}, nullptr);
     std::vector<T> square(n * n, T(1));
-    for (const bool add : {false, true}) launch(SymmetriseTask<T>{n, square.data(), add}, nullptr);
+    launch(TransposeTask<T>{n, square.data()}, nullptr);
+    // All pairs are near.
+    std::vector<T> all(n * n);
+    std::vector<unsigned> marks(n * words);
+    launch(ProductTask<T>{n, n, width, square.data(), all.data(), marks.data(), norms.data(), norms.data(), c.data(),
+                          c.data(), first.data(), 0, true, true, true, T(1)},
+           nullptr);
   }
 };
 

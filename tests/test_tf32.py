@@ -91,7 +91,7 @@ class PlainKernels(CudaRowKernels):
     """Enough of a backend's kernels to go through all products: what they compute is no matter."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("mirror", "add_transpose", "clear_near", "accumulate_differences"):
+        if name in ("add_transpose", "clear_near", "accumulate_differences"):
             return lambda *_: None
         return super().__getattribute__(name)
 

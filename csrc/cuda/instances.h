@@ -18,5 +18,5 @@
   PCOH_STREAM(Several<PrepareTask<T>>)                                      \
   PCOH_STREAM(Several<IdenticalTask<T>>)                                    \
   PCOH_STREAM(Several<FirstTask<T>>)                                        \
-  PCOH_STREAM(SymmetriseTask<T>)                                            \
+  PCOH_STREAM(TransposeTask<T>)                                             \
   PCOH_STREAM(SmallGradientTask<T>)

@@ -73,8 +73,8 @@ void prepare(std::vector<Tensor> points, std::vector<std::int64_t> directions, s
 
 // near: int32 [b, ceil(n / 32)] is written; see ProductTask for the rest.
 void product_distances(Tensor out, Tensor products, Tensor anchor_norms, Tensor candidate_norms, Tensor anchors,
-                       Tensor candidates, Tensor first, Tensor near, std::int64_t begin, bool same, bool root,
-                       double factor) {
+                       Tensor candidates, Tensor first, Tensor near, std::int64_t begin, bool same, bool upper,
+                       bool root, double factor) {
   on_device(out, "out", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
     ProductTask<T> task{};
@@ -91,8 +91,11 @@ void product_distances(Tensor out, Tensor products, Tensor anchor_norms, Tensor 
     task.candidates = like.in<T>(candidates, "candidates", std::int64_t(task.n) * task.width);
     task.first = like.in<std::int64_t>(first, "first", task.n);
     STD_TORCH_CHECK(!same || begin + task.rows <= task.n, "begin: expected anchors that are candidates");
+    STD_TORCH_CHECK(!upper || (same && begin == 0 && task.rows == task.n),
+                    "upper: expected all anchors, which are the candidates");
     task.begin = begin;
     task.same = same;
+    task.upper = upper;
     task.root = root;
     task.factor = static_cast<T>(factor);
     launch(task, stream);
@@ -133,15 +136,12 @@ void clear_near(Tensor v, Tensor near) {
   });
 }
 
-// The upper triangle mirrored, or with `add` the transpose added. matrix: T [n, n].
-void symmetrise(Tensor matrix, bool add) {
+// matrix: T [n, n].
+void add_transpose(Tensor matrix) {
   on_device(matrix, "matrix", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
-    SymmetriseTask<T> task{};
-    task.n = dimension(matrix, 0, "matrix");
-    task.matrix = like.out<T>(matrix, "matrix", task.n * task.n);
-    task.add = add;
-    launch(task, stream);
+    const std::int64_t n = dimension(matrix, 0, "matrix");
+    launch(TransposeTask<T>{n, like.out<T>(matrix, "matrix", n * n)}, stream);
   });
 }
 

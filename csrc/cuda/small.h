@@ -43,9 +43,6 @@ struct SmallGradientTask {
   T* total;               // [1] sum_i c_i L_i
 };
 
-// Candidates that a warp goes through together: their loads wait at the same time, and share those of the anchor.
-inline constexpr int kTogether = 4;
-
 // sum_f term(i, f) for i = 0, ..., kTogether - 1 by one warp: for lane l that of i = l % kTogether. Equal terms have
 // equal sums, whatever i is.
 template <class G, class F>

@@ -103,14 +103,18 @@ Shape shape(const RowSumsTask<T>& task) {
   return {task.rows, 1, kStreamThreads};
 }
 
+template <class T>
+PCOH_DEVICE constexpr std::int64_t groups_across(const ProductTask<T>& task) {
+  return (words_of(task.n) + kTilesOfGroup - 1) / kTilesOfGroup;
+}
 template <class T, class G>
-PCOH_DEVICE void work(G& g, const ProductTask<T>& task, std::int64_t x, int y) {
-  finish_products(g, task, x * kProductRows, std::int64_t(y) * kProductColumns);
+PCOH_DEVICE void work(G& g, const ProductTask<T>& task, std::int64_t x, int) {
+  const std::int64_t across = groups_across(task);
+  finish_products(g, task, x % across, x / across);
 }
 template <class T>
 Shape shape(const ProductTask<T>& task) {
-  return {(task.rows + kProductRows - 1) / kProductRows, (task.n + kProductColumns - 1) / kProductColumns,
-          kStreamThreads};
+  return {groups_across(task) * words_of(task.rows), 1, kTilesOfGroup * kWarp};
 }
 
 template <class T, class G>
@@ -135,11 +139,11 @@ Shape shape(const ClearTask<T>& task) {
 }
 
 template <class T, class G>
-PCOH_DEVICE void work(G& g, const SymmetriseTask<T>& task, std::int64_t x, int y) {
-  symmetrise(g, task, x, y);
+PCOH_DEVICE void work(G& g, const TransposeTask<T>& task, std::int64_t x, int y) {
+  add_transpose(g, task, x, y);
 }
 template <class T>
-Shape shape(const SymmetriseTask<T>& task) {
+Shape shape(const TransposeTask<T>& task) {
   const std::int64_t tiles = tiles_across<T>(task.n);
   return {tiles, static_cast<int>(tiles / 2 + 1), kStreamThreads};
 }

@@ -77,6 +77,7 @@ class CudaRowKernels:
         candidates: Side,
         begin: int,
         same: bool,
+        upper: bool,
         first: Tensor,
         traits: MetricTraits,
         order_only: bool,
@@ -94,6 +95,7 @@ class CudaRowKernels:
             near,
             begin,
             same,
+            upper,
             traits.root and not order_only,
             traits.factor,
         )
@@ -109,13 +111,9 @@ class CudaRowKernels:
         """See RowKernels."""
         torch.ops.pcoherence_cuda.clear_near(v, near)
 
-    def mirror(self, matrix: Tensor) -> None:
-        """See RowKernels."""
-        torch.ops.pcoherence_cuda.symmetrise(matrix, False)
-
     def add_transpose(self, matrix: Tensor) -> None:
         """See RowKernels."""
-        torch.ops.pcoherence_cuda.symmetrise(matrix, True)
+        torch.ops.pcoherence_cuda.add_transpose(matrix)
 
     def row_sums(self, matrix: Tensor) -> Tensor:
         """See RowKernels."""

@@ -54,6 +54,7 @@ class RowKernels(Protocol):
         candidates: Side,
         begin: int,
         same: bool,
+        upper: bool,
         first: Tensor,
         traits: MetricTraits,
         order_only: bool,
@@ -65,6 +66,7 @@ class RowKernels(Protocol):
         itself (`same` and k = first[begin + i]). With `order_only` anything in the same order will
         do, and must not turn different distances into equal ones. out, products T [b, n]; anchors:
         the sides of rows begin .. begin + b; first int64 [n]: the first candidate identical to j.
+        With `upper`, of all anchors, which are the candidates, products_ij are given for i <= j.
         """
         ...
 
@@ -81,10 +83,6 @@ class RowKernels(Protocol):
 
     def clear_near(self, v: Tensor, near: Any) -> None:
         """v_ij = 0 for the pairs of `near`; v T [b, n]."""
-        ...
-
-    def mirror(self, matrix: Tensor) -> None:
-        """matrix_ji = matrix_ij for i < j; matrix T [n, n]."""
         ...
 
     def add_transpose(self, matrix: Tensor) -> None:

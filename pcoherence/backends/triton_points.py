@@ -113,11 +113,14 @@ class PointKernels:
         candidates: Side,
         begin: int,
         same: bool,
+        upper: bool,
         first: Tensor,
         traits: MetricTraits,
         order_only: bool,
     ) -> NearTiles:
         """See RowKernels. Reads and writes the block once: 2 x 32 MiB, 20 us."""
+        if upper:
+            self._symmetrise(products, False)
         b, n = out.shape
         t = tuning.tiles(out.dtype, out.is_cuda)
         grid = cdiv(b, t.near), cdiv(n, t.near)
@@ -192,10 +195,6 @@ class PointKernels:
         distances.symmetrise[across, across // 2 + 1](
             matrix, n, ADD=add, B=t.near, num_warps=t.distance_warps
         )
-
-    def mirror(self, matrix: Tensor) -> None:
-        """See RowKernels."""
-        self._symmetrise(matrix, False)
 
     def add_transpose(self, matrix: Tensor) -> None:
         """See RowKernels."""
