@@ -40,7 +40,13 @@ CPU_LIBRARY, CUDA_LIBRARY = "pcoherence.libpcoherence_cpu", "pcoherence.libpcohe
 ROW_KERNELS = "pcoherence._C"
 BINDINGS = "csrc/cpu/bindings.cpp"
 
-CUDA_SOURCES = ["csrc/tables.cpp", "csrc/cuda/launch.cu", "csrc/cuda/ops.cpp"]
+CUDA_SOURCES = [
+    "csrc/tables.cpp",
+    "csrc/cuda/launch_float.cu",
+    "csrc/cuda/launch_double.cu",
+    "csrc/cuda/device.cpp",
+    "csrc/cuda/ops.cpp",
+]
 CUDA_MACROS = [STABLE_ABI, ("USE_CUDA", None)]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads=4"]
 CAPABILITIES = "8.0;9.0;10.0+PTX"

@@ -131,7 +131,7 @@ struct Problem {
     std::vector<std::int64_t> first(n);
     for (int k = 0; k < n; ++k) first[k] = k;
     launch(ProductTask<T>{m, n, width, teacher.data(), student.data(), near.data(), norms.data(), norms.data(),
-                          x.data(), c.data(), first.data(), 0, false, true, T(1)},
+                          x.data(), c.data(), first.data(), 0, false, false, true, T(1)},
            nullptr);
     for (unsigned& word : near) word = 0x10003;
     if (n % 32 != 0)
@@ -140,23 +140,35 @@ struct Problem {
            nullptr);
     launch(PullTask<T>{n, m, width, c.data(), x.data(), gradient.data(), 1, n, near.data(), true, candidates.data()},
            nullptr);
-    std::vector<double> centre(width), scale(1), memory(kCentreMemory);
+    std::vector<double> centre(width), scale(1), memory(centre_memory(width));
     std::vector<std::uint64_t> hashes(n);
     std::vector<int> table(2 * table_size(n)), slots(n);
     std::vector<T> scaled = c;
     for (int k = 0; k < width; ++k) c[3 * width + k] = c[k];  // identical points
     const Identity found{table.data(), table.data() + table_size(n), slots.data(), table_size(n)};
+    const auto one = [](auto task) {
+      Several<decltype(task)> tasks;
+      tasks.add(task);
+      launch(tasks, nullptr);
+    };
     for (const bool directions : {true, false}) {
-      launch(CentreTask<T>{n, width, directions, c.data(), centre.data(), scale.data(), memory.data()}, nullptr);
-      launch(PrepareTask<T>{n, width, directions, c.data(), centre.data(), scale.data(), candidates.data(),
-                            directions ? nullptr : scaled.data(), norms.data(), hashes.data(), table.data()},
-             nullptr);
+      for (const auto stage : {CentreStage::first_mean, CentreStage::first_distances, CentreStage::mean,
+                               CentreStage::distances, CentreStage::finish})
+        one(CentreTask<T>{stage, n, width, directions, c.data(), centre.data(), scale.data(), memory.data()});
+      one(PrepareTask<T>{n, width, directions, c.data(), centre.data(), scale.data(), candidates.data(),
+                         directions ? nullptr : scaled.data(), norms.data(), hashes.data(), table.data()});
     }
-    launch(IdenticalTask<T>{n, width, scaled.data(), hashes.data(), found}, nullptr);
-    launch(FirstTask<T>{n, found, first.data()}, nullptr);
+    one(IdenticalTask<T>{n, width, scaled.data(), hashes.data(), found});
+    one(FirstTask<T>{n, found, first.data()});
     launch(ClearTask<T>{m, n, near.data(), gradient.data()}, nullptr);
     std::vector<T> square(n * n, T(1));
-    for (const bool add : {false, true}) launch(SymmetriseTask<T>{n, square.data(), add}, nullptr);
+    launch(TransposeTask<T>{n, square.data()}, nullptr);
+    // All pairs are near.
+    std::vector<T> all(n * n);
+    std::vector<unsigned> marks(n * words);
+    launch(ProductTask<T>{n, n, width, square.data(), all.data(), marks.data(), norms.data(), norms.data(), c.data(),
+                          c.data(), first.data(), 0, true, true, true, T(1)},
+           nullptr);
   }
 };
 

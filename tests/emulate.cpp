@@ -1,6 +1,7 @@
-// The launcher on the host: see emulate.h. Built by tests only, together with ops.cpp, in place of launch.cu.
+// The launcher on the host: see emulate.h. Built by tests only, together with ops.cpp, in place of launch_*.cu.
 #include "emulate.h"
 
+#include "../csrc/cuda/instances.h"
 #include "../csrc/cuda/plan.h"
 #include "../csrc/cuda/work.h"
 
@@ -70,9 +71,10 @@ const Device& current_device() {
   return device;
 }
 
-}  // namespace pcoherence::cuda
+PCOH_INSTANTIATE(float)
+PCOH_INSTANTIATE(double)
 
-#include "../csrc/cuda/instances.h"
+}  // namespace pcoherence::cuda
 
 // threads, shared: see Emulation; 0 leaves them to the plan.
 extern "C" void pcoherence_emulate(int threads, long shared, unsigned seed) {

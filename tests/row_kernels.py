@@ -41,7 +41,7 @@ def check_prepared(
 ) -> None:
     """Equal but for the rounding of the centre and of directions; identical points exactly."""
     traits = points.TRAITS[metric]
-    found = kernels.prepare(anchors, candidates, traits)
+    (found,) = kernels.prepare([points.Network(anchors, candidates, traits)])
     expected = plain_points.prepare(anchors, candidates, traits)
     assert torch.equal(found.scale, expected.scale)
     assert torch.equal(found.first, expected.first)
@@ -77,11 +77,13 @@ def check_near_pairs(kernels: RowKernels, n: int, width: int, device: str) -> No
     anchors = make_case("gaussian", 34, width, seed=2).to(device)
     anchors[[0, 1, 33]] = candidates[[1, n // 2, 3]] + 1e-9
     traits = points.TRAITS["euclidean"]
-    own, others, first, _ = kernels.prepare(anchors, candidates, traits)
+    ((own, others, first, _),) = kernels.prepare([points.Network(anchors, candidates, traits)])
     out = anchors.new_empty(34, n)
     products = own.prepared @ others.prepared.t()
     products[:, n - 1] = torch.nan  # that of the first of its kind serves
-    near = kernels.product_distances(out, products, own, others, 0, False, first, traits, False)
+    near = kernels.product_distances(
+        out, products, own, others, 0, False, False, first, traits, False
+    )
     exact = (own.rows[:, None] - others.rows[None]).norm(dim=2)
     torch.testing.assert_close(out, exact, rtol=1e-12, atol=0)
     assert torch.equal(out[:, n - 1], out[:, 5])
@@ -105,11 +107,40 @@ def check_near_pairs(kernels: RowKernels, n: int, width: int, device: str) -> No
         torch.testing.assert_close(found - 1, whole, rtol=1e-11, atol=1e-11)
 
 
-def check_symmetrised(kernels: RowKernels, given: Tensor) -> None:
-    """The upper triangle of [n, n] mirrored, and the transpose added, to the last bit."""
-    found = given.clone()
-    kernels.mirror(found)
-    assert torch.equal(found, given.triu() + given.triu(1).t())
+def check_upper(kernels: RowKernels, n: int, width: int, device: str) -> None:
+    """Distances [n, n] from products above the diagonal are those from all; some pairs are near.
+
+    Some of them are of points that are there twice.
+    """
+    points_ = make_case("gaussian", n, width)
+    points_[1::3] = points_[:-1:3] + 1e-9
+    points_[n - 2] = points_[0]
+    points_[n - 1] = points_[1]
+    for metric in ("euclidean", "cosine"):
+        traits = points.TRAITS[metric]
+        network = points.Network(points_.to(device), None, traits)
+        ((own, _, first, _),) = kernels.prepare([network])
+        products = own.prepared @ own.prepared.t()
+        found = []
+        for upper in (False, True):
+            given = products.clone()
+            if upper:
+                given[torch.ones_like(given, dtype=torch.bool).tril(-1)] = torch.nan
+            out, v = (torch.full_like(given, fill) for fill in (torch.nan, 1.0))
+            how = 0, True, upper, first, traits, False
+            near = kernels.product_distances(out, given, own, own, *how)
+            kernels.clear_near(v, near)
+            found.append((out, v))
+        (whole, kept), (out, rest) = found
+        torch.testing.assert_close(out, whole, rtol=1e-12, atol=1e-15)
+        assert torch.equal(out, out.t())
+        assert torch.equal(rest, kept)
+        assert (rest == 0).sum() > n / 4
+        assert torch.equal(out[:, n - 1], out[:, 1])
+
+
+def check_transpose_added(kernels: RowKernels, given: Tensor) -> None:
+    """To [n, n], to the last bit."""
     found = given.clone()
     kernels.add_transpose(found)
     assert torch.equal(found, given + given.t())

@@ -20,7 +20,8 @@ from row_kernels import (
     check_near_pairs,
     check_prepared,
     check_sample_of_one,
-    check_symmetrised,
+    check_transpose_added,
+    check_upper,
     points_with,
 )
 from soft_rank_cases import MASKS, check_masked
@@ -366,11 +367,17 @@ def test_equal_directions_tie(dtype: torch.dtype, emulate: Emulate) -> None:
     check(from_features, student, teacher, metric="euclidean", teacher_metric="cosine")
 
 
+@pytest.mark.parametrize(("n", "width"), [(13, 2), (70, 8), (100, 3), (300, 5)])
+def test_products_above_the_diagonal(n: int, width: int, emulate: Emulate) -> None:
+    emulate(seed=15)
+    check_upper(CudaRowKernels(), n, width, DEVICE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 16, 31, 33, 64, 100])
-def test_mirror_and_add_transpose(n: int, dtype: torch.dtype, emulate: Emulate) -> None:
+def test_add_transpose(n: int, dtype: torch.dtype, emulate: Emulate) -> None:
     emulate(seed=10)
-    check_symmetrised(CudaRowKernels(), make_case("gaussian", n, n, dtype=dtype).to(DEVICE))
+    check_transpose_added(CudaRowKernels(), make_case("gaussian", n, n, dtype=dtype).to(DEVICE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -413,7 +420,8 @@ def test_many_identical_points_share_the_first(emulate: Emulate) -> None:
     given = make_case("gaussian", 5, 3, dtype=torch.float32)[kinds].to(DEVICE)
     for seed in (0, 1, 2):
         emulate(seed=seed)
-        found = CudaRowKernels().prepare(given, None, points.TRAITS["euclidean"])
+        network = points.Network(given, None, points.TRAITS["euclidean"])
+        (found,) = CudaRowKernels().prepare([network])
         first = torch.tensor([kinds.tolist().index(kind) for kind in kinds.tolist()])
         assert torch.equal(found.first.cpu(), first)
 

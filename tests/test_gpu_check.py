@@ -588,7 +588,7 @@ def test_a_broken_pack_is_not_the_end(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_pack_is_built_as_setup_builds() -> None:
     setup = pack.recipe()
     there = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.c*")}
-    assert {"csrc/cuda/launch.cu", *setup.CUDA_SOURCES} <= there
+    assert {"csrc/cuda/launch_float.cu", *setup.CUDA_SOURCES} <= there
     assert {"csrc/cpu/ops.cpp", *setup.cpu_sources()} <= there
     assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in setup.defines(setup.CUDA_MACROS)
     assert "-DUSE_CUDA" in setup.defines(setup.CUDA_MACROS)

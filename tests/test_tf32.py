@@ -91,12 +91,12 @@ class PlainKernels(CudaRowKernels):
     """Enough of a backend's kernels to go through all products: what they compute is no matter."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("mirror", "add_transpose", "clear_near", "accumulate_differences"):
+        if name in ("add_transpose", "clear_near", "accumulate_differences"):
             return lambda *_: None
         return super().__getattribute__(name)
 
-    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: Any) -> Any:
-        return plain_points.prepare(anchors, candidates, traits)
+    def prepare(self, networks: Any) -> Any:
+        return [plain_points.prepare(*network) for network in networks]
 
     def product_distances(self, out: Tensor, products: Tensor, *_: Any) -> None:
         out.copy_(products)

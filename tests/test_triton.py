@@ -24,7 +24,8 @@ from row_kernels import (
     check_near_pairs,
     check_prepared,
     check_sample_of_one,
-    check_symmetrised,
+    check_transpose_added,
+    check_upper,
     points_with,
 )
 from soft_rank_cases import MASKS, check_masked
@@ -217,9 +218,14 @@ def test_near_pairs(n: int, width: int) -> None:
     check_near_pairs(row_kernels(), n, width, DEVICE)
 
 
+@pytest.mark.parametrize(("n", "width"), [(13, 2), (70, 8)])
+def test_products_above_the_diagonal(n: int, width: int) -> None:
+    check_upper(row_kernels(), n, width, DEVICE)
+
+
 @pytest.mark.parametrize(("n", "dtype"), covering((1, 2, 32, 65, 100), DTYPES))
-def test_mirror_and_add_transpose(n: int, dtype: torch.dtype) -> None:
-    check_symmetrised(row_kernels(), make_case("gaussian", n, n, dtype=dtype).to(DEVICE))
+def test_add_transpose(n: int, dtype: torch.dtype) -> None:
+    check_transpose_added(row_kernels(), make_case("gaussian", n, n, dtype=dtype).to(DEVICE))
 
 
 @pytest.mark.parametrize(

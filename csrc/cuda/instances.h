@@ -1,4 +1,4 @@
-// Every kernel, of float32 and float64: to be included where launch() is defined.
+// Every kernel of a type: to be instantiated where launch() is defined.
 #pragma once
 
 #include "launch.h"
@@ -14,18 +14,9 @@
   PCOH_STREAM(ProductTask<T>)                                               \
   PCOH_STREAM(PullTask<T>)                                                  \
   PCOH_STREAM(ClearTask<T>)                                                 \
-  PCOH_STREAM(CentreTask<T>)                                                \
-  PCOH_STREAM(PrepareTask<T>)                                               \
-  PCOH_STREAM(IdenticalTask<T>)                                             \
-  PCOH_STREAM(FirstTask<T>)                                                 \
-  PCOH_STREAM(SymmetriseTask<T>)                                            \
+  PCOH_STREAM(Several<CentreTask<T>>)                                       \
+  PCOH_STREAM(Several<PrepareTask<T>>)                                      \
+  PCOH_STREAM(Several<IdenticalTask<T>>)                                    \
+  PCOH_STREAM(Several<FirstTask<T>>)                                        \
+  PCOH_STREAM(TransposeTask<T>)                                             \
   PCOH_STREAM(SmallGradientTask<T>)
-
-namespace pcoherence::cuda {
-PCOH_INSTANTIATE(float)
-PCOH_INSTANTIATE(double)
-}  // namespace pcoherence::cuda
-
-#undef PCOH_ROWS
-#undef PCOH_STREAM
-#undef PCOH_INSTANTIATE

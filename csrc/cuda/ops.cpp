@@ -97,18 +97,17 @@ STABLE_TORCH_LIBRARY(PCOH_LIBRARY, m) {
       "Tensor tables, Tensor series, Tensor(b!) status) -> ()");
   m.def("row_sums(Tensor matrix, Tensor(a!) sums) -> ()");
   m.def(
-      "prepare(Tensor anchors, Tensor? candidates, bool directions, Tensor(a!) numbers, Tensor(b!) prepared, "
-      "Tensor(c!) norms, Tensor(d!)? scaled, Tensor(e!)? candidate_prepared, Tensor(f!)? candidate_norms, "
-      "Tensor(g!)? candidate_scaled, Tensor(h!) first) -> ()");
+      "prepare(Tensor[] points, int[] directions, Tensor(a!)[] numbers, Tensor(b!)[] prepared, Tensor(c!)[] norms, "
+      "Tensor(d!)[] scaled, Tensor(e!)[] first) -> ()");
   m.def(
       "product_distances(Tensor(a!) out, Tensor products, Tensor anchor_norms, Tensor candidate_norms, "
-      "Tensor anchors, Tensor candidates, Tensor first, Tensor(b!) near, int begin, bool same, bool root, "
+      "Tensor anchors, Tensor candidates, Tensor first, Tensor(b!) near, int begin, bool same, bool upper, bool root, "
       "float factor) -> ()");
   m.def(
       "accumulate_differences(Tensor(a!) out, Tensor points, Tensor others, Tensor v, Tensor near, bool transposed) "
       "-> ()");
   m.def("clear_near(Tensor(a!) v, Tensor near) -> ()");
-  m.def("symmetrise(Tensor(a!) matrix, bool add) -> ()");
+  m.def("add_transpose(Tensor(a!) matrix) -> ()");
   m.def("tables(Tensor like) -> Tensor");
   m.def("series(Tensor like) -> Tensor");
   m.def("resources(Tensor like, str kernel, int rows, int n, str method) -> Tensor");
@@ -124,7 +123,7 @@ STABLE_TORCH_LIBRARY_IMPL(PCOH_LIBRARY, PCOH_DISPATCH_KEY, m) {
   m.impl("product_distances", PCOH_BOX(&pcoherence::cuda::operators::product_distances));
   m.impl("accumulate_differences", PCOH_BOX(&pcoherence::cuda::operators::accumulate_differences));
   m.impl("clear_near", PCOH_BOX(&pcoherence::cuda::operators::clear_near));
-  m.impl("symmetrise", PCOH_BOX(&pcoherence::cuda::operators::symmetrise));
+  m.impl("add_transpose", PCOH_BOX(&pcoherence::cuda::operators::add_transpose));
   m.impl("tables", PCOH_BOX(&pcoherence::cuda::operators::tables));
   m.impl("series", PCOH_BOX(&pcoherence::cuda::operators::series_of));
   m.impl("resources", PCOH_BOX(&pcoherence::cuda::operators::resources_of));

@@ -23,8 +23,11 @@ inline constexpr std::int64_t kGridReserve = 40 << 10;
 inline constexpr int kMostBins = 256;
 // An explicit grid goes up to kMaxBins, with memory for it in global memory, by as few blocks as keep to this.
 inline constexpr std::int64_t kExplicitGridBytes = std::int64_t(512) << 20;
-// The hardware keeps this much of a multiprocessor's shared memory for each block.
+// The hardware keeps this much of a multiprocessor's shared memory for each block, ...
 inline constexpr std::int64_t kSystemShared = 1024;
+// ... and two blocks leave this: of 228 KiB they would otherwise take the last byte, and where anything else took one,
+// the second would wait for the first. Rows of up to 8,700 fit with it, instead of 8,828.
+inline constexpr std::int64_t kSharedMargin = 1024;
 
 template <class T, class G>
 Plan plan_for(const Device& device, std::int64_t rows, std::int64_t n, Method method) {
@@ -34,7 +37,7 @@ Plan plan_for(const Device& device, std::int64_t rows, std::int64_t n, Method me
   const std::int64_t row = row_bytes<T>(n);
   const std::int64_t wanted = kScratchBytes + kAnchorRows * row + kGridReserve;
   // Two blocks share a multiprocessor as long as the student's values and ranks stay in shared memory.
-  const std::int64_t half = device.shared_per_multiprocessor / 2 - kSystemShared;
+  const std::int64_t half = device.shared_per_multiprocessor / 2 - kSystemShared - kSharedMargin;
   const bool halves = kMaxHalf<T> > 0 && kScratchBytes + kStudentRows * row + kGridReserve <= half;
   // As many as there are elements: of a short row everything is a wait that other warps can fill.
   const std::int64_t most_threads = halves ? kMaxHalf<T> : kMaxThreads<T>;

@@ -1,6 +1,8 @@
 // Operators on points: their preparation, distances and gradients.
 #pragma once
 
+#include <vector>
+
 #include "checks.h"
 
 namespace pcoherence::cuda {
@@ -8,64 +10,71 @@ namespace pcoherence::cuda {
 namespace operators {
 namespace {
 
-// One network's points made ready for products, as pcoherence/backends/points.py says. numbers: float64 [1 + d], the
-// scale and the centre. anchors T [m, d]; prepared, scaled T [m, d], norms float64 [m]; scaled is null for directions,
-// whose prepared points serve. Candidates likewise, or none where they are the anchors. first: int64 [n].
-void prepare(Tensor anchors, OptionalTensor candidates, bool directions, Tensor numbers, Tensor prepared, Tensor norms,
-             OptionalTensor scaled, OptionalTensor candidate_prepared, OptionalTensor candidate_norms,
-             OptionalTensor candidate_scaled, Tensor first) {
-  on_device(anchors, "anchors", [&](auto zero, const Like& like, Stream stream) {
+// Points of up to two networks made ready for products, as pcoherence/backends/points.py says. Of every network i:
+// directions[i] (0 or 1), numbers[i] float64 [1 + d], the scale and the centre, and first[i] int64 [n]. Of its anchors,
+// and then of its candidates where those are others: points T [r, d], prepared, scaled T [r, d], norms float64 [r].
+// Directions are not scaled apart: their prepared points serve.
+void prepare(std::vector<Tensor> points, std::vector<std::int64_t> directions, std::vector<Tensor> numbers,
+             std::vector<Tensor> prepared, std::vector<Tensor> norms, std::vector<Tensor> scaled,
+             std::vector<Tensor> first) {
+  const std::size_t networks = directions.size(), sides = points.size();
+  STD_TORCH_CHECK(networks > 0 && sides <= kMostClouds && (sides == networks || sides == 2 * networks),
+                  "points: expected anchors, or anchors and candidates, of one network or two");
+  STD_TORCH_CHECK(numbers.size() == networks && first.size() == networks, "numbers: expected of every network");
+  STD_TORCH_CHECK(prepared.size() == sides && norms.size() == sides && scaled.size() == sides,
+                  "prepared: expected for all points");
+  on_device(points[0], "points", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
-    const bool same = !candidates;
-    STD_TORCH_CHECK(same || (candidate_prepared && candidate_norms && (directions || candidate_scaled)),
-                    "candidate_prepared: expected for candidates that are not the anchors");
-    STD_TORCH_CHECK(directions || scaled, "scaled: expected for points that are not directions");
-    const std::int64_t m = dimension(anchors, 0, "anchors"), n = same ? m : dimension(*candidates, 0, "candidates");
-    const std::int64_t width = dimension(anchors, 1, "anchors"), size = table_size(n);
-    STD_TORCH_CHECK(n > 0, "candidates: expected at least one");
-    const T* from = same ? like.in<T>(anchors, "anchors", m * width) : like.in<T>(*candidates, "candidates", n * width);
-    double* given = like.out<double>(numbers, "numbers", 1 + width);
+    Several<CentreTask<T>> centres;
+    Several<PrepareTask<T>> sides_task;
+    Several<IdenticalTask<T>> identical;
+    Several<FirstTask<T>> firsts;
+    std::vector<Tensor> workspaces;  // until all is launched
+    const std::size_t each = sides / networks;
+    for (std::size_t i = 0; i < networks; ++i) {
+      const std::size_t last = i * each + each - 1;  // candidates
+      const std::int64_t n = dimension(points[last], 0, "points"), width = dimension(points[last], 1, "points");
+      STD_TORCH_CHECK(n > 0, "candidates: expected at least one");
+      double* given = like.out<double>(numbers[i], "numbers", 1 + width);
 
-    // Hashes, what the centre needs, the table, slots: in this order, each aligned to what it holds.
-    const std::int64_t doubles = n + kCentreMemory, ints = 2 * size + n;
-    const Tensor workspace = torch::stable::new_empty(anchors, {doubles + (ints + 1) / 2}, ScalarType::Double);
-    auto* hashes = reinterpret_cast<std::uint64_t*>(bytes(workspace));
-    auto* memory = reinterpret_cast<double*>(hashes + n);
-    auto* table = reinterpret_cast<int*>(memory + kCentreMemory);
-    const Identity found{table, table + size, table + 2 * size, size};
+      // Hashes, what the centre needs, the table, slots: in this order, each aligned to what it holds.
+      const std::int64_t size = table_size(n), doubles = n + centre_memory(width), ints = 2 * size + n;
+      workspaces.push_back(torch::stable::new_empty(points[0], {doubles + (ints + 1) / 2}, ScalarType::Double));
+      auto* hashes = reinterpret_cast<std::uint64_t*>(bytes(workspaces.back()));
+      auto* memory = reinterpret_cast<double*>(hashes + n);
+      auto* table = reinterpret_cast<int*>(memory + centre_memory(width));
+      const Identity found{table, table + size, table + 2 * size, size};
 
-    launch(CentreTask<T>{n, static_cast<int>(width), directions, from, given + 1, given, memory}, stream);
-    PrepareTask<T> task{m,
-                        static_cast<int>(width),
-                        directions,
-                        like.in<T>(anchors, "anchors", m * width),
-                        given + 1,
-                        given,
-                        like.out<T>(prepared, "prepared", m * width),
-                        directions ? nullptr : like.out<T>(scaled, "scaled", m * width),
-                        like.out<double>(norms, "norms", m),
-                        same ? hashes : nullptr,
-                        table};
-    launch(task, stream);
-    if (!same) {
-      task.rows = n;
-      task.points = from;
-      task.prepared = like.out<T>(candidate_prepared, "candidate_prepared", n * width);
-      task.scaled = directions ? nullptr : like.out<T>(candidate_scaled, "candidate_scaled", n * width);
-      task.norms = like.out<double>(candidate_norms, "candidate_norms", n);
-      task.hashes = hashes;
-      launch(task, stream);
+      for (std::size_t side = i * each; side <= last; ++side) {
+        const std::int64_t rows = dimension(points[side], 0, "points");
+        sides_task.add({rows, static_cast<int>(width), directions[i] != 0,
+                        like.in<T>(points[side], "points", rows * width), given + 1, given,
+                        like.out<T>(prepared[side], "prepared", rows * width),
+                        directions[i] ? nullptr : like.out<T>(scaled[side], "scaled", rows * width),
+                        like.out<double>(norms[side], "norms", rows), side == last ? hashes : nullptr, table});
+      }
+      const PrepareTask<T>& candidates = sides_task.of[last];
+      centres.add({CentreStage::first_mean, n, candidates.width, candidates.directions, candidates.points, given + 1,
+                   given, memory});
+      identical.add(
+          {n, candidates.width, candidates.directions ? candidates.prepared : candidates.scaled, hashes, found});
+      firsts.add({n, found, like.out<std::int64_t>(first[i], "first", n)});
     }
-    launch(IdenticalTask<T>{n, static_cast<int>(width), directions ? task.prepared : task.scaled, hashes, found},
-           stream);
-    launch(FirstTask<T>{n, found, like.out<std::int64_t>(first, "first", n)}, stream);
+    for (const auto stage : {CentreStage::first_mean, CentreStage::first_distances, CentreStage::mean,
+                             CentreStage::distances, CentreStage::finish}) {
+      for (CentreTask<T>& centre : centres.of) centre.stage = stage;
+      launch(centres, stream);
+    }
+    launch(sides_task, stream);
+    launch(identical, stream);
+    launch(firsts, stream);
   });
 }
 
 // near: int32 [b, ceil(n / 32)] is written; see ProductTask for the rest.
 void product_distances(Tensor out, Tensor products, Tensor anchor_norms, Tensor candidate_norms, Tensor anchors,
-                       Tensor candidates, Tensor first, Tensor near, std::int64_t begin, bool same, bool root,
-                       double factor) {
+                       Tensor candidates, Tensor first, Tensor near, std::int64_t begin, bool same, bool upper,
+                       bool root, double factor) {
   on_device(out, "out", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
     ProductTask<T> task{};
@@ -82,8 +91,11 @@ void product_distances(Tensor out, Tensor products, Tensor anchor_norms, Tensor 
     task.candidates = like.in<T>(candidates, "candidates", std::int64_t(task.n) * task.width);
     task.first = like.in<std::int64_t>(first, "first", task.n);
     STD_TORCH_CHECK(!same || begin + task.rows <= task.n, "begin: expected anchors that are candidates");
+    STD_TORCH_CHECK(!upper || (same && begin == 0 && task.rows == task.n),
+                    "upper: expected all anchors, which are the candidates");
     task.begin = begin;
     task.same = same;
+    task.upper = upper;
     task.root = root;
     task.factor = static_cast<T>(factor);
     launch(task, stream);
@@ -124,15 +136,12 @@ void clear_near(Tensor v, Tensor near) {
   });
 }
 
-// The upper triangle mirrored, or with `add` the transpose added. matrix: T [n, n].
-void symmetrise(Tensor matrix, bool add) {
+// matrix: T [n, n].
+void add_transpose(Tensor matrix) {
   on_device(matrix, "matrix", [&](auto zero, const Like& like, Stream stream) {
     using T = decltype(zero);
-    SymmetriseTask<T> task{};
-    task.n = dimension(matrix, 0, "matrix");
-    task.matrix = like.out<T>(matrix, "matrix", task.n * task.n);
-    task.add = add;
-    launch(task, stream);
+    const std::int64_t n = dimension(matrix, 0, "matrix");
+    launch(TransposeTask<T>{n, like.out<T>(matrix, "matrix", n * n)}, stream);
   });
 }
 

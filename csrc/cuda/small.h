@@ -43,9 +43,6 @@ struct SmallGradientTask {
   T* total;               // [1] sum_i c_i L_i
 };
 
-// Candidates that a warp goes through together: their loads wait at the same time, and share those of the anchor.
-inline constexpr int kTogether = 4;
-
 // sum_f term(i, f) for i = 0, ..., kTogether - 1 by one warp: for lane l that of i = l % kTogether. Equal terms have
 // equal sums, whatever i is.
 template <class G, class F>
@@ -55,22 +52,6 @@ PCOH_DEVICE double sums_over_features(G& g, int width, F term) {
   for (std::int64_t f = g.lane(); f < width; f += kWarp) unrolled<kTogether>([&](auto i) { sum[i] += term(i, f); });
   total_by_lane(g, sum);
   return sum[0];
-}
-
-// What turns a point into its direction. A zero vector has none, stays zero, and gets no gradient.
-struct Length {
-  double length, inverse;
-
-  PCOH_DEVICE explicit Length(double square) : length(square == 0 ? 1 : std::sqrt(square)), inverse(1 / length) {}
-  // 1 / |x| as the gradient sees it.
-  PCOH_DEVICE double shrink(double square) const { return square == 0 ? 0 : inverse; }
-};
-
-// x / length, correctly rounded from the rounded 1 / length (Markstein 1990), in a third of a division's time. Equal
-// directions of different lengths tie as they do in the reference.
-PCOH_DEVICE double quotient(double x, double length, double inverse) {
-  const double q = x * inverse;
-  return std::fma(std::fma(-q, length, x), inverse, q);
 }
 
 // Distances of anchor r into out [n].
@@ -85,7 +66,7 @@ PCOH_DEVICE void small_distances(G& g, const GivenPoints<T>& points, std::int64_
     const double square =
         sums_over_features(g, width, [=](auto, std::int64_t f) { return double(a[f]) * double(a[f]); });
     anchor = Length(square);
-    if (points.anchor_shrinks != nullptr && g.thread() == 0) points.anchor_shrinks[r] = anchor.shrink(square);
+    if (points.anchor_shrinks != nullptr && g.thread() == 0) points.anchor_shrinks[r] = anchor.inverse;
   }
   for (int first = g.warp() * kTogether; first < n; first += g.warps() * kTogether) {
     const T* c[kTogether];  // the last ones again where there are no more
@@ -102,15 +83,15 @@ PCOH_DEVICE void small_distances(G& g, const GivenPoints<T>& points, std::int64_
       });
       const Length candidate(square);
       if (points.candidate_shrinks != nullptr && r == 0 && finishes)
-        points.candidate_shrinks[first + own] = candidate.shrink(square);
+        points.candidate_shrinks[first + own] = candidate.inverse;
       double lengths[kTogether], inverses[kTogether];
       unrolled<kTogether>([&](auto i) {
         lengths[i] = g.shuffle(candidate.length, i);
         inverses[i] = g.shuffle(candidate.inverse, i);
       });
       d = m.factor * sums_over_features(g, width, [&](auto i, std::int64_t f) {
-            const double difference = quotient(double(a[f]), anchor.length, anchor.inverse) -
-                                      quotient(double(c[i][f]), lengths[i], inverses[i]);
+            const double difference =
+                quotient(double(a[f]), anchor) - quotient(double(c[i][f]), lengths[i], inverses[i]);
             return difference * difference;
           });
     } else {

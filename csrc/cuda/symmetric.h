@@ -6,12 +6,11 @@
 
 namespace pcoherence::cuda {
 
-// The upper triangle mirrored; or with `add` the sum of the matrix and its transpose, symmetric to the last bit.
+// The sum of the matrix and its transpose, symmetric to the last bit.
 template <class T>
-struct SymmetriseTask {
+struct TransposeTask {
   std::int64_t n;
   T* matrix;  // [n, n]
-  bool add;
 };
 
 // Edge of a tile: 128 bytes, the line of a cache, and a tile fits into the scratch.
@@ -24,7 +23,7 @@ PCOH_DEVICE constexpr std::int64_t tiles_across(std::int64_t n) {
 
 // Tile (x, x + y modulo tiles) and its mirror image, y <= tiles / 2: every pair once.
 template <class T, class G>
-PCOH_DEVICE void symmetrise(G& g, const SymmetriseTask<T>& task, std::int64_t x, int y) {
+PCOH_DEVICE void add_transpose(G& g, const TransposeTask<T>& task, std::int64_t x, int y) {
   constexpr int edge = kTileEdge<T>;
   static_assert(edge * edge * sizeof(T) <= kScratchBytes);
   const std::int64_t tiles = tiles_across<T>(task.n), other = (x + y) % tiles;
@@ -41,18 +40,12 @@ PCOH_DEVICE void symmetrise(G& g, const SymmetriseTask<T>& task, std::int64_t x,
         f(row, column, at(first_row + row, first_column + column));
     });
   };
-  if (task.add) {
-    each_of(left, top, [&](int row, int column, const T* p) { kept(row, column) = *p; });
-    g.sync();
-    // The thread that has read an element of the tile writes the sum to the same place of the image.
-    each_of(top, left, [&](int row, int column, T* p) { kept(column, row) = *p += kept(column, row); });
-  } else {
-    each_of(top, left, [&](int row, int column, const T* p) { kept(column, row) = *p; });
-  }
+  each_of(left, top, [&](int row, int column, const T* p) { kept(row, column) = *p; });
   g.sync();
-  each_of(left, top, [&](int row, int column, T* p) {
-    if (left + row > top + column) *p = kept(row, column);  // of a tile on the diagonal, half
-  });
+  // The thread that has read an element of the tile writes the sum to the same place of the image.
+  each_of(top, left, [&](int row, int column, T* p) { kept(column, row) = *p += kept(column, row); });
+  g.sync();
+  if (top != left) each_of(left, top, [&](int row, int column, T* p) { *p = kept(row, column); });
 }
 
 }  // namespace pcoherence::cuda

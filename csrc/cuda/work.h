@@ -1,6 +1,8 @@
 // Which function of a group does a task's piece of work: the only list of kernels, for launcher and emulation alike.
 #pragma once
 
+#include <algorithm>
+
 #include "prepare.h"
 #include "small.h"
 #include "symmetric.h"
@@ -36,7 +38,7 @@ inline constexpr int kPullThreads = 128;    // features of a block
 template <class Task>
 inline constexpr int kMostThreadsOf = kStreamThreads;
 template <class T>
-inline constexpr int kMostThreadsOf<CentreTask<T>> = kCentreThreads;
+inline constexpr int kMostThreadsOf<Several<CentreTask<T>>> = kCentreThreads;
 
 // Blocks that treat `rows`, a warp each.
 constexpr Shape a_warp_each(std::int64_t rows) {
@@ -45,12 +47,12 @@ constexpr Shape a_warp_each(std::int64_t rows) {
 }
 
 template <class T, class G>
-PCOH_DEVICE void work(G& g, const CentreTask<T>& task, std::int64_t, int) {
-  find_centre(g, task);
+PCOH_DEVICE void work(G& g, const CentreTask<T>& task, std::int64_t x, int) {
+  find_centre(g, task, x);
 }
 template <class T>
-Shape shape(const CentreTask<T>&) {
-  return {1, 1, kCentreThreads};
+Shape shape(const CentreTask<T>& task) {
+  return {task.stage == CentreStage::finish ? 1 : kSampleParts, 1, kCentreThreads};
 }
 
 template <class T, class G>
@@ -80,6 +82,18 @@ Shape shape(const FirstTask<T>& task) {
   return {(task.n + kStreamThreads - 1) / kStreamThreads, 1, kStreamThreads};
 }
 
+template <class Task, class G>
+PCOH_DEVICE void work(G& g, const Several<Task>& tasks, std::int64_t x, int y) {
+  work(g, tasks.of[y], x, 0);
+}
+template <class Task>
+Shape shape(const Several<Task>& tasks) {
+  Shape all = shape(tasks.of[0]);
+  for (int i = 1; i < tasks.count; ++i) all.x = std::max(all.x, shape(tasks.of[i]).x);
+  all.y = tasks.count;
+  return all;
+}
+
 template <class T, class G>
 PCOH_DEVICE void work(G& g, const RowSumsTask<T>& task, std::int64_t x, int) {
   row_sums(g, task, x);
@@ -89,14 +103,18 @@ Shape shape(const RowSumsTask<T>& task) {
   return {task.rows, 1, kStreamThreads};
 }
 
+template <class T>
+PCOH_DEVICE constexpr std::int64_t groups_across(const ProductTask<T>& task) {
+  return (words_of(task.n) + kTilesOfGroup - 1) / kTilesOfGroup;
+}
 template <class T, class G>
-PCOH_DEVICE void work(G& g, const ProductTask<T>& task, std::int64_t x, int y) {
-  finish_products(g, task, x * kProductRows, std::int64_t(y) * kProductColumns);
+PCOH_DEVICE void work(G& g, const ProductTask<T>& task, std::int64_t x, int) {
+  const std::int64_t across = groups_across(task);
+  finish_products(g, task, x % across, x / across);
 }
 template <class T>
 Shape shape(const ProductTask<T>& task) {
-  return {(task.rows + kProductRows - 1) / kProductRows, (task.n + kProductColumns - 1) / kProductColumns,
-          kStreamThreads};
+  return {groups_across(task) * words_of(task.rows), 1, kTilesOfGroup * kWarp};
 }
 
 template <class T, class G>
@@ -121,11 +139,11 @@ Shape shape(const ClearTask<T>& task) {
 }
 
 template <class T, class G>
-PCOH_DEVICE void work(G& g, const SymmetriseTask<T>& task, std::int64_t x, int y) {
-  symmetrise(g, task, x, y);
+PCOH_DEVICE void work(G& g, const TransposeTask<T>& task, std::int64_t x, int y) {
+  add_transpose(g, task, x, y);
 }
 template <class T>
-Shape shape(const SymmetriseTask<T>& task) {
+Shape shape(const TransposeTask<T>& task) {
   const std::int64_t tiles = tiles_across<T>(task.n);
   return {tiles, static_cast<int>(tiles / 2 + 1), kStreamThreads};
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .gradients import DifferenceGradient, ProductGradient, SymmetricGradient
-from .points import MetricTraits, lengths, power_of_two_below, slabs, wide
+from .points import Network, Prepared, lengths, power_of_two_below, slabs, wide
 from .products import multiply
 from .row_kernels import RowKernels
 
@@ -21,14 +22,14 @@ Symmetry then saves one of the four products and 7/16 of two others: 2.6 of 5.5 
 """
 
 MIRRORED_ROWS = 1024
-"""Rows of a product that are computed at a time from the diagonal on; the rest is mirrored.
+"""Rows of a product that are computed at a time from the diagonal on; distances are mirrored.
 
 With n = 2,048, 8 x 16 tiles of 128 x 128: as many as there are multiprocessors, 132.
 """
 
 MIRRORED_WIDTH = 128
 """Features from which that pays: it saves at most 7/16 of 2 d operations for a pair, 2.2 ps at
-d = 128 and 50 TFLOP/s, and moves 4 bytes, 1.3 ps at 3 TB/s.
+d = 128 and 50 TFLOP/s, and where products are mirrored moves 4 bytes, 1.3 ps at 3 TB/s.
 """
 
 
@@ -36,9 +37,7 @@ class Cloud:
     """One network's points, anchors and candidates, made ready for distances.
 
     Args:
-        anchors: T [m, d].
-        candidates: T [n, d], or None: the anchors themselves.
-        traits: of the metric.
+        network: its points and the traits of its metric.
 
     Attributes:
         symmetric: whether all anchors have to come in one block, since that saves work.
@@ -47,11 +46,11 @@ class Cloud:
     symmetric = False
     _scale: Tensor  # float64, 0-d: a power of two that points are multiplied by
 
-    def __init__(self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits) -> None:
-        self.anchors = anchors
-        self.candidates = anchors if candidates is None else candidates
-        self.same = candidates is None
-        self.traits = traits
+    def __init__(self, network: Network) -> None:
+        self.anchors = network.anchors
+        self.same = network.candidates is None
+        self.candidates = network.anchors if network.candidates is None else network.candidates
+        self.traits = network.traits
 
     @property
     def unit(self) -> Tensor:
@@ -83,16 +82,14 @@ class DifferenceCloud(Cloud):
     For few points, where preparing products costs more than it saves.
     """
 
-    def __init__(
-        self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits, kernels: RowKernels
-    ) -> None:
-        super().__init__(anchors, candidates, traits)
+    def __init__(self, network: Network, kernels: RowKernels) -> None:
+        super().__init__(network)
         self._kernels = kernels
         origin = self.candidates[:1]
         if self.traits.directions:
             # Directions share a large mean where features do: it would cost digits of T.
             first = wide(origin, self.traits)
-            self._scale = torch.ones((), dtype=torch.float64, device=anchors.device)
+            self._scale = torch.ones((), dtype=torch.float64, device=origin.device)
             self._rows = [(wide(x, self.traits) - first).to(x.dtype) for x in self._distinct()]
         else:
             # Squares must neither over- nor underflow.
@@ -120,14 +117,11 @@ class DifferenceCloud(Cloud):
 class ProductCloud(Cloud):
     """Distances and their gradient by matrix products, but of near pairs by differences."""
 
-    def __init__(
-        self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits, kernels: RowKernels
-    ) -> None:
-        super().__init__(anchors, candidates, traits)
+    def __init__(self, network: Network, kernels: RowKernels, prepared: Prepared) -> None:
+        super().__init__(network)
         self._kernels = kernels
-        n = self.candidates.shape[0]
-        self.symmetric = self.same and n * n * anchors.element_size() <= SYMMETRIC_BYTES
-        prepared = kernels.prepare(anchors, candidates, self.traits)
+        n, item_bytes = self.candidates.shape[0], self.candidates.element_size()
+        self.symmetric = self.same and n * n * item_bytes <= SYMMETRIC_BYTES
         self._anchor_side, self._candidate_side, self._first, self._scale = prepared
 
     def distances(self, out: Tensor, products: Tensor, begin: int, order_only: bool) -> Any:
@@ -136,8 +130,9 @@ class ProductCloud(Cloud):
         products [b, n] is overwritten.
         """
         anchors = self._anchor_side.part(begin, begin + out.shape[0])
-        if self.symmetric:
-            self._symmetric_products(products)
+        upper = self.symmetric and self._anchor_side.prepared.shape[1] >= MIRRORED_WIDTH
+        if upper:
+            self._upper_products(products)
         else:
             multiply(anchors.prepared, self._candidate_side.prepared.t(), products)
         return self._kernels.product_distances(
@@ -147,21 +142,19 @@ class ProductCloud(Cloud):
             self._candidate_side,
             begin,
             self.same,
+            upper,
             self._first,
             self.traits,
             order_only,
         )
 
-    def _symmetric_products(self, out: Tensor) -> None:
+    def _upper_products(self, out: Tensor) -> None:
         """X X^T into out T [n, n], in slabs of rows from the diagonal on."""
         x = self._anchor_side.prepared
-        n, width = x.shape
-        rows = MIRRORED_ROWS if width >= MIRRORED_WIDTH else n
-        for begin in range(0, n, rows):
-            end = min(begin + rows, n)
+        n = x.shape[0]
+        for begin in range(0, n, MIRRORED_ROWS):
+            end = min(begin + MIRRORED_ROWS, n)
             multiply(x[begin:end], x[begin:].t(), out[begin:end, begin:])
-        if rows < n:
-            self._kernels.mirror(out)
 
     def gradient(self, anchors: bool, candidates: bool) -> ProductGradient | SymmetricGradient:
         """An empty sum of gradients with respect to these points."""
@@ -169,3 +162,15 @@ class ProductCloud(Cloud):
             return SymmetricGradient(self._kernels, self._anchor_side, wanted=anchors)
         sides = self._anchor_side, None if self.same else self._candidate_side
         return ProductGradient(self._kernels, *sides, anchors=anchors, candidates=candidates)
+
+
+def clouds_of(
+    networks: Sequence[Network], kernels: RowKernels, method: str, n: int
+) -> list[DifferenceCloud] | list[ProductCloud]:
+    """Of all networks at once, whose points are then prepared by the same launches."""
+    if kernels.takes_differences(method, n):
+        return [DifferenceCloud(network, kernels) for network in networks]
+    prepared = kernels.prepare(networks)
+    return [
+        ProductCloud(network, kernels, own) for network, own in zip(networks, prepared, strict=True)
+    ]

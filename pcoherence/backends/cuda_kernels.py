@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..spec import LossSpec
 from .pipeline import Batch, Results
-from .points import TRAITS, MetricTraits, Prepared, Side
+from .points import TRAITS, MetricTraits, Network, Prepared, Side
 from .row_kernels import Rows, Units
 
 
@@ -38,31 +39,35 @@ class CudaRowKernels:
                 "temperatures; use method='scan' or 'auto', or a higher temperature"
             )
 
-    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits) -> Prepared:
-        """See RowKernels: four launches, five with candidates of their own."""
+    def prepare(self, networks: Sequence[Network]) -> list[Prepared]:
+        """See RowKernels: eight launches, however many networks and sides there are."""
 
-        def side(x: Tensor) -> Side:
+        def side(x: Tensor, traits: MetricTraits) -> Side:
             prepared, norms = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float64)
             # Directions are measured by the differences of those that are prepared.
             return Side(prepared, norms, prepared if traits.directions else torch.empty_like(x))
 
-        own = side(anchors)
-        others = own if candidates is None else side(candidates)
-        numbers = anchors.new_empty(1 + anchors.shape[1], dtype=torch.float64)
-        first = anchors.new_empty(others.norms.shape[0], dtype=torch.int64)
-        written = [
-            (s.prepared, s.norms, None if traits.directions else s.rows) for s in (own, others)
-        ]
+        found, given, sides = [], [], []
+        numbers, first = [], []
+        for anchors, candidates, traits in networks:
+            points = [anchors] if candidates is None else [anchors, candidates]
+            own = [side(x, traits) for x in points]
+            numbers.append(anchors.new_empty(1 + anchors.shape[1], dtype=torch.float64))
+            first.append(anchors.new_empty(points[-1].shape[0], dtype=torch.int64))
+            found.append(Prepared(own[0], own[-1], first[-1], numbers[-1][0]))
+            given += points
+            sides += own
+        prepared, norms, rows = map(list, zip(*sides, strict=True))
         torch.ops.pcoherence_cuda.prepare(
-            anchors,
-            candidates,
-            traits.directions,
+            given,
+            [int(network.traits.directions) for network in networks],
             numbers,
-            *written[0],
-            *((None, None, None) if candidates is None else written[1]),
+            prepared,
+            norms,
+            rows,
             first,
         )
-        return Prepared(own, others, first, numbers[0])
+        return found
 
     def product_distances(
         self,
@@ -72,6 +77,7 @@ class CudaRowKernels:
         candidates: Side,
         begin: int,
         same: bool,
+        upper: bool,
         first: Tensor,
         traits: MetricTraits,
         order_only: bool,
@@ -89,6 +95,7 @@ class CudaRowKernels:
             near,
             begin,
             same,
+            upper,
             traits.root and not order_only,
             traits.factor,
         )
@@ -104,13 +111,9 @@ class CudaRowKernels:
         """See RowKernels."""
         torch.ops.pcoherence_cuda.clear_near(v, near)
 
-    def mirror(self, matrix: Tensor) -> None:
-        """See RowKernels."""
-        torch.ops.pcoherence_cuda.symmetrise(matrix, False)
-
     def add_transpose(self, matrix: Tensor) -> None:
         """See RowKernels."""
-        torch.ops.pcoherence_cuda.symmetrise(matrix, True)
+        torch.ops.pcoherence_cuda.add_transpose(matrix)
 
     def row_sums(self, matrix: Tensor) -> Tensor:
         """See RowKernels."""

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..inputs import candidates, rows_of
 from ..spec import LossSpec
-from .clouds import DifferenceCloud, ProductCloud
-from .points import TRAITS, MetricTraits
+from .clouds import clouds_of
+from .points import TRAITS, MetricTraits, Network
 from .row_kernels import RowKernels, Rows, Units
 
 BLOCK_BYTES = 32 << 20
@@ -88,12 +88,17 @@ def from_features(
     """Losses, and gradients of sum_i coefficients_i L_i."""
     like = batch.student
     m, n = like.shape[0], batch.n
-    cloud = DifferenceCloud if kernels.takes_differences(spec.method, n) else ProductCloud
-    student_traits, teacher_traits = (
-        TRAITS[str(metric)] for metric in (spec.metric, spec.resolved_teacher_metric)
+    student, teacher = clouds_of(
+        [
+            Network(batch.student, batch.student_candidates, TRAITS[str(spec.metric)]),
+            Network(
+                batch.teacher, batch.teacher_candidates, TRAITS[str(spec.resolved_teacher_metric)]
+            ),
+        ],
+        kernels,
+        spec.method,
+        n,
     )
-    student = cloud(batch.student, batch.student_candidates, student_traits, kernels)
-    teacher = cloud(batch.teacher, batch.teacher_candidates, teacher_traits, kernels)
     # Without a mean, the temperature is in units of the metric; the points are in others.
     units = Units(student.unit, teacher.unit) if spec.scale == "none" else Units()
     hard = spec.teacher_temperature is None

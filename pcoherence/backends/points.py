@@ -19,7 +19,7 @@ from torch import Tensor
 SAMPLE = 256
 """The centre and spread of a cloud are estimated from at most this many candidates.
 
-Half as many as on the CPU: one multiprocessor goes through them, while the others wait.
+Half as many as on the CPU: a few multiprocessors go through them, while the others wait.
 """
 
 SLAB_ELEMENTS = 1 << 22
@@ -77,8 +77,16 @@ class Side(NamedTuple):
         return Side(*(tensor[begin:end] for tensor in self))
 
 
+class Network(NamedTuple):
+    """One network's points, as they are given."""
+
+    anchors: Tensor  # T [m, d]
+    candidates: Tensor | None  # T [n, d]; None: the anchors themselves
+    traits: MetricTraits
+
+
 class Prepared(NamedTuple):
-    """One network's points."""
+    """One network's points, made ready."""
 
     anchors: Side
     candidates: Side  # the same object where the candidates are the anchors

@@ -7,12 +7,13 @@ read back, no shape depends on data. No sum depends on the order in which thread
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from ..spec import LossSpec
-from .points import MetricTraits, Prepared, Side
+from .points import MetricTraits, Network, Prepared, Side
 
 
 class Rows(NamedTuple):
@@ -41,8 +42,8 @@ class RowKernels(Protocol):
     `near` is what the backend wants to remember of the pairs whose gradient leaves the products.
     """
 
-    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits) -> Prepared:
-        """Points for products, see points.py; T [m, d], and [n, d] or the anchors."""
+    def prepare(self, networks: Sequence[Network]) -> list[Prepared]:
+        """Points of one network or two for products, see points.py; all have candidates or none."""
         ...
 
     def product_distances(
@@ -53,6 +54,7 @@ class RowKernels(Protocol):
         candidates: Side,
         begin: int,
         same: bool,
+        upper: bool,
         first: Tensor,
         traits: MetricTraits,
         order_only: bool,
@@ -64,6 +66,7 @@ class RowKernels(Protocol):
         itself (`same` and k = first[begin + i]). With `order_only` anything in the same order will
         do, and must not turn different distances into equal ones. out, products T [b, n]; anchors:
         the sides of rows begin .. begin + b; first int64 [n]: the first candidate identical to j.
+        With `upper`, of all anchors, which are the candidates, products_ij are given for i <= j.
         """
         ...
 
@@ -80,10 +83,6 @@ class RowKernels(Protocol):
 
     def clear_near(self, v: Tensor, near: Any) -> None:
         """v_ij = 0 for the pairs of `near`; v T [b, n]."""
-        ...
-
-    def mirror(self, matrix: Tensor) -> None:
-        """matrix_ji = matrix_ij for i < j; matrix T [n, n]."""
         ...
 
     def add_transpose(self, matrix: Tensor) -> None:

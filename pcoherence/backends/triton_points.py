@@ -5,6 +5,7 @@ Grids and buffers only: tensors were checked before, and are what the kernels' d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from triton import cdiv
 
 from ..kernels import distances, points, tuning
-from .points import NEARNESS, SAMPLE, MetricTraits, Prepared, Side, first_identical
+from .points import NEARNESS, SAMPLE, MetricTraits, Network, Prepared, Side, first_identical
 
 
 class NearTiles(NamedTuple):
@@ -50,8 +51,14 @@ class PointKernels:
             num_warps=t.distance_warps,
         )
 
-    def prepare(self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits) -> Prepared:
-        """See RowKernels. Two launches, or three with other candidates; torch sorts the hashes."""
+    def prepare(self, networks: Sequence[Network]) -> list[Prepared]:
+        """See RowKernels."""
+        return [self._prepare(*network) for network in networks]
+
+    def _prepare(
+        self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits
+    ) -> Prepared:
+        """Two launches, or three with other candidates; torch sorts the hashes."""
         everyone = anchors if candidates is None else candidates
         n, width = everyone.shape
         t = tuning.tiles(anchors.dtype, anchors.is_cuda)
@@ -106,11 +113,14 @@ class PointKernels:
         candidates: Side,
         begin: int,
         same: bool,
+        upper: bool,
         first: Tensor,
         traits: MetricTraits,
         order_only: bool,
     ) -> NearTiles:
         """See RowKernels. Reads and writes the block once: 2 x 32 MiB, 20 us."""
+        if upper:
+            self._symmetrise(products, False)
         b, n = out.shape
         t = tuning.tiles(out.dtype, out.is_cuda)
         grid = cdiv(b, t.near), cdiv(n, t.near)
@@ -185,10 +195,6 @@ class PointKernels:
         distances.symmetrise[across, across // 2 + 1](
             matrix, n, ADD=add, B=t.near, num_warps=t.distance_warps
         )
-
-    def mirror(self, matrix: Tensor) -> None:
-        """See RowKernels."""
-        self._symmetrise(matrix, False)
 
     def add_transpose(self, matrix: Tensor) -> None:
         """See RowKernels."""

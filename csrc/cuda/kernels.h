@@ -1,9 +1,10 @@
-// The kernels for the GPU. Torch-free: nvcc compiles it on a machine that has neither a GPU nor a CUDA build of torch.
+// The kernels for the GPU and their launches, of one type in each of launch_float.cu and launch_double.cu, which are
+// compiled side by side. Torch-free: nvcc compiles them on a machine that has neither a GPU nor a CUDA build of torch.
+#pragma once
+
 #include <cuda_runtime.h>
 
-#include <array>
-#include <mutex>
-
+#include "instances.h"
 #include "plan.h"
 #include "work.h"
 
@@ -35,10 +36,13 @@ template <class T, class Task>
 auto prepared_kernel(const Plan& plan) {
   const auto kernel = row_kernel<T, Task>;
   constexpr std::int64_t by_default = 48 << 10;  // more has to be asked for
-  // The most there is, not plan.shared: another thread of the host may be launching rows of another length.
-  if (plan.shared > by_default)
+  if (plan.shared > by_default) {
+    // The most there is, not plan.shared: another thread of the host may be launching rows of another length.
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(current_device().shared_per_block));
+    // Or the driver may leave the cache so much that the second of two blocks does not fit.
+    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   return kernel;
 }
 
@@ -83,32 +87,4 @@ void launch(const Task& task, Stream stream) {
   stream_kernel<<<grid, s.threads, 0, static_cast<cudaStream_t>(stream)>>>(task);
 }
 
-const char* last_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-const Device& current_device() {
-  constexpr int most = 64;
-  static std::array<Device, most> known;
-  static std::mutex mutex;
-  int index = 0;
-  cudaGetDevice(&index);
-  const std::lock_guard<std::mutex> lock(mutex);
-  Device& device = known.at(index);
-  if (device.multiprocessors == 0) {
-    const auto ask = [index](cudaDeviceAttr attribute) {
-      int value = 0;
-      cudaDeviceGetAttribute(&value, attribute, index);
-      return value;
-    };
-    device.shared_per_block = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    device.shared_per_multiprocessor = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    device.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
-  }
-  return device;
-}
-
 }  // namespace pcoherence::cuda
-
-#include "instances.h"

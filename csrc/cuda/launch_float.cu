@@ -1,0 +1,5 @@
+#include "kernels.h"
+
+namespace pcoherence::cuda {
+PCOH_INSTANTIATE(float)
+}
