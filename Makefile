@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(CXX_FILES)
 FORMATTED := $(CXX_FILES) $(wildcard tests/*.cpp tests/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install wheel wheel-check demo demo-sentences test mutants lint format docs figures bench bench-quick study study-quick gpu-pack gpu-check clean
+.PHONY: help install wheel wheel-check demo demo-sentences test test-vision mutants lint format docs figures bench bench-quick study study-quick gpu-pack gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,19 @@ demo-sentences: $(VENV)/installed  ## distil a sentence encoder on WordNet's def
 
 test: $(VENV)/installed  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# torchvision's operators want the CUDA build of torch that it was made for: an environment of its
+# own. The libraries are those of the checkout, which serve every torch from 2.11 on.
+VISION := .venv-vision
+VISION_TORCH ?= torch==2.14.1 torchvision==0.29.1
+$(VISION)/installed: Makefile
+	test -x $(VISION)/bin/python || $(PYTHON) -m venv $(VISION)
+	$(VISION)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
+	$(VISION)/bin/python -m pip install --quiet --disable-pip-version-check $(VISION_TORCH) "timm>=1" numpy "pytest>=8"
+	touch $@
+
+test-vision: $(VENV)/installed $(VISION)/installed  ## the tests that need torchvision and timm; .venv-vision takes 6 GB
+	$(VISION)/bin/python -m pytest -m vision --skips-fail $$(grep -lF pytest.mark.vision tests/test_*.py)
 
 mutants: $(VENV)/installed  ## do the tests notice small slips in the code? a table (about 30 minutes)
 	PYTHONPATH=tests $(BIN)/python -m mutants $(MUTANTS)
@@ -105,4 +118,4 @@ gpu-check:  ## check and measure on this machine's GPU (400 s; GPU_ARGS=--first:
 	$(PYTHON) -m benchmarks.gpu.check $(GPU_ARGS)
 
 clean:  ## remove everything that the targets made
-	rm -rf $(VENV) build dist .wheel *.egg-info pcoherence/*.so demo-output docs/_build .gpu-pack*
+	rm -rf $(VENV) $(VISION) build dist .wheel *.egg-info pcoherence/*.so demo-output docs/_build .gpu-pack*

@@ -1,9 +1,8 @@
 """Distillation on several processes, with the gradient of one on the whole batch."""
 
-import gc
-
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # early: see "How processes end"
 from torch.nn.parallel import DistributedDataParallel
 
 from pcoherence import PerceptionCoherenceLoss, perception_coherence_loss
@@ -34,6 +33,5 @@ def main() -> None:
 
 
 dist.init_process_group("gloo")  # "nccl" on GPUs; torchrun has set rank and world size
-main()
-gc.collect()  # cycles of DistributedDataParallel, which hold the group
+main()  # what holds the group, as the student does, ends with the function
 dist.destroy_process_group()

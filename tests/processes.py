@@ -12,8 +12,20 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+# Before there is a group, which would be its functions' default argument, and never end.
+import torch.distributed.nn  # noqa: F401
+
 CHECKOUT = os.pathsep.join(path for path in sys.path if path)
 """Where this process finds its modules: others are to test the same code, not what is installed."""
+
+
+GLOO = "pt_gloo_runloop"
+"""What the threads of a gloo group are called; they end with it."""
+
+
+def threads() -> list[str]:
+    """The names of this process's threads, where Linux tells them."""
+    return [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")]
 
 
 def run_in_processes(script: str, size: int, folder: Path) -> None:
@@ -45,9 +57,8 @@ def join_group(work: Callable[[int, int], None]) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     work(rank, size)
-    # DistributedDataParallel leaves cycles that hold the group, and with it gloo's threads: they
-    # would meet an interpreter that is ending, and the process abort.
-    gc.collect()
-    # Not barrier(): it keeps earlier collectives' tensors, which gloo's thread drops when it ends.
-    dist.monitored_barrier()
+    gc.collect()  # frames of errors that were expected, in cycles that may hold groups
+    dist.monitored_barrier()  # nobody leaves while another still communicates
     dist.destroy_process_group()
+    # One of them, still at work when the interpreter goes, would abort the process.
+    assert GLOO not in threads(), "a group outlived destroy_process_group"

@@ -145,17 +145,59 @@ def test_layers_that_give_no_features() -> None:
         FeatureExtractor(TorchvisionLike(), "stem", pool=lambda t: t)(IMAGES)
 
 
-def test_timm_itself() -> None:
+@pytest.mark.vision
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
+def test_timm_itself(name: str) -> None:
+    """What its own classifier would see."""
     timm = pytest.importorskip("timm")
-    model = timm.create_model("resnet10t", pretrained=False, num_classes=3)
-    found = FeatureExtractor(model.eval())(torch.rand(2, 3, 32, 32))
-    assert found.shape == (2, model.num_features)
+    model = timm.create_model(name, pretrained=False, num_classes=7).eval()
+    images = torch.rand(2, 3, 224, 224)
+    found = FeatureExtractor(model)(images)
+    assert torch.equal(model.get_classifier()(found), model(images))
 
 
-def test_torchvision_itself() -> None:
+@pytest.mark.vision
+@pytest.mark.parametrize(
+    ("name", "layer", "pool"),
+    [
+        ("resnet18", "avgpool", "mean"),
+        ("densenet121", "features", "mean"),  # whose next step is a ReLU in place
+        ("mobilenet_v3_small", "classifier.0", "flatten"),  # and a Hardswish in place
+        ("vit_b_16", "encoder.ln", lambda tokens: tokens[:, 0]),
+    ],
+)
+def test_torchvision_itself(name: str, layer: str, pool: Any) -> None:
+    """What torchvision's own extractor takes, pooled."""
     models = pytest.importorskip("torchvision.models")
-    found = FeatureExtractor(models.resnet18().eval(), "avgpool")(torch.rand(2, 3, 32, 32))
-    assert found.shape == (2, 512)
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model = models.get_model(name, num_classes=7).eval()
+    images = torch.rand(2, 3, 224, 224)
+    found = FeatureExtractor(model, layer, pool=pool)(images)
+    output = extraction.create_feature_extractor(model, [layer])(images)[layer]
+    pools = {"mean": lambda t: t.flatten(2).mean(2), "flatten": lambda t: t.flatten(1)}
+    assert torch.equal(found, pools.get(pool, pool)(output))
+
+
+@pytest.mark.vision
+def test_torchvision_teaches_timm() -> None:
+    """A step of distillation: the gradient is that of features taken by hand."""
+    timm, models = pytest.importorskip("timm"), pytest.importorskip("torchvision.models")
+    student = timm.create_model("resnet10t", pretrained=False, num_classes=0).eval()
+    teacher = models.resnet18().eval().requires_grad_(False)
+    images = torch.rand(6, 3, 32, 32)
+    weights = list(student.parameters())
+    seen = models.resnet18()
+    seen.load_state_dict(teacher.state_dict())
+    seen.eval().fc = nn.Identity()
+    ours = perception_coherence_loss(
+        FeatureExtractor(student)(images), FeatureExtractor(teacher, "avgpool")(images)
+    )
+    plain = perception_coherence_loss(student(images), seen(images))
+    assert torch.equal(ours, plain)
+    for found, expected in zip(
+        torch.autograd.grad(ours, weights), torch.autograd.grad(plain, weights), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -77,11 +77,31 @@ def test_the_loss_takes_a_slot_of_repdistiller(tmp_path: Path) -> None:
     assert done.stdout == "torch.Size([])\n", done.stderr
 
 
-def test_two_processes() -> None:
+# Not by tests/processes.py, which imports early what the script must.
+ENDED = f"""
+import runpy
+from pathlib import Path
+import torch.distributed as dist
+
+def threads():
+    return [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")]
+
+def destroy():
+    assert "pt_gloo_runloop" in threads()
+    really_destroy()
+    assert "pt_gloo_runloop" not in threads()
+
+really_destroy, dist.destroy_process_group = dist.destroy_process_group, destroy
+runpy.run_path({str(DOCS / "two_processes.py")!r}, run_name="__main__")
+"""
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """They agree, and leave no thread of the group, which could abort them as they end."""
+    (tmp_path / "ended.py").write_text(ENDED)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    assert "2 processes: the same loss and gradient" in run(
-        *launcher, str(DOCS / "two_processes.py")
-    )
+    found = run(*launcher, str(tmp_path / "ended.py"))
+    assert "2 processes: the same loss and gradient" in found
 
 
 def test_version_comes_from_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
