@@ -63,8 +63,9 @@ class Tiles:
     grid_columns: candidates along a warp; its sums for a window of bins fill 64 registers, 8 bins
         of 8 powers or 2 of 16. The other warp has as many bins: what a warp has added up is
         summed over its lanes, 320 shuffles, which more warps with the same bins would repeat.
-    grid_bins: a coefficient of a bin a thread. grid_wide: see convolved(); not interpreted, where
-        loads of the same number cost as much as others.
+    grid_bins: a coefficient of a bin a thread. grid_evaluated: 8 candidates a thread, of float64 2,
+        whose coefficients are loaded at a time: 16 each, in the pullback twice.
+    grid_wide: see convolved(); not interpreted, where loads of one number cost as much as others.
     sample_*, point_*: preparing points. The sample is a tile of [SAMPLE, features] float64, 8
         elements a thread; what others found of it is read from `together` programs at a time, in
         loads that wait together.
@@ -89,6 +90,7 @@ class Tiles:
     grid_columns: int
     grid_window: int
     grid_bins: int
+    grid_evaluated: int
     grid_warps: int
     sample_features: int
     sample_together: int
@@ -122,6 +124,7 @@ _GPU = Tiles(
     grid_columns=32,
     grid_window=16,
     grid_bins=8,
+    grid_evaluated=512,
     grid_warps=2,
     sample_features=8,
     sample_together=16,
@@ -154,6 +157,7 @@ _GPU_DOUBLE = Tiles(
     grid_columns=32,
     grid_window=4,
     grid_bins=4,
+    grid_evaluated=128,
     grid_warps=2,
     sample_features=8,
     sample_together=16,
@@ -186,6 +190,7 @@ _INTERPRETER = Tiles(
     grid_columns=64,
     grid_window=16,
     grid_bins=16,
+    grid_evaluated=64,
     grid_warps=1,
     sample_features=64,
     sample_together=16,

@@ -271,7 +271,7 @@ class _Grid:
             "C": t.grid_columns,
             "W": t.grid_window,
             "BB": t.grid_bins,
-            "BN": t.row_columns,
+            "BN": t.grid_evaluated,
             "num_warps": t.grid_warps,
         }
 
