@@ -1,6 +1,8 @@
 """Points made ready for distances by matrix products, as pcoherence/backends/points.py says.
 
-The centre and the scale are found by one program, points are prepared a few rows a program.
+The centre is found by a few features a program, in three launches: distances of a sample to its
+mean, the mean of its nearer half, and by one program the scale. Points are prepared a few rows a
+program.
 """
 
 import triton
@@ -65,48 +67,112 @@ def rounded(x):
 
 
 @triton.jit
+def sample_lengths(
+    points,  # T [n, width]
+    found,  # float64 [count]
+    n,
+    width,
+    count,
+    B: tl.constexpr,
+    BF: tl.constexpr,
+):
+    """By what the rows of the sample are divided; grid [count / B]."""
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    row = (i.to(tl.int64) * n // count) * width
+    tl.store(found + i, lengths(points, row, width, i < count, True, BF), mask=i < count)
+
+
+@triton.jit
+def load_sample(points, sampled, i, f, n, width, count, DIRECTIONS: tl.constexpr):
+    """Features f [BF] of the sample's points i [B], float64 [B, BF]; their lengths, or 1."""
+    valid = i < count
+    row = (i.to(tl.int64) * n // count) * width
+    length = tl.full([i.shape[0]], 1.0, tl.float64)
+    if DIRECTIONS:
+        length = tl.load(sampled + i, mask=valid, other=1.0)
+    return load_points(points, row, f, width, valid, length, DIRECTIONS)
+
+
+@triton.jit
+def joined(shares, i, count, programs, B: tl.constexpr, TOGETHER: tl.constexpr):
+    """Sums [B] over what programs found, float64 [programs, B], in their order."""
+    total = tl.zeros([B], tl.float64)
+    for p0 in range(0, programs, TOGETHER):
+        p = p0 + tl.arange(0, TOGETHER)[:, None]
+        total += tl.sum(tl.load(shares + p * B + i[None, :], mask=p < programs, other=0.0), 0)
+    return ordered(total, i < count)
+
+
+@triton.jit
+def sample_spread(
+    points,  # T [n, width]
+    sampled,  # float64 [count]: sample_lengths(), read with DIRECTIONS
+    before,  # float64 [programs, B]: what another launch found; read with NEARER
+    found,  # float64 [programs, B]: each program's share of the squared distances to the mean
+    centre,  # float64 [width]: the mean, of the nearer half with NEARER; written with it
+    squares,  # float64 [programs]: of the mean, written with NEARER
+    n,
+    width,
+    count,  # of the sample
+    features,  # of a program, a multiple of BF
+    programs,
+    NEARER: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    B: tl.constexpr,  # at least count
+    BF: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """Distances of the sample's points to their mean, by features; grid [programs]."""
+    i = tl.arange(0, B)
+    used = i < count
+    if NEARER:
+        far = joined(before, i, count, programs, B, TOGETHER)
+        used = used & (far <= median(far, count))
+    number = tl.sum(used.to(tl.int32), 0)
+    far = tl.zeros([B], tl.float64)
+    square = tl.zeros([BF], tl.float64)
+    start = tl.program_id(0) * features
+    for f0 in range(start, tl.minimum(start + features, width), BF):
+        f = f0 + tl.arange(0, BF)
+        x = load_sample(points, sampled, i, f, n, width, count, DIRECTIONS)
+        mean = tl.sum(tl.where(used[:, None], x, 0.0), 0) / number
+        difference = x - mean[None, :]
+        far += tl.sum(difference * difference, 1)
+        if NEARER:
+            tl.store(centre + f, mean, mask=f < width)
+            square += mean * mean
+    tl.store(found + tl.program_id(0) * B + i, far)
+    if NEARER:
+        tl.store(squares + tl.program_id(0), tl.sum(square, 0))
+
+
+@triton.jit
 def find_centre(
     points,  # T [n, width]
-    centre,  # float64 [width]
+    sampled,  # float64 [count]: sample_lengths(), read with DIRECTIONS
+    shares,  # float64 [programs, B]: sample_spread() of the nearer half
+    squares,  # float64 [programs]: the same
+    centre,  # float64 [width]: the same; out: rounded
     scale,  # float64 [1]
     n,
     width,
     count,  # of the sample
+    programs,
     DIRECTIONS: tl.constexpr,
     B: tl.constexpr,  # at least count
     BF: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     """See pcoherence/backends/points.py; grid [1]."""
     i = tl.arange(0, B)
     valid = i < count
-    row = (i.to(tl.int64) * n // count) * width
-    length = lengths(points, row, width, valid, DIRECTIONS, BF)
-
-    far = tl.zeros([B], tl.float64)
-    for f0 in range(0, width, BF):
-        x = load_points(points, row, f0 + tl.arange(0, BF), width, valid, length, DIRECTIONS)
-        difference = x - (tl.sum(x, 0) / count)[None, :]
-        far += tl.sum(difference * difference, 1)
-    far = ordered(far, valid)
-    used = valid & (far <= median(far, count))
-    number = tl.sum(used.to(tl.int32), 0)
-
-    far = tl.zeros([B], tl.float64)
-    squares = tl.zeros([BF], tl.float64)
-    for f0 in range(0, width, BF):
-        f = f0 + tl.arange(0, BF)
-        x = load_points(points, row, f, width, valid, length, DIRECTIONS)
-        mean = tl.sum(tl.where(used[:, None], x, 0.0), 0) / number
-        tl.store(centre + f, mean, mask=f < width)
-        squares += mean * mean
-        difference = x - mean[None, :]
-        far += tl.sum(difference * difference, 1)
-    far = ordered(far, valid)
+    far = joined(shares, i, count, programs, B, TOGETHER)
     spread = median(far, count)
+    square = tl.sum(tl.load(squares + i, mask=i < programs, other=0.0), 0)
     # What the squared distance of equal points to their mean can be: it may miss them by a unit
     # for each.
     error = (4 + count) * 2.220446049250313e-16
-    rounding = error * error * tl.sum(squares, 0)
+    rounding = error * error * square
     if (spread > rounding) == 0:
         spread = tl.max(tl.where(valid, far, 0.0), 0)
     if spread <= rounding:
@@ -114,8 +180,8 @@ def find_centre(
         spread = tl.full([], 0.0, tl.float64)
         for f0 in range(0, width, BF):
             f = f0 + tl.arange(0, BF)
-            x = load_points(points, row, f, width, valid & (i == 0), length, DIRECTIONS)
-            tl.store(centre + f, tl.sum(x, 0), mask=f < width)
+            x = load_sample(points, sampled, i, f, n, width, count, DIRECTIONS)
+            tl.store(centre + f, tl.sum(tl.where(i[:, None] == 0, x, 0.0), 0), mask=f < width)
         tl.debug_barrier()
         for start in range(0, tl.where(count < n, n, 0), B):
             there = start + i < n
@@ -134,8 +200,8 @@ def find_centre(
     spread = tl.where(useful, spread, 1.0)
     quantum = power_of_two_below(tl.sqrt(spread / tl.maximum(width, 1)))
     tl.debug_barrier()  # the centre is read again, by other threads
-    for f0 in range(0, width, BF):
-        f = f0 + tl.arange(0, BF)
+    for f0 in range(0, width, B):
+        f = f0 + i
         c = tl.load(centre + f, mask=f < width, other=0.0)
         c = tl.where(useful, rounded(c / quantum) * quantum, c)
         tl.store(centre + f, tl.where(finite, c, 0.0), mask=f < width)

@@ -23,6 +23,7 @@ from .statistics import (
     FACTOR,
     STATE,
     WEIGHT,
+    grid_bins,
     load_stat,
     load_weights,
     positions,
@@ -207,6 +208,66 @@ def pair_pullback(
 
 
 @triton.jit
+def for_scan(stats, r, rows, limit, T: tl.constexpr):
+    """Which rows no grid of up to `limit` bins serves (0: all of them), [BR]."""
+    return (r < rows) & (grid_bins(stats, r, rows, T) > limit)
+
+
+@triton.jit
+def sort_rows(
+    values,  # T [rows, n]
+    stats,
+    sorted_values,  # T [rows, n]
+    index,  # int64 [rows, n]: where they were
+    rows,
+    n,
+    limit,
+    BR: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Rows for the scan in ascending order, equal values in theirs; grid [rows / BR].
+
+    Bitonic merges: the first step of each turns the upper half round, so that all steps order
+    upwards, and what would lie beyond the end stays there. The exchanges, n log2(n)^2 / 4 of them,
+    go through the cache: only rows that a few values make too long come here.
+    """
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = for_scan(stats, r, rows, limit, values.dtype.element_ty)
+    length = tl.where(tl.max(live.to(tl.int32), 0) > 0, n, 0)
+    live = live[:, None]
+    row = r[:, None] * n
+    for k0 in range(0, length, C):
+        k = (k0 + tl.arange(0, C))[None, :]
+        there = live & (k < n)
+        tl.store(sorted_values + row + k, tl.load(values + row + k, mask=there), mask=there)
+        tl.store(index + row + k, tl.broadcast_to(k, [BR, C]).to(tl.int64), mask=there)
+    half = 1
+    while half < length:
+        stride = half
+        while stride > 0:
+            tl.debug_barrier()
+            for t0 in range(0, tl.cdiv(length, 2 * stride) * stride, C):
+                t = t0 + tl.arange(0, C)
+                offset = t % stride
+                low = 2 * t - offset
+                turned = 2 * (stride - offset) - 1
+                high = (low + tl.where(stride == half, turned, stride))[None, :]
+                low = low[None, :]
+                there = live & (high < n)
+                a = tl.load(sorted_values + row + low, mask=there, other=0.0)
+                b = tl.load(sorted_values + row + high, mask=there, other=0.0)
+                i = tl.load(index + row + low, mask=there, other=0)
+                j = tl.load(index + row + high, mask=there, other=0)
+                swapped = there & ((a > b) | ((a == b) & (i > j)))
+                tl.store(sorted_values + row + low, b, mask=swapped)
+                tl.store(sorted_values + row + high, a, mask=swapped)
+                tl.store(index + row + low, j, mask=swapped)
+                tl.store(index + row + high, i, mask=swapped)
+            stride = stride // 2
+        half = half * 2
+
+
+@triton.jit
 def scan_ranks(
     values,  # T [rows, n] distances, sorted
     index,  # int64 [rows, n]: where they were
@@ -221,6 +282,7 @@ def scan_ranks(
     totals,  # float64 [rows, 2]: of the walk up, of the walk down
     rows,
     n,
+    limit,
     DOWN: tl.constexpr,
     HARD: tl.constexpr,
     TOTAL: tl.constexpr,
@@ -229,14 +291,15 @@ def scan_ranks(
     BR: tl.constexpr,
     C: tl.constexpr,
 ):
-    """One walk along the sorted rows; grid [rows / BR]. TOTAL as in pair_ranks.
+    """One walk along the sorted rows of for_scan(); grid [rows / BR]. TOTAL as in pair_ranks.
 
     Before a chunk: count = sum of the weights behind it (float64), power_m = sum_k w_k
     decay(ref, s_k, m) over the same candidates. Of two candidates in different chunks, the upper
     one accounts for both orders in the walk up: softplus(t) + softplus(-t) = t + 2 log(1 + e^-t).
     """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
-    live = (r < rows)[:, None]
+    own = for_scan(stats, r, rows, limit, values.dtype.element_ty)
+    live = own[:, None]
     lane = tl.arange(0, C)
     m = 1 + tl.arange(0, M)
     T = values.dtype.element_ty
@@ -247,7 +310,7 @@ def scan_ranks(
     count = tl.zeros([BR], tl.float64)
     ref = tl.zeros([BR], T)
     total = tl.zeros([BR], tl.float64)
-    chunks = tl.cdiv(n, C)
+    chunks = tl.where(tl.max(own.to(tl.int32), 0) > 0, tl.cdiv(n, C), 0)
     for i in range(0, chunks):
         c0 = (chunks - 1 - i) * C if DOWN else i * C
         # Beyond the end the last candidate again, with weight 0: the chunk stays sorted.
@@ -299,7 +362,7 @@ def scan_ranks(
         count += tl.sum(w.to(tl.float64), 1)
         ref = last
     if TOTAL != "none":
-        tl.store(totals + 2 * r + (1 if DOWN else 0), total, mask=r < rows)
+        tl.store(totals + 2 * r + (1 if DOWN else 0), total, mask=own)
 
 
 @triton.jit
@@ -316,19 +379,21 @@ def scan_pullback(
     out,  # T [rows, n] g, not sorted; written by the walk down
     rows,
     n,
+    limit,
     DOWN: tl.constexpr,
     NORMALISE: tl.constexpr,
     M: tl.constexpr,
     BR: tl.constexpr,
     C: tl.constexpr,
 ):
-    """One walk along the sorted rows; grid [rows / BR].
+    """One walk along the sorted rows of for_scan(); grid [rows / BR].
 
     slope(t) = -sum_m m c_m z^m, the exact derivative of what scan_ranks sums across chunks. A
     candidate is left out of its own sum, where it would cancel but for rounding.
     """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
-    live = (r < rows)[:, None]
+    own = for_scan(stats, r, rows, limit, values.dtype.element_ty)
+    live = own[:, None]
     lane = tl.arange(0, C)
     T = values.dtype.element_ty
     exponent = (1 + tl.arange(0, M)).to(T)[None, :]
@@ -336,7 +401,7 @@ def scan_pullback(
     power_w = tl.zeros([BR, M], T)
     power_u = tl.zeros([BR, M], T)
     ref = tl.zeros([BR], T)
-    chunks = tl.cdiv(n, C)
+    chunks = tl.where(tl.max(own.to(tl.int32), 0) > 0, tl.cdiv(n, C), 0)
     for i in range(0, chunks):
         c0 = (chunks - 1 - i) * C if DOWN else i * C
         inside = (c0 + lane < n)[None, :]

@@ -6,13 +6,19 @@ Same conventions as soft_ranks.py.
 import triton
 import triton.language as tl
 
-# Columns of the statistics, float64 [6, rows].
+# Columns of the statistics, float64 [10, rows].
 WEIGHT = tl.constexpr(0)  # W
 MEAN = tl.constexpr(1)  # sum_k w_k d_k / W; 0 where W = 0
 LOW = tl.constexpr(2)  # value at position 0: of those of weight > 0 the nearest to 0
 FACTOR = tl.constexpr(3)  # positions per distance, 1 / (mean tau)
 EXTENT = tl.constexpr(4)  # positions are cut to [-EXTENT, EXTENT]; with ENDS it is END
 STATE = tl.constexpr(5)  # 1; 0 where W = 0, but with ENDS; NaN where values cannot be ranked
+BOTTOM = tl.constexpr(6)  # the lowest value that counts: of weight > 0, with ENDS finite
+RANGE = tl.constexpr(7)  # positions from there to the highest; 0 unless STATE = 1
+BELOW = tl.constexpr(8)  # with ENDS: what infinitely low values weigh
+ABOVE = tl.constexpr(9)  # with ENDS: what infinitely high values weigh
+
+BIN_WIDTH = tl.constexpr(1.5)  # of a grid, in positions: as in csrc/soft_ranks.h
 
 # Above this range the positions saturate, as in csrc/soft_ranks.h: neighbours that float32 can
 # tell apart are already hundreds of temperatures away from each other.
@@ -44,7 +50,7 @@ def row_stats(
     weight_stride,
     self_index,
     inverse_temperature,  # float64 []
-    stats,  # float64 [6, rows]
+    stats,  # float64 [10, rows]
     rows,
     n,
     SCALE: tl.constexpr,
@@ -63,6 +69,8 @@ def row_stats(
     low = tl.full([BR], float("inf"), tl.float64)
     high = tl.full([BR], float("-inf"), tl.float64)
     nans = tl.zeros([BR], tl.float64)
+    below = tl.zeros([BR], tl.float64)
+    above = tl.zeros([BR], tl.float64)
     for k0 in range(0, n, BN):
         k = (k0 + tl.arange(0, BN))[None, :]
         v = tl.load(values + r[:, None] * n + k, mask=live[:, None] & (k < n), other=0.0)
@@ -74,6 +82,9 @@ def row_stats(
         low = tl.minimum(low, tl.min(tl.where(counts, v, float("inf")), 1))
         high = tl.maximum(high, tl.max(tl.where(counts, v, float("-inf")), 1))
         nans += tl.sum(tl.where(v == v, 0.0, 1.0), 1)
+        if ENDS:
+            below += tl.sum(tl.where(v == float("-inf"), w, 0.0), 1)
+            above += tl.sum(tl.where(v == float("inf"), w, 0.0), 1)
     some = weight > 0
     mean = tl.where(some, total / tl.where(some, weight, 1.0), 0.0)
     factor = tl.load(inverse_temperature) + tl.zeros([BR], tl.float64)
@@ -82,6 +93,7 @@ def row_stats(
     else:
         tl.static_assert(SCALE == "none", "unknown scale")
     spread = high - low
+    bottom = tl.where(low <= high, low, 0.0)
     # The value nearest to 0: taken from the lowest, positions would lose the digits that tell apart
     # what lies close together far away, or overflow.
     base = tl.where(high < 0, high, tl.maximum(low, 0.0))
@@ -94,12 +106,17 @@ def row_stats(
         extent = factor * spread
         finite = (tl.abs(total) < float("inf")) & ((tl.abs(spread) < float("inf")) | (weight == 0))
         state = tl.where(finite, tl.where(some, 1.0, 0.0), float("nan"))
+    span = tl.where((state == 1.0) & (spread >= 0.0), factor * spread, 0.0)
     tl.store(stats + WEIGHT * rows + r, weight, mask=live)
     tl.store(stats + MEAN * rows + r, mean, mask=live)
     tl.store(stats + LOW * rows + r, low, mask=live)
     tl.store(stats + FACTOR * rows + r, factor, mask=live)
     tl.store(stats + EXTENT * rows + r, extent, mask=live)
     tl.store(stats + STATE * rows + r, state, mask=live)
+    tl.store(stats + BOTTOM * rows + r, bottom, mask=live)
+    tl.store(stats + RANGE * rows + r, span, mask=live)
+    tl.store(stats + BELOW * rows + r, below, mask=live)
+    tl.store(stats + ABOVE * rows + r, above, mask=live)
 
 
 @triton.jit
@@ -140,3 +157,10 @@ def positions(v, stats, r, rows):
     factor = load_stat(stats, FACTOR, r, rows).to(v.dtype)[:, None]
     extent = load_stat(stats, EXTENT, r, rows).to(v.dtype)[:, None]
     return tl.minimum(tl.maximum((v - low) * factor, -extent), extent)
+
+
+@triton.jit
+def grid_bins(stats, r, rows, T: tl.constexpr):
+    """How many bins a grid of a row takes, whose positions are T; int32 [BR], at most 2^24."""
+    top = (load_stat(stats, RANGE, r, rows) / BIN_WIDTH).to(T)
+    return tl.minimum(top, 16777215.0).to(tl.int32) + 1

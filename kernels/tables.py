@@ -1,7 +1,9 @@
-"""Constants of the scan, as in csrc/tables.cpp: computed once in float64, no literals to trust.
+"""Constants of scan and grid, as in csrc/tables.cpp: found once in float64, no literals to trust.
 
 On z in [0, 1]: 1 / (1 + z) = 1 + sum_m sigmoid[m - 1] z^m, exact at both ends;
                 log(1 + z) = sum_m softplus[m - 1] z^m, m = 1, ..., degree.
+
+On x, y in [-1, 1]: kernel(BIN_WIDTH (D + (x - y) / 2)) = sum_qp table[q][p][D + reach] x^q y^p.
 """
 
 from __future__ import annotations
@@ -61,3 +63,55 @@ def hard_series(dtype: torch.dtype, device: torch.device) -> Tensor:
     The softplus of a tie is log 2, the entropy of a comparison that is 1/2.
     """
     return torch.tensor([[-0.5], [float(numpy.log(2.0))]], dtype=dtype, device=device)
+
+
+BIN_WIDTH = 1.5
+"""Of the grid, in temperatures; with the orders below the errors of csrc/soft_ranks.h."""
+
+GRID_ORDER = {torch.float32: 8, torch.float64: 16}
+"""Terms of a bin's polynomial."""
+
+GRID_REACH = {torch.float32: 14, torch.float64: 25}
+"""Bins farther apart are beyond 18 temperatures, or 34.5: sigmoid is 0 or 1 to rounding."""
+
+
+def _sigmoid(t: numpy.ndarray, _: numpy.ndarray) -> numpy.ndarray:
+    z = numpy.exp(-numpy.abs(t))
+    return numpy.where(t < 0, z, 1.0) / (1 + z)
+
+
+def _slope(t: numpy.ndarray, _: numpy.ndarray) -> numpy.ndarray:
+    z = numpy.exp(-numpy.abs(t))
+    return z / (1 + z) ** 2
+
+
+def _softplus(t: numpy.ndarray, difference: numpy.ndarray) -> numpy.ndarray:
+    """Less t times the step of the bins' difference (1/2 within one), which is summed apart."""
+    return numpy.log1p(numpy.exp(-numpy.abs(t))) + numpy.where(difference == 0, numpy.abs(t) / 2, 0)
+
+
+@functools.cache
+def grid_coefficients(order: int, reach: int) -> numpy.ndarray:
+    """Of sigmoid, slope and softplus, float64 [3, order (q), order (p), 2 reach + 1]."""
+    nodes = chebyshev.chebpts1(order)
+    # [term, node]: by Chebyshev coefficients, whose sums are well conditioned, to monomials.
+    fit = chebyshev.chebvander(nodes, order - 1).T * (2 / order)
+    fit[0] /= 2
+    monomials = numpy.zeros((order, order))
+    for term, row in enumerate(numpy.eye(order)):
+        in_x = chebyshev.cheb2poly(row)
+        monomials[: len(in_x), term] = in_x
+    difference = numpy.arange(-reach, reach + 1.0)
+    t = BIN_WIDTH * (difference + (nodes[:, None, None] - nodes[:, None]) / 2)
+    found = []
+    for kernel in (_sigmoid, _slope, _softplus):
+        fitted = numpy.einsum("qx,py,xyd->qpd", fit, fit, kernel(t, difference))
+        found.append(numpy.einsum("qa,pb,abd->qpd", monomials, monomials, fitted))
+    return numpy.stack(found)
+
+
+@functools.cache
+def grid_tables(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`grid_coefficients` in dtype."""
+    table = grid_coefficients(GRID_ORDER[dtype], GRID_REACH[dtype])
+    return torch.tensor(table, dtype=dtype, device=device)

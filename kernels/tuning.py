@@ -19,6 +19,26 @@ backward: 512 anchors x 512^2 pairs x 4 = 5e8, 0.15 ms, about what sorting two b
 costs; at 1,024 it is 1.2 ms and the sorts win.
 """
 
+MOST_BINS = 128
+"""Up to this many bins "auto" takes the grid.
+
+A bin costs an element 15 instructions, forward and again backward; the scan takes 4,150 without its
+sort, counted in sm_90 code.
+"""
+
+ELEMENTS_PER_BIN = {torch.float32: 8, torch.float64: 32}
+"""Of a row at least, as in csrc/cuda/soft_ranks.h: bins cost something themselves.
+
+In float32 a convolution is 10,000 instructions a bin: 29 differences, 44 for each of a bin's eight
+coefficients. With 8 elements a bin that is 1,300 an element, three times in all.
+"""
+
+EXPLICIT_BINS = 512
+"""That an explicit grid may have: 256 KiB of scratch for a row of float64."""
+
+SCRATCH_BYTES = 64 << 20
+"""Of a grid's moments and coefficients: of 4,096 rows in float32. Few of them are ever touched."""
+
 REGISTERS = {torch.float32: 192, torch.float64: 255}
 """Per thread. 192 leaves room for 10 warps on a multiprocessor, enough to hide arithmetic but not
 memory: only the scan comes near it. 255 is what the hardware can address. Spills are refused at
@@ -39,8 +59,16 @@ class Tiles:
     scan_*: the chunk C = 32 makes 32 comparisons a candidate within chunks and 2 x 16 powers for
         the carry in each direction, which balances the two; a program is one warp, as its steps
         depend on one another and reductions within a warp need no barrier.
-    sample_features, point_*: preparing points. The sample is a tile of [SAMPLE, features] float64,
-        4 elements a thread, whose steps go one after another: as many warps as may be.
+    sort_*: a pair a thread; many warps, as a step waits for the one before.
+    grid_columns: candidates along a warp; its sums for a window of bins fill 64 registers, 8 bins
+        of 8 powers or 2 of 16. The other warp has as many bins: what a warp has added up is
+        summed over its lanes, 320 shuffles, which more warps with the same bins would repeat.
+    grid_bins: a coefficient of a bin a thread. grid_evaluated: 8 candidates a thread, of float64 2,
+        whose coefficients are loaded at a time: 16 each, in the pullback twice.
+    grid_wide: see convolved(); not interpreted, where loads of one number cost as much as others.
+    sample_*, point_*: preparing points. The sample is a tile of [SAMPLE, features] float64, 8
+        elements a thread; what others found of it is read from `together` programs at a time, in
+        loads that wait together.
     near: the edge of a distance tile, and the grain at which gradients leave the products.
     distance_features, gradient_features: features a step; the tile is [near, near, features].
     """
@@ -55,7 +83,17 @@ class Tiles:
     scan_rows: int
     scan_chunk: int
     scan_warps: int
+    sort_pairs: int
+    sort_warps: int
+    grid_wide: bool
+    grid_rows: int
+    grid_columns: int
+    grid_window: int
+    grid_bins: int
+    grid_evaluated: int
+    grid_warps: int
     sample_features: int
+    sample_together: int
     sample_warps: int
     point_rows: int
     point_features: int
@@ -64,11 +102,6 @@ class Tiles:
     distance_features: int
     gradient_features: int
     distance_warps: int
-
-    @property
-    def sample_registers(self) -> int:
-        """A thread's share of a multiprocessor's 65,536, which the one program has to itself."""
-        return 65536 // (32 * self.sample_warps)
 
 
 # One anchor a program: n programs for a batch of n. 4 warps hold a tile of 64 x 32 comparisons in
@@ -84,8 +117,18 @@ _GPU = Tiles(
     scan_rows=1,
     scan_chunk=32,
     scan_warps=1,
+    sort_pairs=256,
+    sort_warps=8,
+    grid_wide=True,
+    grid_rows=1,
+    grid_columns=32,
+    grid_window=16,
+    grid_bins=8,
+    grid_evaluated=512,
+    grid_warps=2,
     sample_features=8,
-    sample_warps=16,
+    sample_together=16,
+    sample_warps=8,
     point_rows=4,
     point_features=128,
     point_warps=4,
@@ -107,8 +150,18 @@ _GPU_DOUBLE = Tiles(
     scan_rows=1,
     scan_chunk=16,
     scan_warps=2,
+    sort_pairs=256,
+    sort_warps=8,
+    grid_wide=True,
+    grid_rows=1,
+    grid_columns=32,
+    grid_window=4,
+    grid_bins=4,
+    grid_evaluated=128,
+    grid_warps=2,
     sample_features=8,
-    sample_warps=16,
+    sample_together=16,
+    sample_warps=8,
     point_rows=4,
     point_features=128,
     point_warps=4,
@@ -130,7 +183,17 @@ _INTERPRETER = Tiles(
     scan_rows=128,
     scan_chunk=32,
     scan_warps=1,
+    sort_pairs=128,
+    sort_warps=1,
+    grid_wide=False,
+    grid_rows=64,
+    grid_columns=64,
+    grid_window=16,
+    grid_bins=16,
+    grid_evaluated=64,
+    grid_warps=1,
     sample_features=64,
+    sample_together=16,
     sample_warps=1,
     point_rows=128,
     point_features=64,
@@ -147,3 +210,24 @@ def tiles(dtype: torch.dtype, on_gpu: bool) -> Tiles:
     if not on_gpu:
         return _INTERPRETER
     return _GPU_DOUBLE if dtype == torch.float64 else _GPU
+
+
+MOST_SHARES = 64
+"""Programs at most that share the features of a sample: each reads what all of them found."""
+
+
+def sample_shares(width: int, t: Tiles) -> tuple[int, int]:
+    """Features of a program, whole steps of them, and how many programs that makes."""
+    steps = -(-width // t.sample_features)
+    each = max(1, -(-steps // MOST_SHARES))
+    return each * t.sample_features, max(1, -(-steps // each))
+
+
+def grid_bins(explicit: bool) -> int:
+    """For how many bins of a row there is memory."""
+    return EXPLICIT_BINS if explicit else MOST_BINS
+
+
+def fitting_bins(n: int, dtype: torch.dtype) -> int:
+    """Up to how many bins "auto" takes the grid for a row of n candidates."""
+    return min(MOST_BINS, n // ELEMENTS_PER_BIN[dtype])

@@ -51,17 +51,25 @@ from pcoherence.backends import REGISTRY, clouds, pipeline
 from pcoherence.backends.points import first_identical
 from pcoherence.backends.triton import TritonBackend
 from pcoherence.backends.triton_kernels import row_kernels
-from pcoherence.kernels import tables
+from pcoherence.kernels import tables, tuning
 
 # The interpreter computes with numpy, which warns of the NaN and infinities that kernels mask.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-METHODS = ("pairs", "scan")
+METHODS = ("pairs", "scan", "grid")
+ANY_RANGE = ("pairs", "scan", "auto")
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 DTYPES = (torch.float32, torch.float64)
 
 Found = tuple[Tensor, list[Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def grids_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let "auto" choose between grid and scan for rows of a few dozen candidates."""
+    monkeypatch.setattr(tuning, "PAIRS_MOST", 2)
+    monkeypatch.setattr(tuning, "ELEMENTS_PER_BIN", dict.fromkeys(DTYPES, 2))
 
 
 def moved(value: Any) -> Any:
@@ -229,7 +237,7 @@ def test_add_transpose(n: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "metric", "method", "dtype"), covering(CASES, METRICS, METHODS, DTYPES)
+    ("case", "metric", "method", "dtype"), covering(CASES, METRICS, ANY_RANGE, DTYPES)
 )
 def test_cases(case: str, metric: str, method: str, dtype: torch.dtype) -> None:
     leaves, constants = problem(33, dtype, rectangular=False, weighted=False, case=case)
@@ -246,14 +254,17 @@ def test_tied_teachers(case: str, method: str, dtype: torch.dtype) -> None:
     check(leaves, constants, method, objective="cross_entropy")
 
 
-@pytest.mark.parametrize(("temperature", "method"), covering((1e-4, 1e-2, 10.0), METHODS))
+@pytest.mark.parametrize(
+    ("temperature", "method"),
+    [*covering((1e-4, 1e-2, 10.0), ANY_RANGE), (1e-2, "grid"), (10.0, "grid")],
+)
 def test_temperatures(temperature: float, method: str) -> None:
     leaves, constants = problem(33, torch.float64, rectangular=False, weighted=True)
-    objective = "cross_entropy" if method == "scan" else "mse"
+    objective = "mse" if method == "pairs" else "cross_entropy"
     check(leaves, constants, method, temperature=temperature, objective=objective)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ANY_RANGE)
 def test_cross_entropy_of_agreement_does_not_cancel(method: str) -> None:
     """Positions near 1 / temperature would leave 1e-5 of a product with rounded ranks."""
     points = make_case("duplicates", 33, 24, dtype=torch.float32)
@@ -381,7 +392,7 @@ def test_soft_rank(n: int, dtype: torch.dtype, weights: str) -> None:
         "row": torch.rand(n, generator=generator),
         "all": torch.rand(3, n, generator=generator),
     }[weights]
-    for temperature, method in ((0.3, "pairs"), (0.3, "scan"), (10.0, "scan")):
+    for temperature, method in itertools.product((0.3, 10.0), (*METHODS, "auto")):
         found = []
         for backend, device, dtype_used in (
             ("reference", "cpu", torch.float64),
@@ -416,11 +427,77 @@ def test_soft_rank_in_blocks(method: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(map(torch.equal, computed(), whole))
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("method", METHODS)
-def test_soft_rank_beside_masks(method: str, mask: str) -> None:
+@pytest.mark.parametrize(
+    ("mask", "method"),
+    [
+        *itertools.product(MASKS, ANY_RANGE),
+        *itertools.product(("none", "-inf", "inf", "both ends"), ("grid",)),
+    ],
+)
+def test_soft_rank_beside_masks(mask: str, method: str) -> None:
     for n, dtype in itertools.product((2, 33), (torch.float32, torch.float64)):
         check_masked("triton", method, mask, n, dtype, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("objective", "tau", "neighbourhood", "dtype"),
+    covering(OBJECTIVES, (None, 0.3), (None, 0.1), DTYPES),
+)
+def test_auto_takes_grid_and_scan_row_by_row(
+    objective: str, tau: float | None, neighbourhood: float | None, dtype: torch.dtype
+) -> None:
+    """Anchors far from a cloud see a wider range of it, but for those that see it edge on."""
+    leaves, constants = problem(33, dtype, rectangular=True, weighted=True)
+    leaves[1][::2, 0] += 9
+    leaves[0][::3, 0] -= 20
+    options = {"scale": "none", "temperature": 0.5, "teacher_temperature": tau}
+    distances = torch.cdist(leaves[0], leaves[1])[:, constants["candidate_weights"] > 0]
+    bins = (distances.amax(1) - distances.amin(1)) / (0.5 * tables.BIN_WIDTH)
+    limit = tuning.fitting_bins(33, dtype)
+    assert 0 < int((bins >= limit).sum()) < len(bins)
+    check(leaves, constants, "auto", objective=objective, neighbourhood=neighbourhood, **options)
+
+
+@pytest.mark.parametrize("method", ["grid", "auto"])
+def test_rows_for_whose_grids_there_is_no_memory(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves, constants = problem(17, torch.float64, rectangular=True, weighted=True)
+    values = make_case("gaussian", 9, 7).to(DEVICE)
+    whole = evaluate(leaves, constants, method=method)
+    ranks = soft_rank(values, backend="triton", method=method)
+    monkeypatch.setattr(tuning, "SCRATCH_BYTES", 5 * 4 * 16 * tuning.MOST_BINS * 8)
+    parts = evaluate(leaves, constants, method=method)
+    assert torch.equal(whole[0], parts[0])
+    assert all(map(torch.equal, whole[1], parts[1]))
+    assert torch.equal(ranks, soft_rank(values, backend="triton", method=method))
+
+
+def test_too_many_bins_raise() -> None:
+    leaves, constants = problem(9, torch.float64, rectangular=False, weighted=False)
+    values = torch.tensor([[0.0, 1.0], [0.0, 1e6]], dtype=torch.float64, device=DEVICE)
+    for call in (
+        lambda: evaluate(leaves, constants, method="grid", temperature=1e-4),
+        lambda: soft_rank(values, backend="triton", method="grid"),
+    ):
+        with pytest.raises(RuntimeError, match=r"^method: 'grid' would need too many bins"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grid_tables_are_polynomials_of_the_kernels(dtype: torch.dtype) -> None:
+    """To the errors that csrc/soft_ranks.h states."""
+    order, reach = tables.GRID_ORDER[dtype], tables.GRID_REACH[dtype]
+    x = numpy.linspace(-1, 1, 21)
+    powers = x[:, None] ** numpy.arange(order)
+    found = numpy.einsum("kqpd,xq,yp->kxyd", tables.grid_coefficients(order, reach), powers, powers)
+    difference = numpy.arange(-reach, reach + 1)
+    t = tables.BIN_WIDTH * (difference + (x[:, None, None] - x[:, None]) / 2)
+    sigmoid, slope = 1 / (1 + numpy.exp(-t)), 0.25 / numpy.cosh(t / 2) ** 2
+    softplus = numpy.log1p(numpy.exp(t)) - t * numpy.heaviside(difference, 0.5)
+    most = (1e-7, 3e-7, 1e-7) if dtype == torch.float32 else (1e-11,) * 3
+    for ours, right, bound in zip(found, (sigmoid, slope, softplus), most, strict=True):
+        assert abs(ours - right).max() <= bound
 
 
 def test_soft_rank_of_nothing_finite_or_weighted() -> None:
@@ -516,8 +593,6 @@ def test_double_backward_raises() -> None:
 
 def test_what_it_cannot_do_is_refused() -> None:
     points = make_case("gaussian", 5, 3).to(DEVICE)
-    with pytest.raises(ValueError, match="method 'grid' is not part of its kernels"):
-        perception_coherence_loss(points, points, method="grid", backend="triton")
     assert REGISTRY["triton"].supports_soft_rank(torch.zeros(3, device="meta"), "auto") is not None
     operators = TritonBackend().operators()
     with pytest.raises(ValueError, match="values: expected a contiguous tensor"):

@@ -24,6 +24,8 @@ KERNELS = {
     "clear_near",
     "difference_distances",
     "find_centre",
+    "grid_pullback",
+    "grid_ranks",
     "near_weights",
     "objective",
     "pair_pullback",
@@ -31,8 +33,11 @@ KERNELS = {
     "prepare_points",
     "product_distances",
     "row_stats",
+    "sample_lengths",
+    "sample_spread",
     "scan_pullback",
     "scan_ranks",
+    "sort_rows",
     "store_gradient",
     "symmetrise",
 }
@@ -102,10 +107,11 @@ driver.set_active(Driver())
 JITFunction._do_compile = compile
 tiles = tuning.tiles
 tuning.tiles = lambda dtype, on_gpu: tiles(dtype, True)
+tuning.PAIRS_MOST = 0
 operators = Operators("pcoherence_as_launched")
 register(operators, Implementation(triton_kernels.row_kernels(), PORTED), "CPU")
 for size in offline.SIZES:
-    for method in ("pairs", "scan"):
+    for method in offline.METHODS:
         x, y = (torch.zeros(size) for _ in range(2))
         spec = LossSpec(objective="spearman", neighbourhood=None, method=method)
         operators.coherence(x, None, y, None, None, None, None, *spec.temperatures,
@@ -145,10 +151,10 @@ def test_what_is_compiled_is_what_a_launch_compiles() -> None:
 KEYS = """
 import sys
 from pcoherence.backends import triton_kernels
-from pcoherence.kernels import distances, objectives, points, soft_ranks, statistics
+from pcoherence.kernels import distances, grid, objectives, points, soft_ranks, statistics
 triton_kernels.row_kernels()
 kernels = {}
-for module in (distances, objectives, points, soft_ranks, statistics):
+for module in (distances, grid, objectives, points, soft_ranks, statistics):
     kernels |= {name: getattr(module, name) for name in sys.argv[1:] if hasattr(module, name)}
 print(sorted([(name, kernels[name].cache_key) for name in sys.argv[1:]]))
 """

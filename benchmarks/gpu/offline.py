@@ -33,13 +33,17 @@ from triton.runtime.jit import create_function_from_signature
 from pcoherence.backends import clouds, triton_kernels
 from pcoherence.backends.device_operators import Implementation, register
 from pcoherence.backends.triton import PORTED
-from pcoherence.kernels import distances, objectives, points, soft_ranks, statistics, tuning
+from pcoherence.kernels import distances, grid, objectives, points, soft_ranks, statistics, tuning
 from pcoherence.ops import Operators
 from pcoherence.spec import LossSpec
 
 MODULES = {
-    module.__name__: module for module in (distances, objectives, points, soft_ranks, statistics)
+    module.__name__: module
+    for module in (distances, grid, objectives, points, soft_ranks, statistics)
 }
+
+METHODS = ("pairs", "scan", "auto")
+"""The last of them, of as few points as are recorded, takes the grid here."""
 
 SIZES = [(64, 48), (70, 3)]
 """Points and features: compiled apart where they divide by 16."""
@@ -114,12 +118,13 @@ def recorded(everything: bool, dtypes: list[str], aligned: bool = False) -> list
     vars(tuning)["tiles"] = lambda dtype, on_gpu: tiles(dtype, True)
     # Also of small matrices a part is computed and the rest mirrored.
     vars(clouds).update(MIRRORED_ROWS=32, MIRRORED_WIDTH=1)
+    vars(tuning).update(PAIRS_MOST=0)
     operators = Operators("pcoherence_offline")
     register(operators, Implementation(kernels, PORTED), "CPU")
     sizes = SIZES + MORE_SIZES * everything
     if aligned:
         sizes = SIZES[:1]
-    for name, method, size in itertools.product(dtypes, ("pairs", "scan"), sizes):
+    for name, method, size in itertools.product(dtypes, METHODS, sizes):
         # A piece of memory for each, as users' tensors have: it begins where 16 divides.
         x, y, values = (torch.zeros(size, dtype=getattr(torch, name)) for _ in range(3))
         for spec in _specs(everything):

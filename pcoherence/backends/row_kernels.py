@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..inputs import rows_of
 from ..spec import LossSpec
 from .points import MetricTraits, Network, Prepared, Side
 
@@ -24,6 +25,14 @@ class Rows(NamedTuple):
     weights: Tensor | None  # T [n] or [b, n]: w_k of the candidates; None: ones
     self_index: Tensor | None  # int64 [b]: the candidate that is left out, or -1; None: nobody
     coefficients: Tensor | None  # T [b]: c_i, by which the gradient is multiplied; None: ones
+
+    def part(self, part: slice) -> Rows:
+        """Some of the anchors."""
+        self_index, coefficients = (
+            None if given is None else given[part] for given in (self.self_index, self.coefficients)
+        )
+        weights = rows_of(self.weights, part)
+        return Rows(self.student[part], self.teacher[part], weights, self_index, coefficients)
 
 
 class Units(NamedTuple):

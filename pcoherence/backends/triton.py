@@ -1,4 +1,6 @@
-"""The Triton kernels as a backend: CUDA tensors, methods scan and pairs.
+"""The Triton kernels as a backend: CUDA tensors, methods grid, scan and pairs.
+
+Nothing synchronises but an explicit method="grid", which reads a flag back, as CUDA's does.
 
 With TRITON_INTERPRET=1 in the environment before pcoherence is imported, the same kernels run in
 its interpreter on CPU tensors: slow, for tests. Importing this module does not import triton.
@@ -25,7 +27,7 @@ PORTED: Ported = {
     "metric": tuple(TRAITS),
     "scale": ("anchor", "none"),
     "objective": ("mse", "l1", "huber", "cross_entropy", "spearman"),
-    "method": ("auto", "scan", "pairs"),
+    "method": ("auto", "grid", "scan", "pairs"),
     "neighbourhood": (),
 }
 """What the kernels of kernels/ know of options."""

@@ -5,15 +5,23 @@ Grids and buffers only: tensors were checked before, and are what the kernels' d
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import triton
 from torch import Tensor
 from triton import cdiv
 
-from ..kernels import distances, objectives, points, soft_ranks, statistics, tuning
-from ..kernels.tables import SERIES_DEGREE, hard_series, series
+from ..kernels import distances, grid, objectives, points, soft_ranks, statistics, tuning
+from ..kernels.tables import (
+    BIN_WIDTH,
+    GRID_ORDER,
+    GRID_REACH,
+    SERIES_DEGREE,
+    grid_tables,
+    hard_series,
+    series,
+)
 from ..objectives import HUBER_DELTA, RESOLUTION, SPEARMAN_FLOOR
 from ..spec import LossSpec
 from .pipeline import block_rows
@@ -21,15 +29,16 @@ from .points import MetricTraits
 from .row_kernels import RowKernels, Rows, Units
 from .triton_points import PointKernels
 
-STATISTICS = 6
+STATISTICS = 10
 """Rows that statistics.row_stats writes, one for each."""
 
 
 def resolve_method(method: str, n: int) -> str:
-    """The method for n candidates: chosen by size alone, so that nothing is read back."""
-    if method != "auto":
-        return method
-    return "pairs" if n <= tuning.PAIRS_MOST else "scan"
+    """The method for n candidates by size alone, so that nothing is read back.
+
+    What is left of "auto" takes a grid or, row by row, the scan.
+    """
+    return "pairs" if method == "auto" and n <= tuning.PAIRS_MOST else method
 
 
 class _Values(NamedTuple):
@@ -56,46 +65,11 @@ class _Values(NamedTuple):
         return self.weights, stride, self.self_index
 
 
-class _Sums:
+class _Sums(Protocol):
     """Ranks and pullbacks of a block of rows by one method."""
 
-    def __init__(
-        self,
-        rows: _Values,
-        stats: Tensor,
-        method: str,
-        hard: bool,
-        spare: Tensor | None,
-        exact: bool = False,
-        like: _Sums | None = None,
-    ) -> None:
-        values = rows.values
-        self._rows, self._stats, self._hard = rows, stats, hard
-        self._tiles = tuning.tiles(values.dtype, values.is_cuda)
-        self._by_pairs = method == "pairs"
-        self._shape = values.shape
-        make = hard_series if hard else series
-        self._series = make(values.dtype, values.device)
-        self._degree = 1 if hard else SERIES_DEGREE[values.dtype]
-        if not self._by_pairs:
-            # Ranks that others are subtracted from keep float64's digits on the way.
-            dtype = torch.float64 if exact else values.dtype
-            fits = spare is not None and spare.dtype == dtype
-            self._partial = spare if fits else torch.empty_like(values, dtype=dtype)
-            # `like` has the same values under other weights.
-            self._sorted: tuple[Tensor, Tensor] = (
-                values.sort(dim=1, stable=True) if like is None else like._sorted
-            )
-
-    @property
-    def _pair_grid(self) -> tuple[int, int]:
-        count, n = self._shape
-        return cdiv(count, self._tiles.pair_rows), cdiv(n, self._tiles.pair_j)
-
-    @property
-    def total_columns(self) -> int:
-        """How many numbers of a row `ranks` writes into totals."""
-        return self._pair_grid[1] if self._by_pairs else 2
+    total_columns: int
+    """How many numbers of a row `ranks` writes into totals."""
 
     def ranks(
         self,
@@ -106,85 +80,293 @@ class _Sums:
         teacher: Tensor | None = None,
     ) -> None:
         """Ranks into out T [rows, n]; totals float64 [rows, total_columns]."""
+        ...
+
+    def pullback(self, upstream: Tensor, out: Tensor, normalise: bool) -> None:
+        """Pullback of upstream T [rows, n] into out T [rows, n]; after `ranks`, if normalised."""
+        ...
+
+
+class _Pairs:
+    """Every pair of candidates."""
+
+    def __init__(self, rows: _Values, stats: Tensor, hard: bool) -> None:
+        self._rows, self._stats, self._hard = rows, stats, hard
+        count, n = rows.values.shape
+        t = self._tiles = tuning.tiles(rows.values.dtype, rows.values.is_cuda)
+        self._grid = cdiv(count, t.pair_rows), cdiv(n, t.pair_j)
+        self.total_columns = self._grid[1]
+
+    def ranks(
+        self,
+        out: Tensor,
+        finish: str,
+        total: str = "none",
+        totals: Tensor | None = None,
+        teacher: Tensor | None = None,
+    ) -> None:
+        """See _Sums."""
         values, t = self._rows.values, self._tiles
-        given = (
+        terms, degree = _series(values, self._hard)
+        soft_ranks.pair_ranks[self._grid](
+            values,
             *self._rows.weighting,
             self._stats,
             values if teacher is None else teacher,
-            self._series,
+            terms,
+            out,
+            self._stats if totals is None else totals,
+            *values.shape,
+            self.total_columns,
+            HARD=self._hard,
+            TOTAL=total,
+            FINISH=finish,
+            DEGREE=degree,
+            M=terms.shape[1],
+            BR=t.pair_rows,
+            BJ=t.pair_j,
+            BK=t.pair_k,
+            num_warps=t.pair_warps,
         )
-        totals = self._stats if totals is None else totals
-        options = {"HARD": self._hard, "TOTAL": total, "FINISH": finish}
-        if self._by_pairs:
-            soft_ranks.pair_ranks[self._pair_grid](
-                values,
-                *given,
-                out,
-                totals,
-                *self._shape,
-                self._pair_grid[1],
-                **options,
-                DEGREE=self._degree,
-                M=self._series.shape[1],
-                BR=t.pair_rows,
-                BJ=t.pair_j,
-                BK=t.pair_k,
-                num_warps=t.pair_warps,
-            )
-            return
+
+    def pullback(self, upstream: Tensor, out: Tensor, normalise: bool) -> None:
+        """See _Sums."""
+        values, t = self._rows.values, self._tiles
+        soft_ranks.pair_pullback[self._grid](
+            values,
+            *self._rows.weighting,
+            self._stats,
+            upstream,
+            out,
+            *values.shape,
+            NORMALISE=normalise,
+            BR=t.pair_rows,
+            BJ=t.pair_j,
+            BK=t.pair_k,
+            num_warps=t.pair_warps,
+        )
+
+
+class _Scan:
+    """Sorted rows: all of them, or those that take more than `limit` bins."""
+
+    total_columns = 2
+
+    def __init__(
+        self,
+        rows: _Values,
+        stats: Tensor,
+        hard: bool,
+        spare: Tensor | None,
+        exact: bool = False,
+        like: _Sums | None = None,
+        limit: int = 0,
+    ) -> None:
+        values = rows.values
+        self._rows, self._stats, self._hard, self._limit = rows, stats, hard, limit
+        self._tiles = tuning.tiles(values.dtype, values.is_cuda)
+        # Ranks that others are subtracted from keep float64's digits on the way.
+        dtype = torch.float64 if exact else values.dtype
+        fits = spare is not None and spare.dtype == dtype
+        self._partial = spare if fits else torch.empty_like(values, dtype=dtype)
+        # `like` has the same values under other weights.
+        self._sorted: tuple[Tensor, Tensor] = (
+            like._sorted if isinstance(like, _Scan) else self._sort()
+        )
+
+    def _sort(self) -> tuple[Tensor, Tensor]:
+        values, t = self._rows.values, self._tiles
+        if self._limit == 0:
+            return cast(tuple[Tensor, Tensor], values.sort(dim=1, stable=True))
+        out = torch.empty_like(values), torch.empty_like(values, dtype=torch.int64)
+        soft_ranks.sort_rows[cdiv(values.shape[0], t.scan_rows),](
+            values,
+            self._stats,
+            *out,
+            *values.shape,
+            self._limit,
+            BR=t.scan_rows,
+            C=t.sort_pairs,
+            num_warps=t.sort_warps,
+        )
+        return out
+
+    def ranks(
+        self,
+        out: Tensor,
+        finish: str,
+        total: str = "none",
+        totals: Tensor | None = None,
+        teacher: Tensor | None = None,
+    ) -> None:
+        """See _Sums."""
+        values, t = self._rows.values, self._tiles
+        terms, _ = _series(values, self._hard)
         for down in (False, True):
-            soft_ranks.scan_ranks[cdiv(self._shape[0], t.scan_rows),](
+            soft_ranks.scan_ranks[cdiv(values.shape[0], t.scan_rows),](
                 *self._sorted,
-                *given,
+                *self._rows.weighting,
+                self._stats,
+                values if teacher is None else teacher,
+                terms,
                 self._partial,
                 out,
-                totals,
-                *self._shape,
+                self._stats if totals is None else totals,
+                *values.shape,
+                self._limit,
                 DOWN=down,
-                **options,
-                M=self._series.shape[1],
+                HARD=self._hard,
+                TOTAL=total,
+                FINISH=finish,
+                M=terms.shape[1],
                 BR=t.scan_rows,
                 C=t.scan_chunk,
                 num_warps=t.scan_warps,
             )
 
     def pullback(self, upstream: Tensor, out: Tensor, normalise: bool) -> None:
-        """Pullback of upstream T [rows, n] into out T [rows, n]."""
-        given, t = (*self._rows.weighting, self._stats, upstream), self._tiles
-        if self._by_pairs:
-            soft_ranks.pair_pullback[self._pair_grid](
-                self._rows.values,
-                *given,
-                out,
-                *self._shape,
-                NORMALISE=normalise,
-                BR=t.pair_rows,
-                BJ=t.pair_j,
-                BK=t.pair_k,
-                num_warps=t.pair_warps,
-            )
-            return
+        """See _Sums."""
+        values, t = self._rows.values, self._tiles
+        terms, _ = _series(values, self._hard)
         for down in (False, True):
-            soft_ranks.scan_pullback[cdiv(self._shape[0], t.scan_rows),](
+            soft_ranks.scan_pullback[cdiv(values.shape[0], t.scan_rows),](
                 *self._sorted,
-                *given,
-                self._series,
+                *self._rows.weighting,
+                self._stats,
+                upstream,
+                terms,
                 self._partial,
                 out,
-                *self._shape,
+                *values.shape,
+                self._limit,
                 DOWN=down,
                 NORMALISE=normalise,
-                M=self._series.shape[1],
+                M=terms.shape[1],
                 BR=t.scan_rows,
                 C=t.scan_chunk,
                 num_warps=t.scan_warps,
             )
 
 
+class _Grid:
+    """Bins of unsorted rows; rows that take more than `limit` of them are left to `rest`."""
+
+    total_columns = 2
+
+    def __init__(self, rows: _Values, stats: Tensor, limit: int, rest: _Scan | None) -> None:
+        values = rows.values
+        self._rows, self._stats, self._limit, self._rest = rows, stats, limit, rest
+        self._tables = grid_tables(values.dtype, values.device)
+        self._bins = tuning.grid_bins(rest is None)
+        count, order = values.shape[0], GRID_ORDER[values.dtype]
+        self._scratch = values.new_empty(count, 4, order, self._bins)
+        t = tuning.tiles(values.dtype, values.is_cuda)
+        self._launch = cdiv(count, t.grid_rows)
+        self._sizes = {
+            "Q": order,
+            "B": self._bins,
+            "REACH": GRID_REACH[values.dtype],
+            "WIDE": t.grid_wide,
+            "BR": t.grid_rows,
+            "C": t.grid_columns,
+            "W": t.grid_window,
+            "BB": t.grid_bins,
+            "BN": t.grid_evaluated,
+            "num_warps": t.grid_warps,
+        }
+
+    def ranks(
+        self,
+        out: Tensor,
+        finish: str,
+        total: str = "none",
+        totals: Tensor | None = None,
+        teacher: Tensor | None = None,
+    ) -> None:
+        """See _Sums."""
+        values = self._rows.values
+        masses = self._stats
+        if total != "none":
+            masses = values.new_empty(values.shape[0], 2, self._bins, dtype=torch.float64)
+        grid.grid_ranks[self._launch,](
+            values,
+            *self._rows.weighting,
+            self._stats,
+            values if teacher is None else teacher,
+            self._tables,
+            self._scratch,
+            masses,
+            out,
+            self._stats if totals is None else totals,
+            *values.shape,
+            self._limit,
+            TOTAL=total,
+            FINISH=finish,
+            **self._sizes,
+        )
+        if self._rest is not None:
+            self._rest.ranks(out, finish, total, totals, teacher)
+
+    def pullback(self, upstream: Tensor, out: Tensor, normalise: bool) -> None:
+        """See _Sums."""
+        grid.grid_pullback[self._launch,](
+            self._rows.values,
+            *self._rows.weighting,
+            self._stats,
+            upstream,
+            self._tables,
+            self._scratch,
+            out,
+            *self._rows.values.shape,
+            self._limit,
+            NORMALISE=normalise,
+            **self._sizes,
+        )
+        if self._rest is not None:
+            self._rest.pullback(upstream, out, normalise)
+
+
+def _series(values: Tensor, hard: bool) -> tuple[Tensor, int]:
+    """The scan's series T [2, M] and its degree."""
+    make = hard_series if hard else series
+    return make(values.dtype, values.device), 1 if hard else SERIES_DEGREE[values.dtype]
+
+
+def _sums(
+    rows: _Values,
+    stats: Tensor,
+    method: str,
+    hard: bool,
+    spare: Tensor | None,
+    exact: bool = False,
+    like: _Sums | None = None,
+) -> _Sums:
+    """By a resolved method; hard ranks have no range, and are counted or sorted."""
+    if method == "pairs":
+        return _Pairs(rows, stats, hard)
+    if method == "scan" or hard:
+        return _Scan(rows, stats, hard, spare, exact, like)
+    if method == "grid":
+        limit = tuning.grid_bins(True)
+        check_bins(stats, limit)
+        return _Grid(rows, stats, limit, None)
+    limit = tuning.fitting_bins(rows.values.shape[1], rows.values.dtype)
+    return _Grid(rows, stats, limit, _Scan(rows, stats, False, spare, limit=limit))
+
+
+def check_bins(stats: Tensor, limit: int) -> None:
+    """Of an explicit grid; asking waits for the device."""
+    if bool((stats[statistics.RANGE.value] >= limit * BIN_WIDTH).any()):
+        raise RuntimeError(
+            "method: 'grid' would need too many bins for a row, whose range is many temperatures; "
+            "use method='scan' or 'auto', or a higher temperature"
+        )
+
+
 def _row_stats(
     rows: _Values, scale: str, temperature: float, unit: Tensor | None, ends: bool = False
 ) -> Tensor:
-    """Statistics float64 [6, rows]; unit: see Units; `ends`: values may be infinite."""
+    """Statistics float64 [10, rows]; unit: see Units; `ends`: values may be infinite."""
     values = rows.values
     count, n = values.shape
     t = tuning.tiles(values.dtype, values.is_cuda)
@@ -252,11 +434,30 @@ class TritonRowKernels(PointKernels):
     ) -> Tensor:
         """See RowKernels. Statistics, ranks of both, objective, pullback, gradient: 7 launches.
 
-        With the scan 4 more and two sorts; with a neighbourhood the teacher is ranked twice.
+        With the scan 4 more and two sorts; with "auto" beyond the pairs' range 6 more and one sort,
+        of the teacher; with a neighbourhood the teacher is ranked twice.
         """
+        method = resolve_method(spec.method, rows.student.shape[1])
+        losses = []
+        count = rows.student.shape[0]
+        step = _most_rows(method, count, rows.student.dtype)
+        for begin in range(0, count, step):
+            part = slice(begin, begin + step)
+            used = None if spare is None else spare[part]
+            losses.append(self._anchors(spec, method, rows.part(part), units, stored, used))
+        return losses[0] if len(losses) == 1 else torch.cat(losses)
+
+    @staticmethod
+    def _anchors(
+        spec: LossSpec,
+        method: str,
+        rows: Rows,
+        units: Units,
+        stored: MetricTraits | None,
+        spare: Tensor | None,
+    ) -> Tensor:
         student, teacher, weights, self_index, coefficients = rows
         count, n = student.shape
-        method = resolve_method(spec.method, n)
         t = tuning.tiles(student.dtype, student.is_cuda)
         cross_entropy = spec.objective == "cross_entropy"
         ours = _Values.of(student, weights, self_index)
@@ -269,7 +470,7 @@ class TritonRowKernels(PointKernels):
         drawn, drawn_stats = ours, student_stats  # with the weights of the scale
         plain = None
         if spec.neighbourhood is not None:
-            plain = _Sums(theirs, teacher_stats, method, True, spare)
+            plain = _sums(theirs, teacher_stats, method, True, spare)
             near, totals = _in_neighbourhood(theirs, plain, spec.neighbourhood)
             ours, theirs = ours._replace(weights=near), theirs._replace(weights=near)
             student_stats = _reweighed(student_stats, totals)
@@ -277,7 +478,7 @@ class TritonRowKernels(PointKernels):
 
         wide = torch.float64 if cross_entropy else teacher.dtype
         teacher_ranks = torch.empty_like(teacher, dtype=wide)
-        sums = _Sums(theirs, teacher_stats, method, hard, spare, cross_entropy, plain)
+        sums = _sums(theirs, teacher_stats, method, hard, spare, cross_entropy, plain)
         crosses = entropies = student_stats
         if cross_entropy:
             crosses, entropies = student_stats.new_empty(2, count, sums.total_columns)
@@ -285,7 +486,7 @@ class TritonRowKernels(PointKernels):
         total = "entropy" if cross_entropy else "none"
         sums.ranks(teacher_ranks, finish, total, entropies)
         ranks = torch.empty_like(student)
-        sums = _Sums(ours, student_stats, method, False, spare)
+        sums = _sums(ours, student_stats, method, False, spare)
         total = "cross" if cross_entropy else "none"
         sums.ranks(ranks, finish, total, crosses, teacher_ranks)
 
@@ -356,14 +557,16 @@ class TritonRowKernels(PointKernels):
         out = torch.empty_like(values)
         count, n = values.shape
         weights = values.new_ones(n, dtype=torch.float64) if weights is None else weights.double()
+        method = resolve_method(method, n)
         step = block_rows(count, n, torch.float64.itemsize)
+        step = min(step, _most_rows(method, count, torch.float64))
         for begin in range(0, count, step):
             part = slice(begin, min(begin + step, count))
             rows = _Values.of(
                 values[part].double(), weights if weights.ndim == 1 else weights[part], None
             )
             stats = _row_stats(rows, "none", temperature, None, ends=True)
-            sums = _Sums(rows, stats, resolve_method(method, n), False, None)
+            sums = _sums(rows, stats, method, False, None)
             result = torch.empty_like(rows.values)
             if upstream is None:
                 sums.ranks(result, "rank")
@@ -373,13 +576,21 @@ class TritonRowKernels(PointKernels):
         return out
 
 
+def _most_rows(method: str, count: int, dtype: torch.dtype) -> int:
+    """How many of `count` rows of dtype go at a time: a grid needs memory for each."""
+    if method not in ("auto", "grid"):
+        return count
+    row = 4 * GRID_ORDER[dtype] * tuning.grid_bins(method == "grid") * dtype.itemsize
+    return min(count, max(1, tuning.SCRATCH_BYTES // row))
+
+
 def settle_keys() -> None:
     """Ask every kernel for its key in Triton's cache, callees before callers.
 
     A caller's key says more where its callees have been asked before: without an order, a process
     would not find what another has compiled. Milliseconds, which the first launch saves.
     """
-    for module in (distances, statistics, soft_ranks, objectives, points):
+    for module in (distances, statistics, soft_ranks, grid, objectives, points):
         for function in list(vars(module).values()):
             if isinstance(function, triton.JITFunction):
                 _ = function.cache_key

@@ -22,6 +22,57 @@ class NearTiles(NamedTuple):
     flags: Tensor  # int32 [b / edge, n / edge]
 
 
+def _centre(x: Tensor, directions: bool) -> tuple[Tensor, Tensor]:
+    """The centre float64 [width] and the scale, 0-d, of points T [n, width]."""
+    n, width = x.shape
+    t = tuning.tiles(x.dtype, x.is_cuda)
+    count = min(n, SAMPLE)
+    features, programs = tuning.sample_shares(width, t)
+    centre = x.new_empty(width, dtype=torch.float64)
+    scale = centre.new_empty(())
+    sampled = centre.new_empty(count)
+    shares = centre.new_empty(2, programs, SAMPLE)
+    squares = centre.new_empty(programs)
+    sizes = {
+        "DIRECTIONS": directions,
+        "B": SAMPLE,
+        "BF": t.sample_features,
+        "TOGETHER": t.sample_together,
+        "num_warps": t.sample_warps,
+    }
+    if directions:
+        points.sample_lengths[cdiv(count, t.point_rows),](
+            x,
+            sampled,
+            n,
+            width,
+            count,
+            B=t.point_rows,
+            BF=t.point_features,
+            num_warps=t.point_warps,
+        )
+    for nearer in (False, True):
+        points.sample_spread[programs,](
+            x,
+            sampled,
+            shares[0],
+            shares[int(nearer)],
+            centre,
+            squares,
+            n,
+            width,
+            count,
+            features,
+            programs,
+            NEARER=nearer,
+            **sizes,
+        )
+    points.find_centre[1,](
+        x, sampled, shares[1], squares, centre, scale, n, width, count, programs, **sizes
+    )
+    return centre, scale
+
+
 class PointKernels:
     """The part of pcoherence.backends.row_kernels.RowKernels that is about points."""
 
@@ -58,24 +109,14 @@ class PointKernels:
     def _prepare(
         self, anchors: Tensor, candidates: Tensor | None, traits: MetricTraits
     ) -> Prepared:
-        """Two launches, or three with other candidates; torch sorts the hashes."""
+        """Four launches, one more with other candidates and one with directions.
+
+        Torch sorts the hashes.
+        """
         everyone = anchors if candidates is None else candidates
-        n, width = everyone.shape
+        width = everyone.shape[1]
         t = tuning.tiles(anchors.dtype, anchors.is_cuda)
-        centre, scale = (anchors.new_empty(size, dtype=torch.float64) for size in ((width,), ()))
-        points.find_centre[1,](
-            everyone,
-            centre,
-            scale,
-            n,
-            width,
-            min(n, SAMPLE),
-            DIRECTIONS=traits.directions,
-            B=SAMPLE,
-            BF=t.sample_features,
-            num_warps=t.sample_warps,
-            maxnreg=t.sample_registers,
-        )
+        centre, scale = _centre(everyone, traits.directions)
 
         def side(x: Tensor) -> tuple[Side, Tensor]:
             prepared, norms = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float64)
