@@ -147,8 +147,8 @@ PCOH_DEVICE bool hardly_ties(const Weighed& weighed, double ties, double h) {
 // The weights of the neighbourhood into near [n]: they become the row's, and s what they make of it. True where out [n]
 // has F^T under them, too, and for cross_entropy `ties` sum_jk w_j w_k of those that tie. plain: [n] to work in.
 template <class T, class Rank, class G, class Row, class Workplace>
-PCOH_DEVICE bool enter_neighbourhood(G& g, const Options& options, Row& row, Stats<T>& s, T* near, T* plain, Rank* out,
-                                     double& ties, Workplace& work) {
+PCOH_APART bool enter_neighbourhood(G& g, const Options& options, Row& row, Stats<T>& s, T* near, T* plain, Rank* out,
+                                    double& ties, Workplace& work) {
   const NearDivisor<T> divisor(options.neighbourhood);
   const NearTable<T> table = work.near_table(s.count, divisor);
   const bool may_look_up = options.objective != Objective::cross_entropy && Workplace::tabulates;
@@ -256,7 +256,7 @@ struct Kept {
 template <class T, class G, class Row, class Workplace>
 PCOH_APART Status teacher_stage(G& g, const Options& options, const AnchorRow<T>& a, const Weighed& weighed, Row& row,
                                 Kept<T>& kept, Workplace work) {
-  row.values = work.values(a.teacher, row.n);
+  row.values = work.ranked_values(a.teacher, row.n);
   Stats<T> s = stats(g, row, a.teacher, weighed);
   if (!s.finite) return Status::not_finite;
   T *ranks = kept.ranks, *near = kept.near;

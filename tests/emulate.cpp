@@ -7,6 +7,7 @@
 namespace pcoherence::cuda {
 
 Emulation emulation;  // set by tests
+long barriers = 0;    // that blocks of rows have passed
 
 template <class T>
 Plan plan(const Device& device, std::int64_t rows, std::int64_t n, Method method) {
@@ -46,6 +47,7 @@ void launch(const Task& task, const Plan& plan, char* workspace, Stream) {
         g.sync();
       }
     });
+    barriers += block.barriers;
   }
 }
 
@@ -75,6 +77,7 @@ const Device& current_device() {
 #include "../csrc/cuda/instances.h"
 
 // threads, shared: see Emulation; 0 leaves them to the plan.
+extern "C" long pcoherence_barriers() { return pcoherence::cuda::barriers; }
 extern "C" void pcoherence_emulate(int threads, long shared, unsigned seed) {
   pcoherence::cuda::emulation = {threads, shared, seed};
 }

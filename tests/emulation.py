@@ -97,6 +97,14 @@ def loaded() -> ctypes.CDLL | None:
     return ctypes.CDLL(path)
 
 
+def barriers() -> int:
+    """That emulated blocks of rows have passed so far: what the path taken can be told by."""
+    library = loaded()
+    assert library is not None
+    library.pcoherence_barriers.restype = ctypes.c_long
+    return int(library.pcoherence_barriers())
+
+
 @pytest.fixture
 def emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulate]:
     """Sets the threads of a block, its bytes of shared memory (0: as on a GPU), and the seed.
