@@ -49,11 +49,16 @@ struct NearDivisor {
 };
 
 // Of `count` candidates, by place as twice_place() numbers them, [2 count]: weights in the neighbourhood, and the ranks
-// under such weights if everybody has a place of his own.
+// under such weights if everybody has a place of his own. A workplace's NearTable has  available  whether it knows the
+// ranks  total  of the weights  weight(i)  rank(i).
 template <class T>
 struct NearTable {
-  const T *weights, *ranks;  // null unless the workplace tabulates
-  double total;              // of the weights
+  const T *weights, *ranks;
+  double total;
+  static constexpr bool available = true;
+
+  PCOH_DEVICE T weight(int i) const { return weights[i]; }
+  PCOH_DEVICE T rank(int i) const { return ranks[i]; }
 };
 
 // ranks [n]: F^T under the row's weights.
@@ -79,10 +84,9 @@ PCOH_DEVICE int twice_place(const Row& row, const T* ranks, int k, int count) {
 
 // Equal weights, whose hard ranks are plain [n]: weights and ranks in the neighbourhood, by counting who is at each
 // place. Returns what the weights are, and adds up w_j w_k of candidates that tie, themselves included.
-template <class T, class Rank, class G, class Row, class Workplace>
-PCOH_APART Weighed count_near(G& g, const Row& row, const Weighed& weighed, const NearDivisor<T>& near,
-                              const NearTable<T>& table, const T* plain, T* weights, Rank* out, double& ties,
-                              Workplace& work) {
+template <class T, class Rank, class G, class Row, class Table, class Workplace>
+PCOH_APART Weighed count_near(G& g, const Row& row, const Weighed& weighed, const Table& table, const T* plain,
+                              T* weights, Rank* out, double& ties, Workplace& work) {
   const int count = weighed.count, places = 2 * count - 1;
   Workplace own = work;
   int* here = own.template take<int>(places);
@@ -95,13 +99,8 @@ PCOH_APART Weighed count_near(G& g, const Row& row, const Weighed& weighed, cons
   });
   g.sync();
   const T weight = static_cast<T>(weighed.total / count);
-  const T* known = table.weights;
-  const auto at = [=](int i) {
-    if constexpr (Workplace::tabulates)
-      return weight * known[i];
-    else
-      return weight / near(T(i + 1) / T(2 * count));
-  };
+  const Table known = table;  // a copy, which no store can change
+  const auto at = [=](int i) { return weight * known.weight(i); };
   const auto mass = [=](int i) { return double(here[i]) * double(at(i)); };
   running_sums(g, places, mass, [&](int i, double sum) { before[i] = sum; });
   g.sync();
@@ -119,14 +118,15 @@ PCOH_APART Weighed count_near(G& g, const Row& row, const Weighed& weighed, cons
 }
 
 // The same without counting: where nobody ties every place is taken once, whatever the row.
-template <class T, class G, class Row>
-PCOH_APART Weighed look_up_near(G& g, const Row& row, const Weighed& weighed, const NearTable<T>& table, const T* plain,
+template <class T, class G, class Row, class Table>
+PCOH_APART Weighed look_up_near(G& g, const Row& row, const Weighed& weighed, const Table& table, const T* plain,
                                 T* weights, T* out) {
   const T weight = static_cast<T>(weighed.total / weighed.count);
   const auto place = [&](int k) { return twice_place(row, plain, k, weighed.count); };
-  each_indexed(g, row.n, place, [&](int k, int i) {
-    weights[k] = weight * table.weights[i];
-    out[k] = table.ranks[i];
+  const Table known = table;
+  each_indexed(g, row.n, place, [=](int k, int i) {
+    weights[k] = weight * known.weight(i);
+    out[k] = known.rank(i);
   });
   return {double(weight) * table.total, weighed.count, false};
 }
@@ -150,8 +150,8 @@ template <class T, class Rank, class G, class Row, class Workplace>
 PCOH_APART bool enter_neighbourhood(G& g, const Options& options, Row& row, Stats<T>& s, T* near, T* plain, Rank* out,
                                     double& ties, Workplace& work) {
   const NearDivisor<T> divisor(options.neighbourhood);
-  const NearTable<T> table = work.near_table(s.count, divisor);
-  const bool may_look_up = options.objective != Objective::cross_entropy && Workplace::tabulates;
+  const auto table = work.near_table(s.count, divisor);
+  const bool may_look_up = options.objective != Objective::cross_entropy && table.available;
   ties = hard_ranks(g, row, s, may_look_up, plain, work);
   g.sync();
   const bool whole = s.uniform && s.count <= kWholeRanks<T>;
@@ -167,7 +167,7 @@ PCOH_APART bool enter_neighbourhood(G& g, const Options& options, Row& row, Stat
       looked_up = may_look_up && hardly_ties<T>(s, ties, options.neighbourhood);
       if (looked_up) found = look_up_near(g, row, s, table, plain, near, out);
     }
-    if (!looked_up) found = count_near(g, row, s, divisor, table, plain, near, out, ties, work);
+    if (!looked_up) found = count_near(g, row, s, table, plain, near, out, ties, work);
     row.weights = near;
   }
   static_cast<Weighed&>(s) = found;

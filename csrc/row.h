@@ -38,8 +38,7 @@
 //   values(given, n)               where stats() puts the row's values; ranked_values(given, n): of those that hard
 //                                  ranks order
 //   pullback(sums, residuals, n)   of the sums, in place or not
-//   near_table(count, divisor)     see look_up_near() in anchor.h
-//   tabulates                      whether near_table() has one
+//   near_table(count, divisor)     see NearTable in anchor.h
 //   bins(g, row, low, high, scale)  that a grid of the row costs, whose range is less than most_bins of them; run()
 //                                  of the same row may use what was found on the way
 //   run<Sums>(g, row, low, high, scale, f)   f(sums) by one of the methods

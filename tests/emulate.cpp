@@ -6,8 +6,8 @@
 
 namespace pcoherence::cuda {
 
-Emulation emulation;  // set by tests
-long barriers = 0;    // that blocks of rows have passed
+Emulation emulation;                  // set by tests
+long barriers = 0, slow_atomics = 0;  // of blocks of rows; see Block
 
 template <class T>
 Plan plan(const Device& device, std::int64_t rows, std::int64_t n, Method method) {
@@ -48,6 +48,7 @@ void launch(const Task& task, const Plan& plan, char* workspace, Stream) {
       }
     });
     barriers += block.barriers;
+    slow_atomics += block.slow_atomics;
   }
 }
 
@@ -78,6 +79,7 @@ const Device& current_device() {
 
 // threads, shared: see Emulation; 0 leaves them to the plan.
 extern "C" long pcoherence_barriers() { return pcoherence::cuda::barriers; }
+extern "C" long pcoherence_slow_atomics() { return pcoherence::cuda::slow_atomics; }
 extern "C" void pcoherence_emulate(int threads, long shared, unsigned seed) {
   pcoherence::cuda::emulation = {threads, shared, seed};
 }

@@ -173,7 +173,8 @@ struct Block {
   }
   Team team;
   Team::Barrier all;
-  long barriers = 0;  // that all threads have passed
+  long barriers = 0;      // that all threads have passed
+  long slow_atomics = 0;  // on memory that is not fast
   std::vector<Warp> warps;
   std::vector<double> scratch;
   const char* shared = nullptr;  // fast memory besides the scratch
@@ -203,6 +204,7 @@ class EmulatedGroup : public OneElement {
   }
   template <class V>
   V add(V* p, V v) {
+    if (!in_fast(p)) __atomic_fetch_add(&block_.slow_atomics, 1, __ATOMIC_RELAXED);
     return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
   }
   void lower(int* p, int v) {

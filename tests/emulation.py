@@ -97,12 +97,13 @@ def loaded() -> ctypes.CDLL | None:
     return ctypes.CDLL(path)
 
 
-def barriers() -> int:
-    """That emulated blocks of rows have passed so far: what the path taken can be told by."""
+def counted(what: str) -> int:
+    """ "barriers" or "slow_atomics" of emulated rows so far: what the path taken can be told by."""
     library = loaded()
     assert library is not None
-    library.pcoherence_barriers.restype = ctypes.c_long
-    return int(library.pcoherence_barriers())
+    count = getattr(library, f"pcoherence_{what}")
+    count.restype = ctypes.c_long
+    return int(count())
 
 
 @pytest.fixture

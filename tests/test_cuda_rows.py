@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulation import DEVICE, Emulate, barriers
+from emulation import DEVICE, Emulate, counted
 from row_kernels import (
     POINTS,
     check_near_pairs,
@@ -207,6 +207,16 @@ def test_kinds_of_data(kind: str, dtype: torch.dtype, emulate: Emulate) -> None:
         check(from_distances, student, teacher, methods=("auto",), self_index=torch.tensor([5, 7]))
 
 
+# Shares of candidates by which ranks in a neighbourhood are sums without a table, and just not.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("n", "share"), [(40, 0.799), (40, 0.801), (257, 1.0), (600, 0.1)])
+def test_neighbourhoods(n: int, share: float, dtype: torch.dtype, emulate: Emulate) -> None:
+    emulate(threads=64, seed=18)
+    student, teacher = rows(n, dtype)
+    student[0, 3], teacher[0, 3], teacher[0, 5] = 0.5, 0.25, 0.25  # a single tie
+    check(from_distances, student, teacher, methods=("grid",), neighbourhood=share)
+
+
 # 40, 200: in a crowded bucket, which is ordered by itself; 600: more than a counter holds.
 @pytest.mark.parametrize("ties", [40, 200, 600])
 def test_buckets_that_overflow(ties: int, emulate: Emulate) -> None:
@@ -225,11 +235,21 @@ def test_kinds_of_data_take_the_same_path(kind: str, emulate: Emulate) -> None:
     emulate(threads=256)
 
     def passed(of: str) -> int:
-        before = barriers()
+        before = counted("barriers")
         from_distances(*of_kind(of, 2000))
-        return barriers() - before
+        return counted("barriers") - before
 
     assert passed(kind) <= 1.3 * passed(GAUSSIAN)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the emulation counts what goes to global memory")
+@pytest.mark.parametrize("kind", [GAUSSIAN, "outlier"])
+def test_what_is_accessed_at_random_stays_in_fast_memory(kind: str, emulate: Emulate) -> None:
+    """Of a row as long for this memory as 65,536 elements are for 227 KiB: neither fits."""
+    emulate(threads=128, shared=4096 + 2000 * 7 // 2 + 4200)
+    before = counted("slow_atomics")
+    from_distances(*of_kind(kind, 2000), objective="mse")  # cross_entropy counts its neighbourhood
+    assert counted("slow_atomics") == before
 
 
 def test_range_that_overflows(emulate: Emulate) -> None:

@@ -30,7 +30,6 @@ struct Workplace {
   // Up to so many elements, bins that are too many are not looked at for empty ones.
   static constexpr int few_to_hold = 96;
   static constexpr int most_bins = kMaxBins;
-  static constexpr bool tabulates = true;  // near_table()
 
   Method method;
   Workspace& ws;

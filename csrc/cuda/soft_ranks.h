@@ -5,6 +5,7 @@
 #include "../row.h"
 #include "buckets.h"
 #include "grid.h"
+#include "near.h"
 #include "pairs.h"
 #include "scan.h"
 
@@ -107,11 +108,9 @@ struct Workplace {
     return residuals;
   }
 
-  // None: a row would have to make its own, which takes as long as counting.
-  static constexpr bool tabulates = false;
   template <class Near>
-  PCOH_DEVICE NearTable<T> near_table(int, const Near&) const {
-    return {};
+  PCOH_DEVICE NearSums<T> near_table(int count, const Near& near) const {
+    return NearSums<T>(count, double(near.offset), double(near.slope));
   }
 
   // Those that hold somebody, where all of them would be too many; but few elements that lie so far apart are for all
