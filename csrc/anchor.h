@@ -175,19 +175,10 @@ PCOH_APART bool enter_neighbourhood(G& g, const Options& options, Row& row, Stat
   return whole;
 }
 
-// F^T under the row's weights, into out [n]: T, or double for cross_entropy, and then its `entropy`, sum_jk w_j w_k
-// H(P_jk). near [n] or null: without a neighbourhood. plain: [n] to work in, or `out`.
+// F^T of a soft teacher under the row's weights: see teacher_ranks().
 template <class T, class Rank, class G, class Row, class Workplace>
-PCOH_APART Status teacher_ranks(G& g, const Options& options, double unit, Row& row, Stats<T>& s, T* near, T* plain,
-                                Rank* out, double& entropy, Workplace& work) {
-  const bool cross_entropy = options.objective == Objective::cross_entropy;
-  double ties = 0;
-  const bool ranked = near != nullptr && enter_neighbourhood(g, options, row, s, near, plain, out, ties, work);
-  if (!options.soft_teacher()) {
-    if (!ranked) ties = hard_ranks(g, row, s, cross_entropy, out, work);
-    entropy = kLog2 * ties;
-    return Status::ok;
-  }
+PCOH_APART Status soft_teacher_ranks(G& g, const Options& options, double unit, Row& row, const Stats<T>& s, T* plain,
+                                     Rank* out, double& entropy, Workplace& work) {
   const Scaling scale = scaling(options.scale, s, options.teacher_temperature, unit);
   return with_sums(g, row, s.low, s.high, scale, work, [&](auto& sums) {
     sums.ranks(plain);
@@ -196,8 +187,21 @@ PCOH_APART Status teacher_ranks(G& g, const Options& options, double unit, Row& 
     each_element(g, row.n, [&](int k) { out[k] = Rank(plain[k]) * per_weight; });
     g.sync();
     if constexpr (sizeof(Rank) == sizeof(double))
-      if (cross_entropy) entropy = sums.cross_total(out, s.total);
+      if (options.objective == Objective::cross_entropy) entropy = sums.cross_total(out, s.total);
   });
+}
+
+// F^T under the row's weights, into out [n]: T, or double for cross_entropy, and then its `entropy`, sum_jk w_j w_k
+// H(P_jk). near [n] or null: without a neighbourhood. plain: [n] to work in, or `out`.
+template <class T, class Rank, class G, class Row, class Workplace>
+PCOH_APART Status teacher_ranks(G& g, const Options& options, double unit, Row& row, Stats<T>& s, T* near, T* plain,
+                                Rank* out, double& entropy, Workplace& work) {
+  double ties = 0;
+  const bool ranked = near != nullptr && enter_neighbourhood(g, options, row, s, near, plain, out, ties, work);
+  if (options.soft_teacher()) return soft_teacher_ranks(g, options, unit, row, s, plain, out, entropy, work);
+  if (!ranked) ties = hard_ranks(g, row, s, options.objective == Objective::cross_entropy, out, work);
+  entropy = kLog2 * ties;
+  return Status::ok;
 }
 
 // ---------------------------------------------------------------- the student

@@ -115,7 +115,7 @@ struct Workplace {
 
   // Those that hold somebody, where all of them would be too many; but few elements that lie so far apart are for all
   // pairs, or the scan.
-  PCOH_DEVICE double bins(G& g, const Row<T>& row, T low, T high, const Scaling& scale) {
+  PCOH_APART double bins(G& g, const Row<T>& row, T low, T high, const Scaling& scale) {
     const double laid = scale.range / kBinWidth;
     if (row.n <= few_to_hold || (laid <= kDenseBins && laid * elements_per_bin <= row.n)) return laid;
     layout = Layout<T>(low, high, scale);
