@@ -49,11 +49,16 @@ struct NearDivisor {
 };
 
 // Of `count` candidates, by place as twice_place() numbers them, [2 count]: weights in the neighbourhood, and the ranks
-// under such weights if everybody has a place of his own.
+// under such weights if everybody has a place of his own. A workplace's NearTable has  available  whether it knows the
+// ranks  total  of the weights  weight(i)  rank(i).
 template <class T>
 struct NearTable {
-  const T *weights, *ranks;  // null unless the workplace tabulates
-  double total;              // of the weights
+  const T *weights, *ranks;
+  double total;
+  static constexpr bool available = true;
+
+  PCOH_DEVICE T weight(int i) const { return weights[i]; }
+  PCOH_DEVICE T rank(int i) const { return ranks[i]; }
 };
 
 // ranks [n]: F^T under the row's weights.
@@ -79,10 +84,9 @@ PCOH_DEVICE int twice_place(const Row& row, const T* ranks, int k, int count) {
 
 // Equal weights, whose hard ranks are plain [n]: weights and ranks in the neighbourhood, by counting who is at each
 // place. Returns what the weights are, and adds up w_j w_k of candidates that tie, themselves included.
-template <class T, class Rank, class G, class Row, class Workplace>
-PCOH_APART Weighed count_near(G& g, const Row& row, const Weighed& weighed, const NearDivisor<T>& near,
-                              const NearTable<T>& table, const T* plain, T* weights, Rank* out, double& ties,
-                              Workplace& work) {
+template <class T, class Rank, class G, class Row, class Table, class Workplace>
+PCOH_APART Weighed count_near(G& g, const Row& row, const Weighed& weighed, const Table& table, const T* plain,
+                              T* weights, Rank* out, double& ties, Workplace& work) {
   const int count = weighed.count, places = 2 * count - 1;
   Workplace own = work;
   int* here = own.template take<int>(places);
@@ -95,13 +99,8 @@ PCOH_APART Weighed count_near(G& g, const Row& row, const Weighed& weighed, cons
   });
   g.sync();
   const T weight = static_cast<T>(weighed.total / count);
-  const T* known = table.weights;
-  const auto at = [=](int i) {
-    if constexpr (Workplace::tabulates)
-      return weight * known[i];
-    else
-      return weight / near(T(i + 1) / T(2 * count));
-  };
+  const Table known = table;  // a copy, which no store can change
+  const auto at = [=](int i) { return weight * known.weight(i); };
   const auto mass = [=](int i) { return double(here[i]) * double(at(i)); };
   running_sums(g, places, mass, [&](int i, double sum) { before[i] = sum; });
   g.sync();
@@ -119,14 +118,15 @@ PCOH_APART Weighed count_near(G& g, const Row& row, const Weighed& weighed, cons
 }
 
 // The same without counting: where nobody ties every place is taken once, whatever the row.
-template <class T, class G, class Row>
-PCOH_APART Weighed look_up_near(G& g, const Row& row, const Weighed& weighed, const NearTable<T>& table, const T* plain,
+template <class T, class G, class Row, class Table>
+PCOH_APART Weighed look_up_near(G& g, const Row& row, const Weighed& weighed, const Table& table, const T* plain,
                                 T* weights, T* out) {
   const T weight = static_cast<T>(weighed.total / weighed.count);
   const auto place = [&](int k) { return twice_place(row, plain, k, weighed.count); };
-  each_indexed(g, row.n, place, [&](int k, int i) {
-    weights[k] = weight * table.weights[i];
-    out[k] = table.ranks[i];
+  const Table known = table;
+  each_indexed(g, row.n, place, [=](int k, int i) {
+    weights[k] = weight * known.weight(i);
+    out[k] = known.rank(i);
   });
   return {double(weight) * table.total, weighed.count, false};
 }
@@ -147,11 +147,11 @@ PCOH_DEVICE bool hardly_ties(const Weighed& weighed, double ties, double h) {
 // The weights of the neighbourhood into near [n]: they become the row's, and s what they make of it. True where out [n]
 // has F^T under them, too, and for cross_entropy `ties` sum_jk w_j w_k of those that tie. plain: [n] to work in.
 template <class T, class Rank, class G, class Row, class Workplace>
-PCOH_DEVICE bool enter_neighbourhood(G& g, const Options& options, Row& row, Stats<T>& s, T* near, T* plain, Rank* out,
-                                     double& ties, Workplace& work) {
+PCOH_APART bool enter_neighbourhood(G& g, const Options& options, Row& row, Stats<T>& s, T* near, T* plain, Rank* out,
+                                    double& ties, Workplace& work) {
   const NearDivisor<T> divisor(options.neighbourhood);
-  const NearTable<T> table = work.near_table(s.count, divisor);
-  const bool may_look_up = options.objective != Objective::cross_entropy && Workplace::tabulates;
+  const auto table = work.near_table(s.count, divisor);
+  const bool may_look_up = options.objective != Objective::cross_entropy && table.available;
   ties = hard_ranks(g, row, s, may_look_up, plain, work);
   g.sync();
   const bool whole = s.uniform && s.count <= kWholeRanks<T>;
@@ -167,7 +167,7 @@ PCOH_DEVICE bool enter_neighbourhood(G& g, const Options& options, Row& row, Sta
       looked_up = may_look_up && hardly_ties<T>(s, ties, options.neighbourhood);
       if (looked_up) found = look_up_near(g, row, s, table, plain, near, out);
     }
-    if (!looked_up) found = count_near(g, row, s, divisor, table, plain, near, out, ties, work);
+    if (!looked_up) found = count_near(g, row, s, table, plain, near, out, ties, work);
     row.weights = near;
   }
   static_cast<Weighed&>(s) = found;
@@ -175,19 +175,10 @@ PCOH_DEVICE bool enter_neighbourhood(G& g, const Options& options, Row& row, Sta
   return whole;
 }
 
-// F^T under the row's weights, into out [n]: T, or double for cross_entropy, and then its `entropy`, sum_jk w_j w_k
-// H(P_jk). near [n] or null: without a neighbourhood. plain: [n] to work in, or `out`.
+// F^T of a soft teacher under the row's weights: see teacher_ranks().
 template <class T, class Rank, class G, class Row, class Workplace>
-PCOH_APART Status teacher_ranks(G& g, const Options& options, double unit, Row& row, Stats<T>& s, T* near, T* plain,
-                                Rank* out, double& entropy, Workplace& work) {
-  const bool cross_entropy = options.objective == Objective::cross_entropy;
-  double ties = 0;
-  const bool ranked = near != nullptr && enter_neighbourhood(g, options, row, s, near, plain, out, ties, work);
-  if (!options.soft_teacher()) {
-    if (!ranked) ties = hard_ranks(g, row, s, cross_entropy, out, work);
-    entropy = kLog2 * ties;
-    return Status::ok;
-  }
+PCOH_APART Status soft_teacher_ranks(G& g, const Options& options, double unit, Row& row, const Stats<T>& s, T* plain,
+                                     Rank* out, double& entropy, Workplace& work) {
   const Scaling scale = scaling(options.scale, s, options.teacher_temperature, unit);
   return with_sums(g, row, s.low, s.high, scale, work, [&](auto& sums) {
     sums.ranks(plain);
@@ -196,8 +187,21 @@ PCOH_APART Status teacher_ranks(G& g, const Options& options, double unit, Row& 
     each_element(g, row.n, [&](int k) { out[k] = Rank(plain[k]) * per_weight; });
     g.sync();
     if constexpr (sizeof(Rank) == sizeof(double))
-      if (cross_entropy) entropy = sums.cross_total(out, s.total);
+      if (options.objective == Objective::cross_entropy) entropy = sums.cross_total(out, s.total);
   });
+}
+
+// F^T under the row's weights, into out [n]: T, or double for cross_entropy, and then its `entropy`, sum_jk w_j w_k
+// H(P_jk). near [n] or null: without a neighbourhood. plain: [n] to work in, or `out`.
+template <class T, class Rank, class G, class Row, class Workplace>
+PCOH_APART Status teacher_ranks(G& g, const Options& options, double unit, Row& row, Stats<T>& s, T* near, T* plain,
+                                Rank* out, double& entropy, Workplace& work) {
+  double ties = 0;
+  const bool ranked = near != nullptr && enter_neighbourhood(g, options, row, s, near, plain, out, ties, work);
+  if (options.soft_teacher()) return soft_teacher_ranks(g, options, unit, row, s, plain, out, entropy, work);
+  if (!ranked) ties = hard_ranks(g, row, s, options.objective == Objective::cross_entropy, out, work);
+  entropy = kLog2 * ties;
+  return Status::ok;
 }
 
 // ---------------------------------------------------------------- the student
@@ -256,7 +260,7 @@ struct Kept {
 template <class T, class G, class Row, class Workplace>
 PCOH_APART Status teacher_stage(G& g, const Options& options, const AnchorRow<T>& a, const Weighed& weighed, Row& row,
                                 Kept<T>& kept, Workplace work) {
-  row.values = work.values(a.teacher, row.n);
+  row.values = work.ranked_values(a.teacher, row.n);
   Stats<T> s = stats(g, row, a.teacher, weighed);
   if (!s.finite) return Status::not_finite;
   T *ranks = kept.ranks, *near = kept.near;

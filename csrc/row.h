@@ -35,11 +35,11 @@
 // A Workplace has memory for the stages of a row, and the methods (method, most_bins, Grid, Scan, Pairs):
 //   take<V>(n, others)             memory [n], of T unless said otherwise; fast where that many others, which need
 //                                  it more, would be fast, too. A copy of a workplace takes the same memory again.
-//   values(given, n)               where stats() puts the row's values
+//   values(given, n)               where stats() puts the row's values; ranked_values(given, n): of those that hard
+//                                  ranks order
 //   pullback(sums, residuals, n)   of the sums, in place or not
-//   near_table(count, divisor)     see look_up_near() in anchor.h
-//   tabulates                      whether near_table() has one
-//   bins(row, low, scale)          that a grid of the row costs, whose range is less than most_bins of them; run()
+//   near_table(count, divisor)     see NearTable in anchor.h
+//   bins(g, row, low, high, scale)  that a grid of the row costs, whose range is less than most_bins of them; run()
 //                                  of the same row may use what was found on the way
 //   run<Sums>(g, row, low, high, scale, f)   f(sums) by one of the methods
 #pragma once
@@ -98,10 +98,10 @@ PCOH_DEVICE bool fits_grid(const Workplace& work, const Scaling& scale) {
   return static_cast<T>(scale.range / kBinWidth) < T(work.most_bins);
 }
 
-template <class T, class Row, class Workplace>
-PCOH_DEVICE Method choose(Workplace& work, const Row& row, T low, const Scaling& scale) {
+template <class T, class G, class Row, class Workplace>
+PCOH_DEVICE Method choose(G& g, Workplace& work, const Row& row, T low, T high, const Scaling& scale) {
   if (work.method != Method::automatic) return work.method;
-  if (fits_grid<T>(work, scale) && work.bins(row, low, scale) * Workplace::elements_per_bin <= row.n)
+  if (fits_grid<T>(work, scale) && work.bins(g, row, low, high, scale) * Workplace::elements_per_bin <= row.n)
     return Method::grid;
   return row.n <= Workplace::few_pairs ? Method::pairs : Method::scan;
 }
@@ -109,7 +109,7 @@ PCOH_DEVICE Method choose(Workplace& work, const Row& row, T low, const Scaling&
 // Calls f(sums) with the kernel sums of a row, whose positions are there then. low, high: of the values that count.
 template <class T, class G, class Row, class Workplace, class F>
 PCOH_DEVICE Status with_sums(G& g, Row& row, T low, T high, const Scaling& scale, Workplace& work, F f) {
-  switch (choose(work, row, low, scale)) {
+  switch (choose(g, work, row, low, high, scale)) {
     case Method::grid:
       if (!fits_grid<T>(work, scale)) return Status::too_many_bins;
       work.template run<typename Workplace::Grid>(g, row, low, high, scale, f);

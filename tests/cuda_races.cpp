@@ -108,6 +108,15 @@ struct Problem {
            nullptr);
   }
 
+  // One far outlier on both sides, of a row that is looked at by a sample and crowds some of its buckets.
+  void outlier() {
+    for (int i = 0; i < m; ++i) {
+      student[i * n + 3] = teacher[i * n + 5] = T(1e4);
+      for (int k = 40; k < 80; ++k) teacher[i * n + k] = T(0.5) + T(k) * std::numeric_limits<T>::epsilon();
+    }
+    rows(Method::automatic, Objective::mse, 0.1, false, false);
+  }
+
   // The first anchor's, a sum over more candidates than fast memory holds.
   void small_gradient_in_parts() {
     static_assert(kMany * sizeof(T) > kScratchBytes);
@@ -188,6 +197,11 @@ void everything() {
     Problem(9).small(false);
     Problem(9).small(true);
   }
+  for (const long shared : {0L, 4096L + 256, 4096L + 6000}) {
+    pcoherence_emulate(64, shared, 0);
+    Problem(300).outlier();
+  }
+  pcoherence_emulate(64, 4096 + 256, 0);
   Problem(40).streams();
   Problem(kMany).small_gradient_in_parts();
 }

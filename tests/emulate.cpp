@@ -7,7 +7,8 @@
 
 namespace pcoherence::cuda {
 
-Emulation emulation;  // set by tests
+Emulation emulation;                  // set by tests
+long barriers = 0, slow_atomics = 0;  // of blocks of rows; see Block
 
 template <class T>
 Plan plan(const Device& device, std::int64_t rows, std::int64_t n, Method method) {
@@ -47,6 +48,8 @@ void launch(const Task& task, const Plan& plan, char* workspace, Stream) {
         g.sync();
       }
     });
+    barriers += block.barriers;
+    slow_atomics += block.slow_atomics;
   }
 }
 
@@ -77,6 +80,8 @@ PCOH_INSTANTIATE(double)
 }  // namespace pcoherence::cuda
 
 // threads, shared: see Emulation; 0 leaves them to the plan.
+extern "C" long pcoherence_barriers() { return pcoherence::cuda::barriers; }
+extern "C" long pcoherence_slow_atomics() { return pcoherence::cuda::slow_atomics; }
 extern "C" void pcoherence_emulate(int threads, long shared, unsigned seed) {
   pcoherence::cuda::emulation = {threads, shared, seed};
 }

@@ -173,6 +173,8 @@ struct Block {
   }
   Team team;
   Team::Barrier all;
+  long barriers = 0;      // that all threads have passed
+  long slow_atomics = 0;  // on memory that is not fast
   std::vector<Warp> warps;
   std::vector<double> scratch;
   const char* shared = nullptr;  // fast memory besides the scratch
@@ -188,7 +190,10 @@ class EmulatedGroup : public OneElement {
   int lane() const { return thread_ % kWarp; }
   int warp() const { return thread_ / kWarp; }
   int warps() const { return threads() / kWarp; }
-  void sync() { block_.team.wait(block_.all, true); }
+  void sync() {
+    if (thread_ == 0) ++block_.barriers;
+    block_.team.wait(block_.all, true);
+  }
   void sync_warp() { block_.team.wait(own().barrier, true); }
   char* scratch() const { return reinterpret_cast<char*>(block_.scratch.data()); }
   bool in_fast(const void* p) const { return block_.in_fast(p); }
@@ -199,12 +204,15 @@ class EmulatedGroup : public OneElement {
   }
   template <class V>
   V add(V* p, V v) {
+    if (!in_fast(p)) __atomic_fetch_add(&block_.slow_atomics, 1, __ATOMIC_RELAXED);
     return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
   }
   void lower(int* p, int v) {
     for (int there = __atomic_load_n(p, __ATOMIC_RELAXED); v < there;)
       if (__atomic_compare_exchange_n(p, &there, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return;
   }
+  void set(unsigned* p, unsigned bits) { __atomic_fetch_or(p, bits, __ATOMIC_RELAXED); }
+  static unsigned peek(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
   int swap_if(int* p, int expected, int v) {
     __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
     return expected;

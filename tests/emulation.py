@@ -97,6 +97,15 @@ def loaded() -> ctypes.CDLL | None:
     return ctypes.CDLL(path)
 
 
+def counted(what: str) -> int:
+    """ "barriers" or "slow_atomics" of emulated rows so far: what the path taken can be told by."""
+    library = loaded()
+    assert library is not None
+    count = getattr(library, f"pcoherence_{what}")
+    count.restype = ctypes.c_long
+    return int(count())
+
+
 @pytest.fixture
 def emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulate]:
     """Sets the threads of a block, its bytes of shared memory (0: as on a GPU), and the seed.

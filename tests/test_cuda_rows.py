@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulation import DEVICE, Emulate
+from emulation import DEVICE, Emulate, counted
 from row_kernels import (
     POINTS,
     check_near_pairs,
@@ -28,6 +28,7 @@ from soft_rank_cases import MASKS, check_masked
 from torch import Tensor
 
 import pcoherence
+from benchmarks.kinds import GAUSSIAN, KINDS, draw
 from pcoherence import perception_coherence_loss
 from pcoherence.backends import clouds, cuda, pipeline, points
 from pcoherence.backends.cuda_kernels import CudaRowKernels
@@ -186,6 +187,70 @@ def test_hostile_rows(case: str, emulate: Emulate) -> None:
         teacher = teacher.pow(40)
     for objective in ("mse", "spearman", "cross_entropy"):
         check(from_distances, student, teacher, objective=objective)
+
+
+def of_kind(kind: str, n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Distances from two points of a kind to n others, student's and teacher's."""
+    student, teacher = (draw(kind, n + 2, d, seed) for d, seed in ((16, 0), (24, 1)))
+    return tuple(torch.cdist(points[:2], points[2:]).to(dtype) for points in (student, teacher))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_data(kind: str, dtype: torch.dtype, emulate: Emulate) -> None:
+    emulate(threads=96, seed=15)
+    student, teacher = of_kind(kind, 1000, dtype)
+    for objective in ("mse", "cross_entropy"):
+        check(from_distances, student, teacher, methods=("auto", "grid"), objective=objective)
+    # All of it in global memory; values ordered a window at a time.
+    for shared in (4096 + 3000, 4096 + 9000):
+        emulate(threads=96, seed=16, shared=shared)
+        check(from_distances, student, teacher, methods=("auto",), self_index=torch.tensor([5, 7]))
+
+
+# Shares of candidates by which ranks in a neighbourhood are sums without a table, and just not.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("n", "share"), [(40, 0.799), (40, 0.801), (257, 1.0), (600, 0.1)])
+def test_neighbourhoods(n: int, share: float, dtype: torch.dtype, emulate: Emulate) -> None:
+    emulate(threads=64, seed=18)
+    student, teacher = rows(n, dtype)
+    student[0, 3], teacher[0, 3], teacher[0, 5] = 0.5, 0.25, 0.25  # a single tie
+    check(from_distances, student, teacher, methods=("grid",), neighbourhood=share)
+
+
+# 40, 200: in a crowded bucket, which is ordered by itself; 600: more than a counter holds.
+@pytest.mark.parametrize("ties", [40, 200, 600])
+def test_buckets_that_overflow(ties: int, emulate: Emulate) -> None:
+    emulate(threads=96, seed=17)
+    student, teacher = rows(700, torch.float32)
+    teacher[:, :ties] = 0.5
+    teacher[1, : ties // 2] = 0.5 + 2**-24  # neighbours of a bucket
+    for objective in ("mse", "cross_entropy"):
+        check(from_distances, student, teacher, methods=("auto",), objective=objective)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="barriers are counted by the emulation")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != GAUSSIAN])
+def test_kinds_of_data_take_the_same_path(kind: str, emulate: Emulate) -> None:
+    """Neither sort nor scan, which pass ten times as many barriers as buckets and grid."""
+    emulate(threads=256)
+
+    def passed(of: str) -> int:
+        before = counted("barriers")
+        from_distances(*of_kind(of, 2000))
+        return counted("barriers") - before
+
+    assert passed(kind) <= 1.3 * passed(GAUSSIAN)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the emulation counts what goes to global memory")
+@pytest.mark.parametrize("kind", [GAUSSIAN, "outlier"])
+def test_what_is_accessed_at_random_stays_in_fast_memory(kind: str, emulate: Emulate) -> None:
+    """Of a row as long for this memory as 65,536 elements are for 227 KiB: neither fits."""
+    emulate(threads=128, shared=4096 + 2000 * 7 // 2 + 4200)
+    before = counted("slow_atomics")
+    from_distances(*of_kind(kind, 2000), objective="mse")  # cross_entropy counts its neighbourhood
+    assert counted("slow_atomics") == before
 
 
 def test_range_that_overflows(emulate: Emulate) -> None:

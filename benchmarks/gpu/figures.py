@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import pcoherence
-from benchmarks import measure
+from benchmarks import kinds, measure
 from benchmarks.gpu import choices, device, journal
 from pcoherence.backends.products import full_float32
 from pcoherence.testing import ACCURACY, make_case, relative_error, truth
@@ -36,8 +36,8 @@ SMALL_REPEATS = 101
 SIZES = ((256, 512), (1024, 512), (4096, 128), (8192, 512))
 CHOICE_SIZES = ((8192, 512), (4096, 128))
 """Where products take most of the time, and where rows do; the rule is about the first."""
-KINDS = ("clustered", "outlier")
-"""Data other than Gaussian: near pairs, and a point that makes the range of every row long."""
+KINDS = ("outlier", "heavy tails", "50 clusters", "10 clusters")
+"""Data other than Gaussian: points that make the range of every row long, gaps, and near pairs."""
 
 AT_MOST = {
     "float32: error of the loss": ACCURACY[torch.float32][0],
@@ -68,8 +68,7 @@ def scaled(n: int) -> int:
 
 def points(kind: str, n: int, d: int, seed: int) -> Tensor:
     """Float32 [n, d] on the device."""
-    draw: Callable[..., Tensor] = getattr(make_case, "__wrapped__", make_case)  # not to be kept
-    return draw(kind, n, d, dtype=torch.float32, seed=seed).to(device.DEVICE)
+    return kinds.draw(kind, n, d, seed).float().to(device.DEVICE)
 
 
 def step(backend: str, n: int, d: int, kind: str = "gaussian") -> Callable[[], tuple[Tensor, ...]]:

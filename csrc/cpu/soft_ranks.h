@@ -30,7 +30,6 @@ struct Workplace {
   // Up to so many elements, bins that are too many are not looked at for empty ones.
   static constexpr int few_to_hold = 96;
   static constexpr int most_bins = kMaxBins;
-  static constexpr bool tabulates = true;  // near_table()
 
   Method method;
   Workspace& ws;
@@ -44,6 +43,7 @@ struct Workplace {
     return ws.rows[taken++].template need<V>(n);
   }
   const T* values(const T* given, int) { return given; }  // they are read where they are
+  const T* ranked_values(const T* given, int) { return given; }
   template <class Sums>
   const T* pullback(Sums& sums, const T* residuals, int n) {
     T* out = take(n);
@@ -82,7 +82,7 @@ struct Workplace {
 
   // Those that hold somebody, where all of them would be too many; but few elements that lie so far apart are for the
   // scan, which is exact where all that there is are small slopes.
-  double bins(const Row<T>& row, T low, const Scaling& scale) {
+  double bins(Core<T>&, const Row<T>& row, T low, T, const Scaling& scale) {
     const double laid = scale.range / kBinWidth;
     if (laid * elements_per_bin <= row.n || row.n <= few_to_hold) return laid;
     layout.emplace(placed(row, low, scale), ws);

@@ -2,7 +2,7 @@
 // units of the bin width. Additions happen in an order that the launch alone decides: no float atomics.
 #pragma once
 
-#include "group.h"
+#include "layout.h"
 #include "tables.h"
 
 namespace pcoherence::cuda {
@@ -17,17 +17,17 @@ template <class T, class G>
 class Grid {
  public:
   static constexpr double unit = kBinWidth;
-  static constexpr bool from_low = true;
 
   // Memory for rows of up to `bins` bins, besides what spread_by_lanes() takes.
   static constexpr std::int64_t bytes(std::int64_t bins) { return bins * (4 * order * sizeof(T) + 2 * 8) + 6 * 16; }
   // What spread_by_lanes() needs at least.
   static constexpr std::int64_t lane_bytes(int threads) { return threads * sizeof(T) + 16; }
 
-  // row.values: positions from 0 to top.
-  PCOH_DEVICE Grid(G& g, const Row<T>& row, T top, const DeviceTables<T>& tables, Arena arena)
-      : g_(g), row_(row), tables_(tables), bins_(static_cast<int>(top) + 1), arena_(arena) {
-    fast_ = g.in_fast(row.values) && bytes(bins_) + lane_bytes(g.threads()) <= arena_.fast_left();
+  // row.values: codes of the layout.
+  PCOH_DEVICE Grid(G& g, const Row<T>& row, const Layout<T>& layout, const DeviceTables<T>& tables, Arena arena)
+      : g_(g), row_(row), tables_(tables), bins_(layout.bins), places_(layout.places), arena_(arena) {
+    if (bytes(bins_) + lane_bytes(g.threads()) <= arena_.fast_left())
+      memory_ = g.in_fast(row.values) ? Memory::all_fast : Memory::grid_fast;
     moments_ = arena_.take<T>(bins_ * order);
     residual_moments_ = arena_.take<T>(bins_ * order);
     field_ = arena_.take<T>(bins_ * order);
@@ -41,14 +41,11 @@ class Grid {
   PCOH_APART void ranks(T* out) {
     sum_far_moments();
     convolve(tables_.sigmoid, moments_, field_);
-    if (bins_ > reach) {
-      for (int b = reach + 1 + g_.thread(); b < bins_; b += g_.threads()) field_[b * order] += T(below_[b - reach]);
+    if (has_far()) {
+      each(g_, bins_, [=, this](int b) { field_[b * order] += T(below_[first_near(b)]); });
       g_.sync();
     }
-    if (fast_ && g_.in_fast(out))
-      gather_ranks<true>(out);
-    else
-      gather_ranks<false>(out);
+    in_memory(out, [&]<Memory memory>(Constant<memory>) { gather_ranks<memory>(out); });
   }
 
   // See ../row.h. Moments against coefficients, no gather; then, by the order of bins, the rest. After ranks().
@@ -64,7 +61,8 @@ class Grid {
     const double parts = double(1ull << 60) / weight;
     with_weights(row_, [&](auto w) {
       each(g_, row_.n, [&](int k) {
-        g_.add(&share[local(row_.values[k]).bin], static_cast<unsigned long long>(double(w(k)) * parts + 0.5));
+        g_.add(&share[row_.cells.local(row_.values[k]).bin],
+               static_cast<unsigned long long>(double(w(k)) * parts + 0.5));
       });
     });
     g_.sync();
@@ -75,8 +73,8 @@ class Grid {
     double rest = 0;
     with_weights(row_, [&](auto w) {
       each(g_, row_.n, [&](int k) {
-        const int b = local(row_.values[k]).bin;
-        rest += double(w(k)) * double(row_.values[k]) * (below_[b] + own(b) / 2 - weight * ranks[k]);
+        const int b = row_.cells.local(row_.values[k]).bin;
+        rest += double(w(k)) * double(row_.place(k)) * (below_[b] + own(b) / 2 - weight * ranks[k]);
       });
     });
     return total(g_, sum + 2 * unit * rest);
@@ -87,51 +85,70 @@ class Grid {
     spread([r](int k) { return r[k]; }, residual_moments_);
     convolve(tables_.slope, moments_, field_);
     convolve(tables_.slope, residual_moments_, residual_field_);
-    if (fast_ && g_.in_fast(r) && g_.in_fast(out))
-      gather_pulls<true>(r, out);
-    else
-      gather_pulls<false>(r, out);
+    const T* both = g_.in_fast(r) ? out : r;
+    in_memory(both, [&]<Memory memory>(Constant<memory>) { gather_pulls<memory>(r, out); });
   }
 
  private:
   static constexpr int order = GridOrder<T>::order;
   static constexpr int reach = GridTable<T>::bins_in_reach;
 
-  struct Local {
-    int bin;
-    T x;  // in [-1, 1]
-  };
-  // A point between two bins may come to either: both polynomials hold there.
-  static PCOH_DEVICE Local local(T position) {
-    const Rounded<T> bin(position - T(0.5));
-    return {bin.index(), (position - bin.value()) * T(2) - T(1)};
-  }
   static PCOH_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 
-  // The row and all of the grid are in fast memory, or anything may be anywhere.
-  template <bool fast, class V>
-  PCOH_DEVICE V* at(V* p) const {
-    if constexpr (fast)
-      return g_.fast(p);
+  // What is in fast memory: the row and all of the grid, the grid alone, or who knows.
+  enum class Memory { all_fast, grid_fast, any };
+  template <Memory memory>
+  using Constant = std::integral_constant<Memory, memory>;
+
+  // f(what is known of the grid, and of row and p)
+  template <class F>
+  PCOH_DEVICE void in_memory(const T* p, F f) {
+    if (memory_ == Memory::all_fast && g_.in_fast(p))
+      f(Constant<Memory::all_fast>{});
+    else if (memory_ != Memory::any)
+      f(Constant<Memory::grid_fast>{});
     else
-      return p;
+      f(Constant<Memory::any>{});
+  }
+  // Of the grid, of the row.
+  template <Memory memory, class V>
+  PCOH_DEVICE V* cell(V* p) const {
+    return at<memory != Memory::any>(g_, p);
+  }
+  template <Memory memory, class V>
+  PCOH_DEVICE V* element(V* p) const {
+    return at<memory == Memory::all_fast>(g_, p);
   }
 
-  template <bool fast>
+  // Where bin b is laid.
+  PCOH_DEVICE int place(int b) const { return places_ == nullptr ? b : places_[b]; }
+  // Whether there may be bins beyond reach of others.
+  PCOH_DEVICE bool has_far() const { return bins_ > reach || places_ != nullptr; }
+  // The first bin within reach of b.
+  PCOH_DEVICE int first_near(int b) const {
+    int c = b > reach ? b - reach : 0;
+    if (places_ != nullptr)
+      while (places_[c] < places_[b] - reach) ++c;
+    return c;
+  }
+
+  template <Memory memory>
   PCOH_DEVICE void gather_ranks(T* out) {
-    const T *positions = at<fast>(row_.values), *field = at<fast>(field_);
-    T* to = at<fast>(out);
-    each(g_, row_.n, [=](int k) { to[k] = evaluate(field, local(positions[k])); });
+    const T *codes = element<memory>(row_.values), *field = cell<memory>(field_);
+    T* to = element<memory>(out);
+    const Cells<T> cells = row_.cells;
+    each(g_, row_.n, [=](int k) { to[k] = evaluate(field, cells.local(codes[k])); });
   }
 
-  template <bool fast>
+  template <Memory memory>
   PCOH_DEVICE void gather_pulls(const T* r, T* out) {
-    const T *positions = at<fast>(row_.values), *field = at<fast>(field_), *residual_field = at<fast>(residual_field_);
-    const T* from = at<fast>(r);
-    T* to = at<fast>(out);
+    const T *codes = element<memory>(row_.values), *from = element<memory>(r);
+    const T *field = cell<memory>(field_), *residual_field = cell<memory>(residual_field_);
+    T* to = element<memory>(out);
+    const Cells<T> cells = row_.cells;
     with_weights(row_, [&](auto weight) {
       each(g_, row_.n, [=](int k) {
-        const Local here = local(positions[k]);
+        const Local<T> here = cells.local(codes[k]);
         to[k] = from[k] * evaluate(field, here) - weight(k) * evaluate(residual_field, here);
       });
     });
@@ -141,30 +158,26 @@ class Grid {
   template <class V>
   PCOH_DEVICE void spread(V value, T* out) {
     g_.sync();  // value() may read what other threads wrote, and `out` may still be read
-    if (bins_ <= kRegisterBins<T>) {
-      if (fast_)
-        spread_in_registers<true>(value, out);
+    in_memory(row_.values, [&]<Memory memory>(Constant<memory>) {
+      if (bins_ <= kRegisterBins<T>)
+        spread_in_registers<memory>(value, out);
       else
-        spread_in_registers<false>(value, out);
-    } else {
-      if (fast_)
-        spread_by_lanes<true>(value, out);
-      else
-        spread_by_lanes<false>(value, out);
-    }
+        spread_by_lanes<memory>(value, out);
+    });
     g_.sync();
   }
 
-  template <bool fast, class V>
+  template <Memory memory, class V>
   PCOH_APART void spread_in_registers(V value, T* out) {
     constexpr int window = sizeof(T) == 4 ? 4 : 1;  // 32 registers of sums either way
     constexpr int sums = window * order;
-    const T* positions = at<fast>(row_.values);
+    const T* codes = element<memory>(row_.values);
+    const Cells<T> code = row_.cells;
     const int bins = bins_, n = row_.n, step = g_.threads();
     for (int start = 0; start < bins; start += window) {
       T sum[sums] = {};
       for (int k = g_.thread(); k < n; k += step) {
-        const Local here = local(positions[k]);
+        const Local<T> here = code.local(codes[k]);
         const T own = value(k);
         T share[window], power = 1;
         unrolled<window>([&](auto b) { share[b] = here.bin == start + b ? own : T(0); });
@@ -189,16 +202,17 @@ class Grid {
 
   // Lane (e, q) of a warp adds value(k) x_k^q of the warp's every e-th element to a cell of its own: cells[warp][bin]
   // [lane], so that neither lanes nor banks collide. As many bins at a time as fit into fast memory.
-  template <bool fast, class V>
+  template <Memory memory, class V>
   PCOH_APART void spread_by_lanes(V value, T* out) {
     constexpr int elements = kWarp / order;
     const int lanes = g_.threads();  // of all warps together
     const std::int64_t fitting = arena_.fast_left() / (lanes * std::int64_t(sizeof(T)));
     const int window = fitting > bins_ ? bins_ : fitting > 1 ? static_cast<int>(fitting) : 1;
     Arena arena = arena_;
-    T* cells = at<fast>(arena.template take<T>(std::int64_t(window) * lanes));
+    T* cells = cell<memory>(arena.template take<T>(std::int64_t(window) * lanes));
     T* mine = cells + g_.warp() * window * kWarp + g_.lane();
-    const T* positions = at<fast>(row_.values);
+    const T* codes = element<memory>(row_.values);
+    const Cells<T> code = row_.cells;
     const int e = g_.lane() / order, q = g_.lane() % order;
     const int share = (row_.n + g_.warps() - 1) / g_.warps();
     const int begin = share * g_.warp(), end = min_of(begin + share, row_.n);
@@ -206,9 +220,9 @@ class Grid {
       const int here = min_of(window, bins_ - start);
       for (int b = 0; b < here; ++b) mine[b * kWarp] = 0;
       for (int k = begin + e; k < end; k += elements) {
-        const Local place = local(positions[k]);
-        const int b = place.bin - start;
-        if (b >= 0 && b < here) mine[b * kWarp] += value(k) * power(place.x, q);
+        const Local<T> own = code.local(codes[k]);
+        const int b = own.bin - start;
+        if (b >= 0 && b < here) mine[b * kWarp] += value(k) * power(own.x, q);
       }
       g_.sync();
       for (int i = g_.thread(); i < here * order; i += g_.threads()) {
@@ -231,7 +245,7 @@ class Grid {
 
   // below_[b]: sum over bins before b of the moments
   PCOH_APART void sum_far_moments() {
-    if (bins_ <= reach) return;
+    if (!has_far()) return;
     running_sums(
         g_, bins_, [this](int b) { return double(moments_[b * order]); },
         [this](int b, double sum) { below_[b] = sum; });
@@ -241,13 +255,15 @@ class Grid {
   // field[b] = sum over bins b' within reach of table[b - b'] applied to moments[b']
   PCOH_APART void convolve(const T* table, const T* moments, T* field) {
     const int bins = bins_;
-    each(g_, bins * order, [=](int i) {
+    each(g_, bins * order, [=, this](int i) {
       const int b = i / order, q = i % order;
-      const int begin = b > reach ? b - reach : 0, end = min_of(b + reach + 1, bins);
+      const int begin = b > reach ? b - reach : 0, end = min_of(b + reach + 1, bins), own = place(b);
       T even = 0, odd = 0;
       for (int c = begin; c < end; ++c) {
+        const int difference = own - place(c);
+        if (difference > reach || difference < -reach) continue;  // bins between are left out
         const T* m = moments + c * order;
-        const T* rows = table + (b - c + reach) * order * order + q;
+        const T* rows = table + (difference + reach) * order * order + q;
         PCOH_UNROLL
         for (int r = 0; r < order; r += 2) {
           even += rows[r * order] * m[r];
@@ -259,7 +275,7 @@ class Grid {
     g_.sync();
   }
 
-  static PCOH_DEVICE T evaluate(const T* field, const Local& here) {
+  static PCOH_DEVICE T evaluate(const T* field, const Local<T>& here) {
     constexpr int packed = 16 / sizeof(T);  // of one load
     struct alignas(16) Pack {
       T term[packed];
@@ -279,8 +295,9 @@ class Grid {
   const Row<T>& row_;
   const DeviceTables<T>& tables_;
   const int bins_;
+  const int* places_;  // [bins] or null; see Layout
   Arena arena_;
-  bool fast_;                                                  // the row and all of the grid lie in fast memory
+  Memory memory_ = Memory::any;
   T *moments_, *residual_moments_, *field_, *residual_field_;  // [bins, order]
   double *below_, *mass_;                                      // [bins]
 };

@@ -9,6 +9,8 @@
 //              add(p, v)                                  atomic; returns what was there. Integers only: any order of
 //                                                         additions gives the same sum, so results do not depend on it
 //              lower(p, v)                                atomic minimum, likewise
+//              set(p, bits)                               atomic or, likewise
+//              peek(p)                                    what is there while others may be setting bits
 //              swap_if(p, expected, v)                    atomic compare and swap; returns what was there
 //              in_fast(p), fast(p)                        whether p lies in fast memory; p, known to lie there: the
 //                                                         compiler then uses shorter addresses and instructions
@@ -87,6 +89,8 @@ class CudaGroup : public OneElement {
     return atomicAdd(p, v);
   }
   __device__ void lower(int* p, int v) const { atomicMin(p, v); }
+  __device__ void set(unsigned* p, unsigned bits) const { atomicOr(p, bits); }
+  static __device__ unsigned peek(const unsigned* p) { return *static_cast<const volatile unsigned*>(p); }
   __device__ int swap_if(int* p, int expected, int v) const { return atomicCAS(p, expected, v); }
 
   template <class V>
@@ -267,17 +271,133 @@ PCOH_DEVICE void total_by_lane(G& g, V (&sum)[count]) {
 
 // ---------------------------------------------------------------- one row
 
+// t >= 0, or t * factor, rounded to an integer without the conversion unit, which takes 8 times as long as an addition.
+// The float that is added leaves no bits for a fraction. The product is fused by name: wherever it is asked for, it has
+// to round alike.
+template <class T>
+struct Rounded;
+template <>
+struct Rounded<float> {
+  static constexpr float shift = 0x1.8p23f;  // for t up to 2^22
+  static constexpr float limit = 0x1p22f;
+  PCOH_DEVICE explicit Rounded(float t) : shifted(t + shift) {}
+  PCOH_DEVICE Rounded(float t, float factor) : shifted(std::fma(t, factor, shift)) {}
+  PCOH_DEVICE float value() const { return shifted - shift; }
+  PCOH_DEVICE int index() const {
+    int bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    return bits - 0x4B400000;  // the bits of `shift`
+  }
+  float shifted;
+};
+template <>
+struct Rounded<double> {
+  static constexpr double shift = 0x1.8p52;
+  static constexpr double limit = 0x1p31;  // of the index
+  PCOH_DEVICE explicit Rounded(double t) : shifted(t + shift) {}
+  PCOH_DEVICE Rounded(double t, double factor) : shifted(std::fma(t, factor, shift)) {}
+  PCOH_DEVICE double value() const { return shifted - shift; }
+  PCOH_DEVICE int index() const {
+    std::int64_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    return static_cast<int>(bits);  // the low word
+  }
+  double shifted;
+};
+
+// Bits of a word that are set.
+PCOH_DEVICE int ones(unsigned word) {
+#if defined(__CUDA_ARCH__)
+  return __popc(word);
+#else
+  return __builtin_popcount(word);
+#endif
+}
+
+// Where in a bin of a grid an element lies.
+template <class T>
+struct Local {
+  int bin;
+  T x;  // in [-1, 1]
+};
+
+// How the bin of an element, and where it lies there, are one number of the row's type, its code.
+template <class T>
+class Cells;
+// The bin's number in as many bits as it takes, the place within it in the others: every bin resolves as much.
+template <>
+class Cells<float> {
+ public:
+  Cells() = default;
+  PCOH_DEVICE Cells(int bins, const int* places) : places_(places) {
+    while (1ll << bits_ < bins || bits_ == 0) ++bits_;
+    per_bin_ = std::ldexp(1.0f, 32 - bits_);
+  }
+
+  PCOH_DEVICE float code(int bin, unsigned fraction) const {
+    return as_float(unsigned(bin) << (32 - bits_) | fraction >> bits_);
+  }
+  // t: in bins, none of which are left out.
+  PCOH_DEVICE float code(float t) const { return as_float(static_cast<unsigned>(t * per_bin_)); }
+  PCOH_DEVICE Local<float> local(float code) const {
+    unsigned bits;
+    memcpy(&bits, &code, sizeof bits);
+    const float half = as_float((bits << bits_) >> 9 | 0x3F800000u);  // 1 to 2: 23 bits of the fraction
+    return {static_cast<int>(bits >> (32 - bits_)), half * 2 - 3};
+  }
+  PCOH_DEVICE bool coded() const { return bits_ > 0; }
+  PCOH_DEVICE const int* places() const { return places_; }
+
+ private:
+  static PCOH_DEVICE float as_float(unsigned bits) {
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+  }
+  int bits_ = 0;
+  float per_bin_ = 0;
+  const int* places_ = nullptr;
+};
+// Their sum. A point never lies so near to a bin's end that the sum rounds to another bin, of 2^16 and less.
+template <>
+class Cells<double> {
+ public:
+  Cells() = default;
+  PCOH_DEVICE Cells(int, const int* places) : coded_(true), places_(places) {}
+
+  PCOH_DEVICE double code(int bin, double fraction) const {
+    constexpr double edge = 0x1p-36;
+    return bin + std::fmin(std::fmax(fraction, edge), 1 - edge);
+  }
+  PCOH_DEVICE Local<double> local(double code) const {
+    const Rounded<double> bin(code - 0.5);
+    return {bin.index(), (code - bin.value()) * 2 - 1};
+  }
+  PCOH_DEVICE bool coded() const { return coded_; }
+  PCOH_DEVICE const int* places() const { return places_; }
+
+ private:
+  bool coded_ = false;
+  const int* places_ = nullptr;
+};
+
 // Candidates of one anchor.
 template <class T>
 struct Row {
   const T* weights;  // [n] or null: ones
   int n;
   int self;             // candidate excluded, or -1
-  T* values = nullptr;  // [n] as given, then for the kernel sums: positions, in units of the sums
+  T* values = nullptr;  // [n] as given, then for the kernel sums: positions, in units of the sums; of a grid: codes
   double sums_unit = 1;
+  Cells<T> cells = {};  // of a grid
 
   PCOH_DEVICE T weight(int k) const { return k == self ? T(0) : weights ? weights[k] : T(1); }
-  PCOH_DEVICE T place(int k) const { return values[k]; }
+  // Position in units of the sums.
+  PCOH_DEVICE T place(int k) const {
+    if (!cells.coded()) return values[k];
+    const Local<T> here = cells.local(values[k]);
+    return T(cells.places() != nullptr ? cells.places()[here.bin] : here.bin) + (here.x + 1) / 2;
+  }
   PCOH_DEVICE double unit() const { return sums_unit; }
 };
 
@@ -286,6 +406,20 @@ template <class G, class F>
 PCOH_DEVICE void each(const G& g, int n, F f) {
   const int step = g.threads();
   for (int k = g.thread(); k < n; k += step) f(k);
+}
+
+// f(k, load(k)) for every k of a thread, the same k as each(): several loads wait at the same time.
+template <class G, class Load, class F>
+PCOH_DEVICE void each_loaded(const G& g, int n, Load load, F f) {
+  constexpr int together = 4;  // of a row that no fast memory holds, 24 warps then ask for 12 KiB at a time
+  const int step = g.threads();
+  for (int k = g.thread(); k < n; k += together * step) {
+    decltype(load(k)) value[together];
+    unrolled<together>([&](auto i) { value[i] = load(k + i * step < n ? k + i * step : k); });
+    unrolled<together>([&](auto i) {
+      if (k + i * step < n) f(k + i * step, value[i]);
+    });
+  }
 }
 
 // f(weight), weight(k) as above: one loop for rows without weights and one for the others, instead of a branch an
@@ -298,6 +432,15 @@ PCOH_DEVICE void with_weights(const Row<T>& row, F f) {
     f([=](int k) { return k == self ? T(0) : T(1); });
   else
     f([=](int k) { return k == self ? T(0) : weights[k]; });
+}
+
+// p, known to be fast if it is.
+template <bool fast, class G, class V>
+PCOH_DEVICE V* at(const G& g, V* p) {
+  if constexpr (fast)
+    return g.fast(p);
+  else
+    return p;
 }
 
 // f(p), known to be fast where it is.
@@ -394,39 +537,5 @@ PCOH_APART Weighed weigh(G& g, const Row<T>& row) {
   seen = reduce(g, seen, MergeWeights{});
   return {seen.sum, seen.count, seen.least == seen.most};
 }
-
-// t >= 0, or t * factor, rounded to an integer without the conversion unit, which takes 8 times as long as an addition.
-// The float that is added leaves no bits for a fraction. The product is fused by name: wherever it is asked for, it has
-// to round alike.
-template <class T>
-struct Rounded;
-template <>
-struct Rounded<float> {
-  static constexpr float shift = 0x1.8p23f;  // for t up to 2^22
-  static constexpr float limit = 0x1p22f;
-  PCOH_DEVICE explicit Rounded(float t) : shifted(t + shift) {}
-  PCOH_DEVICE Rounded(float t, float factor) : shifted(std::fma(t, factor, shift)) {}
-  PCOH_DEVICE float value() const { return shifted - shift; }
-  PCOH_DEVICE int index() const {
-    int bits;
-    memcpy(&bits, &shifted, sizeof bits);
-    return bits - 0x4B400000;  // the bits of `shift`
-  }
-  float shifted;
-};
-template <>
-struct Rounded<double> {
-  static constexpr double shift = 0x1.8p52;
-  static constexpr double limit = 0x1p31;  // of the index
-  PCOH_DEVICE explicit Rounded(double t) : shifted(t + shift) {}
-  PCOH_DEVICE Rounded(double t, double factor) : shifted(std::fma(t, factor, shift)) {}
-  PCOH_DEVICE double value() const { return shifted - shift; }
-  PCOH_DEVICE int index() const {
-    std::int64_t bits;
-    memcpy(&bits, &shifted, sizeof bits);
-    return static_cast<int>(bits);  // the low word
-  }
-  double shifted;
-};
 
 }  // namespace pcoherence::cuda

@@ -1,108 +1,265 @@
 // Hard mid-ranks of one row: F_j = (sum_k w_k [v_k < v_j] + sum_k w_k [v_k = v_j] / 2) / W.
 #pragma once
 
+#include "buckets.h"
 #include "soft_ranks.h"
 #include "sort.h"
 
 namespace pcoherence::cuda {
 
-// Buckets more crowded than this are left to the sort: comparing within a bucket costs its size per element. Distances
-// of a Gaussian cloud put at most about a dozen into the fullest bucket.
-inline constexpr int kCrowded = 32;
-
-inline constexpr std::int64_t hard_rank_bytes(std::int64_t n, std::int64_t element) {
-  return n * (element + 4 + 8) + 3 * 16 + 8;
+// At most, of buckets or the sort.
+template <class T>
+constexpr std::int64_t hard_rank_bytes(std::int64_t n) {
+  const std::int64_t buckets = bucket_bytes<T>(n) + 2 * n + 3 * kRowSample * sizeof(T),
+                     sorted = n * (sizeof(T) + 4 + 8);
+  return (buckets > sorted ? buckets : sorted) + 3 * 16 + 8;
 }
 
-// counts [n] -> running sums before each, in place; returns the largest count. Every warp runs along its own part.
-template <class G>
-PCOH_DEVICE int start_buckets(G& g, int* counts, int n) {
-  const int share = (n + g.warps() * kWarp - 1) / (g.warps() * kWarp) * kWarp;
-  const int begin = share * g.warp(), end = begin + share < n ? begin + share : n;
-  int before = 0, fullest = 0;
-  for (int b = begin + g.lane(); b - g.lane() < end; b += kWarp) {
-    const int count = b < end ? counts[b] : 0;
-    fullest = count > fullest ? count : fullest;
-    const int start = exclusive_in_warp(g, count);
-    if (b < end) counts[b] = before + start;
-    before += g.shuffle(start + count, kWarp - 1);
+// ---------------------------------------------------------------- equal weights
+
+// Until a candidate is ranked, its bucket and its place there stand where its rank will, marked by the sign bit, which
+// a rank does not have.
+struct Ticket {
+  static constexpr unsigned mark = 1u << 31;
+  unsigned bits;
+
+  PCOH_DEVICE static Ticket of(int bucket, int place) { return {mark | unsigned(bucket) << 8 | unsigned(place)}; }
+  PCOH_DEVICE bool ranked() const { return !(bits & mark); }
+  PCOH_DEVICE int bucket() const { return static_cast<int>((bits & ~mark) >> 8); }
+  PCOH_DEVICE int place() const { return static_cast<int>(bits & 255u); }
+
+  template <class Out>
+  static PCOH_DEVICE Ticket at(const Out* out) {
+    Ticket t;
+    memcpy(&t.bits, half(out), sizeof t.bits);
+    return t;
   }
-  int* of_warp = reinterpret_cast<int*>(g.scratch());
-  if (g.lane() == 0) of_warp[g.warp()] = before;
+  template <class Out>
+  PCOH_DEVICE void put(Out* out) const {
+    memcpy(half(out), &bits, sizeof bits);
+  }
+
+ private:
+  template <class Out>
+  static PCOH_DEVICE auto half(Out* out) {
+    return reinterpret_cast<std::conditional_t<std::is_const_v<Out>, const unsigned, unsigned>*>(out) +
+           (sizeof(Out) / 4 - 1);
+  }
+};
+static_assert(std::int64_t(kMostBuckets) << 8 < std::int64_t(Ticket::mark));
+
+// Values of a row in the order of their buckets, `window` of them at a time: as many as there is memory for.
+template <class T>
+struct Ordered {
+  T* values;  // [window + kFullest] those of buckets that begin within the window
+  int window;
+};
+
+// Into buckets: tickets into out [n], 0 for those without weight, which have no rank.
+template <class T, class Out, class G, class Buckets>
+PCOH_DEVICE void count_values(G& g, const Row<T>& row, const Buckets& bucket, const Counters& c, Out* out) {
+  const T* values = row.values;
+  with_weights(row, [&](auto weight) {
+    each_loaded(
+        g, row.n, [=](int k) { return values[k]; },
+        [&](int k, T v) {
+          if (!(weight(k) > 0)) {
+            out[k] = 0;
+            return;
+          }
+          const int b = bucket(v);
+          Ticket::of(b, c.add(g, b)).put(out + k);
+        });
+  });
   g.sync();
-  int offset = 0;
-  for (int w = 0; w < g.warp(); ++w) offset += of_warp[w];
-  for (int b = begin + g.lane(); b < end; b += kWarp) counts[b] += offset;
-  g.sync();
-  return reduce(g, fullest, Larger{});
 }
 
-// Equal weights: buckets of equal width, one a value, then every value is compared with those of its bucket. Values
-// arrive in a bucket in any order, but what is counted does not depend on it. False where a bucket is too crowded.
-// values, counts, sorted: [n] each, the last two to work in.
+// Orders values [count] by one warp, each of whose lanes has up to `own` of them.
+template <int own, class T, class G>
+PCOH_DEVICE void order_in_registers(G& g, T* values, int count) {
+  T value[own];
+  int place[own];
+  unrolled<own>([&](auto j) {
+    const int i = g.lane() + kWarp * j;
+    value[j] = i < count ? values[i] : T(0);
+    place[j] = 0;
+  });
+  for (int i = 0; i < count; ++i) {
+    const T other = values[i];
+    unrolled<own>([&](auto j) { place[j] += other < value[j] || (other == value[j] && i < g.lane() + kWarp * j); });
+  }
+  g.sync_warp();
+  unrolled<own>([&](auto j) {
+    if (g.lane() + kWarp * j < count) values[place[j]] = value[j];
+  });
+}
+template <class T, class G>
+PCOH_APART void order_by_warp(G& g, T* values, int count) {
+  static_assert(kFullest <= 8 * kWarp);
+  if (count <= kWarp)
+    order_in_registers<1>(g, values, count);
+  else if (count <= 2 * kWarp)
+    order_in_registers<2>(g, values, count);
+  else
+    order_in_registers<8>(g, values, count);
+}
+
+// The crowded buckets of a window that begins at `first`.
+template <class T, class G>
+PCOH_DEVICE void order_crowded(G& g, const Counters& c, const Ordered<T>& ordered, int first) {
+  for (int base = g.warp() * kWarp; base < c.words; base += g.threads()) {
+    const int i = base + g.lane();
+    const unsigned word = i < c.words ? c.counts[i] : 0;
+    unsigned crowded = g.ballot((word & Counters::crowded_bits) != 0);
+    for (int b = 4 * base; crowded != 0; b += 4, crowded >>= 1) {
+      if (!(crowded & 1)) continue;
+      for (int which = 0; which < 4; ++which) {
+        const auto [begin, size] = c.at(b + which);
+        if (size >= kCrowded && unsigned(begin - first) < unsigned(ordered.window))
+          order_by_warp(g, ordered.values + (begin - first), size);
+      }
+    }
+  }
+  g.sync();
+}
+
+// The number of sorted values [count] that come before v, or not after it.
+template <class T>
+PCOH_DEVICE int place_of(const T* sorted, int count, T v, bool or_equal) {
+  int low = 0, high = count;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    const bool comes_before = sorted[middle] < v || (or_equal && sorted[middle] == v);
+    low = comes_before ? middle + 1 : low;
+    high = comes_before ? high : middle;
+  }
+  return low;
+}
+
+// Values of the window go to their places.
 template <class T, class Out, class G>
-PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s, const T* values, int* counts,
-                                     T* sorted, Out* out, double& ties) {
-  const int n = row.n;
-  const T per_unit = T(n) / (s.high - s.low);
-  // 0 where high - low overflows.
-  if (!(per_unit > 0) || !(per_unit <= std::numeric_limits<T>::max()) || !(T(n) < Rounded<T>::limit)) return false;
-  const T low = s.low;
-  const auto bucket = [=](T v) {
-    const int b = Rounded<T>(v - low, per_unit).index();
-    return b < n ? b : n - 1;
-  };
-  each(g, n, [=](int b) { counts[b] = 0; });
+PCOH_DEVICE void order_values(G& g, const Row<T>& row, const Counters& c, const Ordered<T>& ordered, int first,
+                              const Out* out) {
+  const T* values = row.values;
+  each_loaded(
+      g, row.n, [=](int k) { return Ticket::at(out + k); },
+      [=](int k, Ticket ticket) {
+        if (ticket.ranked()) return;
+        const int begin = c.at(ticket.bucket()).begin - first;
+        if (unsigned(begin) < unsigned(ordered.window)) ordered.values[begin + ticket.place()] = values[k];
+      });
   g.sync();
-  with_weights(row, [&](auto weight) {
-    each(g, n, [&](int k) {
-      if (weight(k) > 0) g.add(&counts[bucket(values[k])], 1);
-    });
-  });
-  g.sync();
-  if (start_buckets(g, counts, n) > kCrowded) return false;
-  with_weights(row, [&](auto weight) {
-    each(g, n, [&](int k) {  // afterwards counts[b] is where bucket b ends
-      if (weight(k) > 0) sorted[g.add(&counts[bucket(values[k])], 1)] = values[k];
-    });
-  });
-  g.sync();
+}
+
+// Ranks of the window's candidates; returns how many pairs of a thread's tie.
+template <class T, class Out, class G>
+PCOH_DEVICE int rank_values(G& g, const Row<T>& row, const Counters& c, const Ordered<T>& ordered, int first, Out scale,
+                            Out* out) {
+  const T* values = row.values;
+  int pairs = 0;  // at most kFullest a value
+  each_loaded(
+      g, row.n, [=](int k) { return Ticket::at(out + k); },
+      [&](int k, Ticket ticket) {
+        if (ticket.ranked()) return;
+        const auto [start, size] = c.at(ticket.bucket());
+        if (unsigned(start - first) >= unsigned(ordered.window)) return;
+        const T v = values[k];
+        const T* bucket = ordered.values + (start - first);
+        int less = 0, equal = 0;
+        if (size >= kCrowded) {
+          less = place_of(bucket, size, v, false);
+          equal = place_of(bucket, size, v, true) - less;
+        } else {
+          for (int i = 0; i < size; ++i) {
+            less += bucket[i] < v;
+            equal += bucket[i] == v;
+          }
+        }
+        out[k] = Out(2 * (start + less) + equal) * scale;
+        pairs += equal;
+      });
+  return pairs;
+}
+
+// Every value is compared with those of its bucket. Values arrive there in any order, but what is counted does not
+// depend on it. False where a bucket holds too many. fast: all of this memory is.
+template <bool fast, class T, class Out, class G>
+PCOH_APART bool rank_in_buckets(G& g, const Row<T>& row, const Stats<T>& s, const Counters& counters,
+                                const Ordered<T>& order, Out* out, double& ties) {
+  const Counters c{at<fast>(g, counters.counts), at<fast>(g, counters.starts), counters.words};
+  const Ordered<T> ordered{at<fast>(g, order.values), order.window};
+  bool crowded = false;
+  if (start_buckets(g, c, crowded) != s.count) return false;
   const Out scale = Out(0.5) / Out(s.count);
-  int pairs = 0;  // at most kCrowded a value
-  with_weights(row, [&](auto weight) {
-    each(g, n, [&](int k) {
-      if (!(weight(k) > 0)) {
-        out[k] = 0;  // has no rank
-        return;
-      }
-      const T v = values[k];
-      const int b = bucket(v), begin = b > 0 ? counts[b - 1] : 0, end = counts[b];
-      int less = 0, equal = 0;
-      for (int i = begin; i < end; ++i) {
-        less += sorted[i] < v;
-        equal += sorted[i] == v;
-      }
-      out[k] = Out(2 * (begin + less) + equal) * scale;
-      pairs += equal;
-    });
-  });
+  int pairs = 0;
+  for (int first = 0; first < s.count; first += ordered.window) {
+    order_values(g, row, c, ordered, first, out);
+    if (crowded) order_crowded(g, c, ordered, first);
+    pairs += rank_values(g, row, c, ordered, first, scale, out);
+    g.sync();
+  }
   const double weight = s.total / s.count;
   ties = total(g, double(pairs)) * weight * weight;
   return true;
 }
 
-template <class T, class Out, class G>
-PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s, Out* out, double& ties, Arena arena) {
-  int* counts = arena.take<int>(row.n);
-  T* sorted = arena.take<T>(row.n);
-  if (g.in_fast(row.values) && g.in_fast(counts) && g.in_fast(sorted))
-    return hard_ranks_bucketed(g, row, s, g.fast(row.values), g.fast(counts), g.fast(sorted), out, ties);
-  return hard_ranks_bucketed(g, row, s, row.values, counts, sorted, out, ties);
+template <bool fast, class T, class Out, class G, class Buckets>
+PCOH_APART void fill_buckets(G& g, const Row<T>& row, Buckets bucket, const Counters& counters, Out* out) {
+  const Counters c{at<fast>(g, counters.counts), counters.starts, counters.words};
+  if constexpr (std::is_same_v<Buckets, EqualShares<T>>) {
+    bucket.tree = at<fast>(g, bucket.tree);
+    bucket.table = at<fast>(g, bucket.table);
+  }
+  each(g, c.words, [=](int i) { c.counts[i] = 0; });
+  g.sync();
+  count_values(g, row, bucket, c, out);
 }
 
-// Any weights: sort, running sums of weights, and each value's place among them by bisection.
+// Equal weights. False where that is left to the sort.
 template <class T, class Out, class G>
-PCOH_DEVICE double hard_ranks_sorted(G& g, const Row<T>& row, const Stats<T>& s, Out* out, Arena arena) {
+PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s, Out* out, double& ties, Arena arena) {
+  if (2 * std::int64_t(row.n) > kMostBuckets) return false;
+  T* tree = arena.take<T>(EqualShares<T>::parts);
+  auto* table = arena.take<typename EqualShares<T>::Part>(EqualShares<T>::parts);
+  const int buckets = bucket_count(row.n, arena.fast_left());
+  const EqualWidths<T> widths(s, buckets);
+  if (!widths.possible()) return false;
+  Counters c{nullptr, nullptr, buckets / 4};
+  c.counts = arena.take<unsigned>(c.words);
+  c.starts = arena.take<int>(c.words);
+
+  bool shares = false;
+  if (row.n >= kRowSample) {
+    Arena other = arena;  // before the values are ordered, in their place
+    T* sample = other.take<T>(kRowSample);
+    take_sample(g, row, s, sample);
+    shares = crowds(g, sample, s, other.take<int>(kRowSample));
+    if (shares) lay_shares(g, sample, s, buckets / kRowSample, tree, table, other.take<T>(kRowSample));
+  }
+  // All values at a time, or as many as fast memory has room for; but not in more than 8 windows.
+  constexpr int most_windows = 8;
+  const std::int64_t room = arena.fast_left() / std::int64_t(sizeof(T));
+  const std::int64_t window = (room - (kFullest + 1)) / 4 * 4;  // whole pieces of an arena
+  const bool in_parts = room < row.n && window * most_windows >= row.n;
+  Ordered<T> ordered{nullptr, in_parts ? static_cast<int>(window) : row.n};
+  ordered.values = arena.take<T>(in_parts ? window + kFullest : row.n);
+  const auto by = [&]<bool fast>(std::bool_constant<fast>) {
+    if (shares)
+      fill_buckets<fast>(g, row, EqualShares<T>{tree, table, buckets / kRowSample}, c, out);
+    else
+      fill_buckets<fast>(g, row, widths, c, out);
+    return rank_in_buckets<fast>(g, row, s, c, ordered, out, ties);
+  };
+  const bool fast =
+      g.in_fast(tree) && g.in_fast(table) && g.in_fast(c.counts) && g.in_fast(c.starts) && g.in_fast(ordered.values);
+  return fast ? by(std::true_type{}) : by(std::false_type{});
+}
+
+// ---------------------------------------------------------------- any weights
+
+// Sort, running sums of weights, and each value's place among them by bisection.
+template <class T, class Out, class G>
+PCOH_APART double hard_ranks_sorted(G& g, const Row<T>& row, const Stats<T>& s, Out* out, Arena arena) {
   const int n = row.n;
   T* keys = arena.take<T>(n);
   std::int32_t* items = arena.take<std::int32_t>(n);
@@ -115,21 +272,10 @@ PCOH_DEVICE double hard_ranks_sorted(G& g, const Row<T>& row, const Stats<T>& s,
   running_sums(g, n, [&](int i) { return double(row.weight(items[i])); }, [&](int i, double sum) { before[i] = sum; });
   if (g.thread() == 0) before[n] = s.total;
   g.sync();
-  // The number of sorted values that come before v, or not after it.
-  const auto place = [&](T v, bool or_equal) {
-    int low = 0, high = n;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      const bool comes_before = keys[middle] < v || (or_equal && keys[middle] == v);
-      low = comes_before ? middle + 1 : low;
-      high = comes_before ? high : middle;
-    }
-    return low;
-  };
   double ties = 0;
   each(g, n, [&](int i) {
     const T v = keys[i];
-    const double below = before[place(v, false)], group = before[place(v, true)] - below;
+    const double below = before[place_of(keys, n, v, false)], group = before[place_of(keys, n, v, true)] - below;
     out[items[i]] = static_cast<Out>((below + group / 2) / s.total);
     ties += double(row.weight(items[i])) * group;
   });

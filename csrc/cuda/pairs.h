@@ -12,11 +12,10 @@ template <class T, class G>
 class Pairs {
  public:
   static constexpr double unit = 1.0;
-  static constexpr bool from_low = false;
 
   static constexpr std::int64_t bytes(std::int64_t n) { return 3 * (n * sizeof(T) + 16); }
 
-  PCOH_DEVICE Pairs(G& g, const Row<T>& row, T, const DeviceTables<T>&, Arena arena) : g_(g), n_(row.n) {
+  PCOH_DEVICE Pairs(G& g, const Row<T>& row, const DeviceTables<T>&, Arena arena) : g_(g), n_(row.n) {
     s_ = arena.take<T>(n_);
     w_ = arena.take<T>(n_);
     out_ = arena.take<T>(n_);

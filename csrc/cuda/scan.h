@@ -15,13 +15,12 @@ template <class T, class G>
 class Scan {
  public:
   static constexpr double unit = 1.0;
-  static constexpr bool from_low = false;
 
   static constexpr std::int64_t bytes(std::int64_t n, int threads) {
     return n * (sizeof(T) + 4 + 3 * 8) + threads * (kRow + 1 + 1) * 8 + kWarp * kRow * 8 + 8 * 16;
   }
 
-  PCOH_DEVICE Scan(G& g, const Row<T>& row, T, const DeviceTables<T>& tables, Arena arena)
+  PCOH_DEVICE Scan(G& g, const Row<T>& row, const DeviceTables<T>& tables, Arena arena)
       : g_(g), row_(row), tables_(tables), n_(row.n) {
     carry_ = arena.take<double>(g.threads() * kRow);
     of_warp_ = arena.take<double>(g.warps() * kRow);

@@ -3,7 +3,9 @@
 
 #include "../options.h"
 #include "../row.h"
+#include "buckets.h"
 #include "grid.h"
+#include "near.h"
 #include "pairs.h"
 #include "scan.h"
 
@@ -13,7 +15,7 @@ namespace pcoherence::cuda {
 template <class T>
 struct Summation {
   Method method;
-  int most_bins;         // that a group has memory for
+  int most_bins;         // that hold somebody, for which a group has memory
   std::int64_t reserve;  // bytes of fast memory that rows leave to the grid
   DeviceTables<T> tables;
   int* status;  // [1] set to 1 where an explicit grid would need more bins
@@ -49,11 +51,10 @@ PCOH_DEVICE T bounded(double position) {
   return static_cast<T>(std::fmin(std::fmax(position, -most), most));
 }
 // Of values from low to high. They begin at the value nearest to 0: taken from the lowest value, positions would lose
-// the digits that tell apart what lies close together far away. A grid begins at the lowest: there are at most
-// most_bins, so that no value is far from it.
+// the digits that tell apart what lies close together far away.
 template <class Sums, class T>
 PCOH_DEVICE Positions<T> positions(T low, T high, const Scaling& scale) {
-  const T base = Sums::from_low || low > 0 ? low : high < 0 ? high : T(0);
+  const T base = low > 0 ? low : high < 0 ? high : T(0);
   const double factor = scale.per_distance / Sums::unit;
   return {base, static_cast<T>(factor), bounded<T>((double(low) - double(base)) * factor),
           bounded<T>((double(high) - double(base)) * factor)};
@@ -79,45 +80,70 @@ struct Workplace {
   // Up to this many elements all pairs take less time than the barriers of the scan's sort: 50 of them against 25
   // operations for each of two elements a thread.
   static constexpr int few_pairs = 512;
+  // Up to so many elements, bins that are too many are not looked at for empty ones.
+  static constexpr int few_to_hold = 96;
+  static constexpr int most_bins = kMaxBins;  // as they are laid
 
   Method method;
-  int most_bins;
   const Summation<T>& how;
   Arena arena;
+  Layout<T> layout = {};  // of the row whose sums are wanted, once bins have been left out
 
   PCOH_DEVICE Workplace(const Summation<T>& sums, const Arena& memory)
-      : method(sums.method), most_bins(sums.most_bins), how(sums), arena(memory) {}
+      : method(sums.method), how(sums), arena(memory) {}
 
   template <class V = T>
   PCOH_DEVICE V* take(int n, int others = 0) {
     return arena.take<V>(n, others * row_bytes<T>(n) + how.reserve);
   }
   PCOH_DEVICE T* values(const T*, int n) { return take(n); }
+  // Those read in order leave fast memory before what is accessed at random.
+  PCOH_DEVICE T* ranked_values(const T*, int n) {
+    const std::int64_t ranking = bucket_bytes<T>(n);
+    return arena.take<T>(n, ranking > how.reserve ? ranking : how.reserve);
+  }
   template <class Sums>
   PCOH_DEVICE const T* pullback(Sums& sums, T* residuals, int) {
     sums.pullback(residuals, residuals);
     return residuals;
   }
 
-  // None: a row would have to make its own, which takes as long as counting.
-  static constexpr bool tabulates = false;
   template <class Near>
-  PCOH_DEVICE NearTable<T> near_table(int, const Near&) const {
-    return {};
+  PCOH_DEVICE NearSums<T> near_table(int count, const Near& near) const {
+    return NearSums<T>(count, double(near.offset), double(near.slope));
   }
 
-  // Empty ones, too: they cost no less.
-  PCOH_DEVICE double bins(const Row<T>&, T, const Scaling& scale) const { return scale.range / kBinWidth; }
+  // Those that hold somebody, where all of them would be too many; but few elements that lie so far apart are for all
+  // pairs, or the scan.
+  PCOH_APART double bins(G& g, const Row<T>& row, T low, T high, const Scaling& scale) {
+    const double laid = scale.range / kBinWidth;
+    if (row.n <= few_to_hold || (laid <= kDenseBins && laid * elements_per_bin <= row.n)) return laid;
+    layout = Layout<T>(low, high, scale);
+    const bool held = layout.leave_out_empty(g, row, how.most_bins, arena);
+    return held ? layout.bins : std::numeric_limits<double>::infinity();
+  }
 
   // Apart, so that what the caller holds does not take registers from the loops.
   template <class Sums, class F>
   PCOH_APART void run(G& g, Row<T>& row, T low, T high, const Scaling& scale, F& f) {
-    const Positions<T> position = positions<Sums>(low, high, scale);
-    by_memory(g, row.values, [&](T* values) { each(g, row.n, [=](int k) { values[k] = position(values[k]); }); });
     row.sums_unit = Sums::unit;
-    g.sync();
-    Sums sums(g, row, position.top, how.tables, arena);
-    f(sums);
+    if constexpr (std::is_same_v<Sums, Grid>) {
+      if (layout.laid == 0) {
+        layout = Layout<T>(low, high, scale);
+        if (layout.laid > kDenseBins && !layout.leave_out_empty(g, row, how.most_bins, arena)) PCOH_TRAP();
+      }
+      layout.locate(g, row);
+      Sums sums(g, row, layout, how.tables, arena);
+      f(sums);
+    } else {
+      const Positions<T> position = positions<Sums>(low, high, scale);
+      by_memory(g, row.values, [&](T* values) { each(g, row.n, [=](int k) { values[k] = position(values[k]); }); });
+      row.cells = {};
+      g.sync();
+      Sums sums(g, row, how.tables, arena);
+      f(sums);
+    }
+    layout = {};  // another row of this workplace has another
   }
 };
 
