@@ -10,10 +10,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 # Before there is a group, which would be its functions' default argument, and never end.
-import torch.distributed.nn  # noqa: F401
+import torch.distributed.nn
+from torch.distributed.tensor._redistribute import (
+    _gen_transform_infos,
+    clear_redistribute_planner_cache,
+)
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 CHECKOUT = os.pathsep.join(path for path in sys.path if path)
 """Where this process finds its modules: others are to test the same code, not what is installed."""
@@ -46,8 +52,20 @@ def run_in_processes(script: str, size: int, folder: Path) -> None:
         assert process.returncode == 0, output
 
 
-def join_group(work: Callable[[int, int], None]) -> None:
-    """In such a script: `work(rank, size)` inside a gloo process group."""
+def let_go() -> None:
+    """Of groups, which operations of DTensors remember with their mesh."""
+    _clear_sharding_prop_cache()
+    clear_redistribute_planner_cache()
+    _gen_transform_infos.cache_clear()
+    gc.collect()  # and frames of errors that were expected
+
+
+def join_group(work: Callable[[int, int], None], compiles: bool = False) -> None:
+    """In such a script: `work(rank, size)` inside a gloo process group.
+
+    A thread of gloo that is still at work when the interpreter goes aborts the process, so the
+    group must have ended. Where `work` compiles, graphs hold it for good.
+    """
     rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     dist.init_process_group(
         "gloo",
@@ -57,8 +75,9 @@ def join_group(work: Callable[[int, int], None]) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     work(rank, size)
-    gc.collect()  # frames of errors that were expected, in cycles that may hold groups
+    let_go()
     dist.monitored_barrier()  # nobody leaves while another still communicates
     dist.destroy_process_group()
-    # One of them, still at work when the interpreter goes, would abort the process.
+    if compiles:
+        os._exit(0)  # nothing was printed that would have to be flushed
     assert GLOO not in threads(), "a group outlived destroy_process_group"
