@@ -10,16 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 # Before there is a group, which would be its functions' default argument, and never end.
-import torch.distributed.nn
-from torch.distributed.tensor._redistribute import (
-    _gen_transform_infos,
-    clear_redistribute_planner_cache,
-)
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+import torch.distributed.nn  # noqa: F401
 
 CHECKOUT = os.pathsep.join(path for path in sys.path if path)
 """Where this process finds its modules: others are to test the same code, not what is installed."""
@@ -52,19 +46,12 @@ def run_in_processes(script: str, size: int, folder: Path) -> None:
         assert process.returncode == 0, output
 
 
-def let_go() -> None:
-    """Of groups, which operations of DTensors remember with their mesh."""
-    _clear_sharding_prop_cache()
-    clear_redistribute_planner_cache()
-    _gen_transform_infos.cache_clear()
-    gc.collect()  # and frames of errors that were expected
-
-
-def join_group(work: Callable[[int, int], None], compiles: bool = False) -> None:
+def join_group(work: Callable[[int, int], None], held: bool = False) -> None:
     """In such a script: `work(rank, size)` inside a gloo process group.
 
     A thread of gloo that is still at work when the interpreter goes aborts the process, so the
-    group must have ended. Where `work` compiles, graphs hold it for good.
+    group must have ended. `held`: it cannot, because torch holds it for good, with the meshes of
+    DTensors in many caches and in graphs of torch.compile.
     """
     rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     dist.init_process_group(
@@ -75,9 +62,9 @@ def join_group(work: Callable[[int, int], None], compiles: bool = False) -> None
         timeout=datetime.timedelta(seconds=60),
     )
     work(rank, size)
-    let_go()
+    gc.collect()  # frames of errors that were expected, in cycles
     dist.monitored_barrier()  # nobody leaves while another still communicates
     dist.destroy_process_group()
-    if compiles:
-        os._exit(0)  # nothing was printed that would have to be flushed
+    if held:
+        os._exit(0)  # without the interpreter's end; nothing was printed that must be flushed
     assert GLOO not in threads(), "a group outlived destroy_process_group"
