@@ -187,13 +187,7 @@ def _check_float(argument: str, value: Tensor) -> None:
             f"{argument}: expected dtype float16, bfloat16, float32 or float64; got {value.dtype}"
             + _integer_hint(argument, value)
         )
-    if _is_distributed(value):
-        raise TypeError(
-            f"{argument}: expected a plain tensor; got a DTensor (take {argument}.full_tensor(), "
-            "or .to_local() where gather=True collects the processes' rows)"
-        )
-    if value.layout != torch.strided:
-        raise TypeError(f"{argument}: expected a dense tensor; got layout {value.layout}")
+    _check_plain(argument, value)
 
 
 def _integer_hint(argument: str, value: Tensor) -> str:
@@ -204,6 +198,27 @@ def _integer_hint(argument: str, value: Tensor) -> str:
     if argument in ("values", "weights"):
         return f" (take {argument}.float())"
     return " (embeddings, not class labels)"
+
+
+def _check_plain(argument: str, value: Tensor) -> None:
+    """Raise unless all values of a rectangle lie here: no formula knows other tensors."""
+    if value.is_nested:
+        raise TypeError(
+            f"{argument}: expected a dense tensor; got a nested tensor (pool its sequences, or pad "
+            "it and give the rows that are padding the weight 0)"
+        )
+    if _is_distributed(value):
+        raise TypeError(
+            f"{argument}: expected a plain tensor; got a DTensor (take {argument}.full_tensor() on "
+            "every process of its mesh; gather=True collects the rows of other processes)"
+        )
+    if isinstance(value, torch.masked.MaskedTensor):
+        raise TypeError(
+            f"{argument}: expected a plain tensor; got a MaskedTensor (take {argument}.to_tensor(0)"
+            ", and give rows that shall not count the weight 0)"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{argument}: expected a dense tensor; got layout {value.layout}")
 
 
 def _is_distributed(value: Tensor) -> bool:
@@ -350,6 +365,7 @@ def check_weights(
     if weights is None:
         return
     _check_tensor(argument, weights)
+    _check_plain(argument, weights)
     if weights.dtype.is_complex:
         raise TypeError(f"{argument}: expected a real dtype; got {weights.dtype}")
     got = tuple(weights.shape)
@@ -392,6 +408,7 @@ def _resolve_self_index(
     if not isinstance(self_index, Tensor):
         kind = type(self_index).__name__
         raise TypeError(f'self_index: expected "auto", None or an int64 tensor; got {kind}')
+    _check_plain("self_index", self_index)
     if self_index.dtype != torch.int64:
         raise TypeError(f"self_index: expected dtype torch.int64; got {self_index.dtype}")
     if tuple(self_index.shape) != (m,):

@@ -46,8 +46,13 @@ def run_in_processes(script: str, size: int, folder: Path) -> None:
         assert process.returncode == 0, output
 
 
-def join_group(work: Callable[[int, int], None]) -> None:
-    """In such a script: `work(rank, size)` inside a gloo process group."""
+def join_group(work: Callable[[int, int], None], held: bool = False) -> None:
+    """In such a script: `work(rank, size)` inside a gloo process group.
+
+    A thread of gloo that is still at work when the interpreter goes aborts the process, so the
+    group must have ended. `held`: it cannot, because torch holds it for good, with the meshes of
+    DTensors in many caches and in graphs of torch.compile.
+    """
     rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     dist.init_process_group(
         "gloo",
@@ -57,8 +62,9 @@ def join_group(work: Callable[[int, int], None]) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     work(rank, size)
-    gc.collect()  # frames of errors that were expected, in cycles that may hold groups
+    gc.collect()  # frames of errors that were expected, in cycles
     dist.monitored_barrier()  # nobody leaves while another still communicates
     dist.destroy_process_group()
-    # One of them, still at work when the interpreter goes, would abort the process.
+    if held:
+        os._exit(0)  # without the interpreter's end; nothing was printed that must be flushed
     assert GLOO not in threads(), "a group outlived destroy_process_group"

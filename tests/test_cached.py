@@ -605,4 +605,4 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    join_group(work)
+    join_group(work, held=True)

@@ -300,4 +300,4 @@ def test_options_that_cannot_be() -> None:
 
 
 if __name__ == "__main__":
-    join_group(work)
+    join_group(work, held=True)
