@@ -358,16 +358,16 @@ class Cells<float> {
   float per_bin_ = 0;
   const int* places_ = nullptr;
 };
-// Their sum. A point never lies so near to a bin's end that the sum rounds to another bin, of 2^16 and less.
+// Their sum. Where bins are left out, a point never lies so near to its bin's end that the sum rounds to another, of
+// 2^16 and less; where none are, the next one's polynomial holds as well, and the least of distances keep their digits.
 template <>
 class Cells<double> {
  public:
   Cells() = default;
-  PCOH_DEVICE Cells(int, const int* places) : coded_(true), places_(places) {}
+  PCOH_DEVICE Cells(int, const int* places) : coded_(true), places_(places), edge_(places != nullptr ? 0x1p-36 : 0) {}
 
   PCOH_DEVICE double code(int bin, double fraction) const {
-    constexpr double edge = 0x1p-36;
-    return bin + std::fmin(std::fmax(fraction, edge), 1 - edge);
+    return bin + std::fmin(std::fmax(fraction, edge_), 1 - edge_);
   }
   PCOH_DEVICE Local<double> local(double code) const {
     const Rounded<double> bin(code - 0.5);
@@ -379,6 +379,7 @@ class Cells<double> {
  private:
   bool coded_ = false;
   const int* places_ = nullptr;
+  double edge_ = 0;
 };
 
 // Candidates of one anchor.
