@@ -46,13 +46,23 @@ def run_in_processes(script: str, size: int, folder: Path) -> None:
         assert process.returncode == 0, output
 
 
-def join_group(work: Callable[[int, int], None], held: bool = False) -> None:
-    """In such a script: `work(rank, size)` inside a gloo process group.
+def end_group(held: bool = False) -> None:
+    """The end of a process in a gloo group.
 
     A thread of gloo that is still at work when the interpreter goes aborts the process, so the
     group must have ended. `held`: it cannot, because torch holds it for good, with the meshes of
     DTensors in many caches and in graphs of torch.compile.
     """
+    gc.collect()  # frames of errors that were expected, in cycles
+    dist.monitored_barrier()  # nobody leaves while another still communicates
+    dist.destroy_process_group()
+    if held:
+        os._exit(0)  # without the interpreter's end; nothing was printed that must be flushed
+    assert GLOO not in threads(), "a group outlived destroy_process_group"
+
+
+def join_group(work: Callable[[int, int], None], held: bool = False) -> None:
+    """In such a script: `work(rank, size)` inside a gloo process group; see `end_group`."""
     rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     dist.init_process_group(
         "gloo",
@@ -62,9 +72,4 @@ def join_group(work: Callable[[int, int], None], held: bool = False) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     work(rank, size)
-    gc.collect()  # frames of errors that were expected, in cycles
-    dist.monitored_barrier()  # nobody leaves while another still communicates
-    dist.destroy_process_group()
-    if held:
-        os._exit(0)  # without the interpreter's end; nothing was printed that must be flushed
-    assert GLOO not in threads(), "a group outlived destroy_process_group"
+    end_group(held)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import subprocess
 import sys
 import types
 import warnings
@@ -14,9 +16,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from processes import join_group, run_in_processes
+from lightning.pytorch.strategies import DDPStrategy
+from processes import CHECKOUT, end_group, join_group, run_in_processes
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 
 from pcoherence import CandidateBank, coherence, perception_coherence_loss
 from pcoherence.adapters.lightning import CoherenceCallback, DistillationModule
@@ -326,5 +329,98 @@ def trainers(rank: int, size: int) -> None:
         torch.testing.assert_close(found, expected)
 
 
+def whole_module(gather: bool) -> DistillationModule:
+    """In float64, with a bank of two batches, so that what is remembered has to be right too."""
+    optimizer = functools.partial(torch.optim.Adam, lr=0.02)
+    options = {"optimizer": optimizer, "gather": gather, "bank": CandidateBank(40)}
+    return DistillationModule(*networks(), **options).double()
+
+
+class Dealt(Sampler):
+    """The order in which Lightning deals points to two processes, batch by batch of both."""
+
+    def __init__(self, count: int) -> None:
+        self.shares = [DistributedSampler(range(count), 2, rank) for rank in range(2)]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning tells; each epoch has its own order."""
+        for share in self.shares:
+            share.set_epoch(epoch)
+
+    def __iter__(self) -> Any:
+        shares = torch.tensor([list(share) for share in self.shares])
+        return iter(shares.view(2, -1, 10).transpose(0, 1).flatten().tolist())
+
+
+def fit(module: DistillationModule, size: int, epochs: int, checkpoint: Any = None) -> Any:
+    """As its users write it, where there are two processes."""
+    points = TensorDataset(POINTS[:40].double(), LABELS[:40])
+    if size > 1:
+        strategy: Any = DDPStrategy(process_group_backend="gloo")
+        training = DataLoader(points, batch_size=10, shuffle=True)
+    else:
+        strategy, training = "auto", DataLoader(points, batch_size=20, sampler=Dealt(len(points)))
+    run = trainer(
+        max_epochs=epochs, devices=size, strategy=strategy, callbacks=[CoherenceCallback()]
+    )
+    validation = DataLoader(points, batch_size=20 // size)
+    run.fit(module, training, validation, ckpt_path=checkpoint, weights_only=False)
+    return run
+
+
+def one_of_two(folder: Path) -> None:
+    """Lightning starts the second process, with this script's arguments."""
+    module = whole_module(gather=True)
+    run = fit(module, 2, epochs=2)
+    assert torch.distributed.get_world_size() == 2
+    run.save_checkpoint(folder / "two.ckpt")
+    found = {"state": module.state_dict(), "logged": run.callback_metrics}
+    torch.save(found, folder / f"{run.global_rank}.pt")
+
+
+def test_a_fit_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    """Parameters, bank, what is logged, and a checkpoint, from which one process goes on."""
+    ended = subprocess.run(
+        [sys.executable, __file__, "fit", str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": CHECKOUT},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stdout
+    processes = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    alone = whole_module(gather=False)
+    run = fit(alone, 1, epochs=2)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    logged = run.callback_metrics
+    points = POINTS[:40].double()
+    halves = [coherence(*alone.features(points[rank::2])) for rank in range(2)]
+    expected = {"val_loss": logged["val_loss"]}
+    for name, *values in zip(Coherence._fields, *halves, strict=True):
+        expected[f"val_{name}"] = sum(values).float() / 2
+    for process in processes:
+        torch.testing.assert_close(process["state"], alone.state_dict())
+        for name, value in expected.items():
+            torch.testing.assert_close(process["logged"][name], value, check_dtype=False)
+    mean = sum(process["logged"]["train_loss"] for process in processes) / 2
+    torch.testing.assert_close(mean, logged["train_loss"])
+    student, teacher = networks()
+    again = DistillationModule.load_from_checkpoint(
+        tmp_path / "two.ckpt", student=student, teacher=teacher, bank=CandidateBank(40),
+        weights_only=False,
+    )  # fmt: skip
+    torch.testing.assert_close(again.double().state_dict(), alone.state_dict())
+    resumed, expectation = whole_module(gather=False), whole_module(gather=False)
+    fit(resumed, 1, epochs=3, checkpoint=tmp_path / "two.ckpt")
+    fit(expectation, 1, epochs=3, checkpoint=tmp_path / "one.ckpt")
+    torch.testing.assert_close(resumed.state_dict(), expectation.state_dict())
+    assert not torch.equal(resumed.student[0].weight, alone.student[0].weight)
+
+
 if __name__ == "__main__":
-    join_group(work)
+    if sys.argv[1] == "fit":
+        one_of_two(Path(sys.argv[2]))
+        end_group()  # Lightning ends groups of NCCL alone
+    else:
+        join_group(work)
