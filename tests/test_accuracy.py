@@ -291,12 +291,17 @@ def test_cross_entropy_near_agreement(temperature: float, n: int) -> None:
         assert error <= limit, f"{what}: {error:.2e} > {limit:.2e}"
 
 
-@pytest.mark.parametrize("power", [60, -60, 100, -100])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("metric", "power"),
+    [
+        (metric, power)
+        for metric in METRICS
+        for power in (60, -60, 100, -100)
+        if metric != "sqeuclidean" or abs(power) <= 60  # or the squares would leave float32
+    ],
+)
 def test_scale_of_the_features(metric: str, power: int) -> None:
     """Features near 1e18, 1e-18, 1e30 and 1e-30 are as good as any, by powers of two."""
-    if metric == "sqeuclidean" and abs(power) > 60:
-        pytest.skip("the squares themselves leave float32")
     student, teacher = (make_case("gaussian", 33, 8, seed=i).float() for i in range(2))
     for objective in ("mse", "cross_entropy"):
         # A soft teacher: one draw, in which no near tie of hard ranks shall decide.
