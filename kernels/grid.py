@@ -25,7 +25,7 @@ from .statistics import (
     FACTOR,
     RANGE,
     WEIGHT,
-    grid_bins,
+    for_grid,
     load_stat,
     load_weights,
 )
@@ -253,9 +253,7 @@ def grid_ranks(
     """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     T = values.dtype.element_ty
-    bins = grid_bins(stats, r, rows, T)
-    served = (r < rows) & (bins <= limit)
-    most = tl.max(tl.where(served, bins, 0), 0)
+    served, most = for_grid(stats, r, rows, limit, T)
     live = served[:, None]
     moments = scratch + r * (4 * Q * B)
     field = moments + Q * B
@@ -342,9 +340,7 @@ def grid_pullback(
     """G of BR rows; grid [rows / BR]."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     T = values.dtype.element_ty
-    bins = grid_bins(stats, r, rows, T)
-    served = (r < rows) & (bins <= limit)
-    most = tl.max(tl.where(served, bins, 0), 0)
+    served, most = for_grid(stats, r, rows, limit, T)
     live = served[:, None]
     moments = scratch + r * (4 * Q * B)
     field = moments + Q * B

@@ -6,6 +6,8 @@ Same conventions as soft_ranks.py.
 import triton
 import triton.language as tl
 
+from . import tables
+
 # Columns of the statistics, float64 [10, rows].
 WEIGHT = tl.constexpr(0)  # W
 MEAN = tl.constexpr(1)  # sum_k w_k d_k / W; 0 where W = 0
@@ -18,7 +20,7 @@ RANGE = tl.constexpr(7)  # positions from there to the highest; 0 unless STATE =
 BELOW = tl.constexpr(8)  # with ENDS: what infinitely low values weigh
 ABOVE = tl.constexpr(9)  # with ENDS: what infinitely high values weigh
 
-BIN_WIDTH = tl.constexpr(1.5)  # of a grid, in positions: as in csrc/soft_ranks.h
+BIN_WIDTH = tl.constexpr(tables.BIN_WIDTH)  # in positions
 
 # Above this range the positions saturate, as in csrc/soft_ranks.h: neighbours that float32 can
 # tell apart are already hundreds of temperatures away from each other.
@@ -164,3 +166,11 @@ def grid_bins(stats, r, rows, T: tl.constexpr):
     """How many bins a grid of a row takes, whose positions are T; int32 [BR], at most 2^24."""
     top = (load_stat(stats, RANGE, r, rows) / BIN_WIDTH).to(T)
     return tl.minimum(top, 16777215.0).to(tl.int32) + 1
+
+
+@triton.jit
+def for_grid(stats, r, rows, limit, T: tl.constexpr):
+    """Which rows a grid of up to `limit` bins serves, [BR], and the most bins that one takes."""
+    bins = grid_bins(stats, r, rows, T)
+    served = (r < rows) & (bins <= limit)
+    return served, tl.max(tl.where(served, bins, 0), 0)

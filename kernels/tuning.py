@@ -223,7 +223,7 @@ def sample_shares(width: int, t: Tiles) -> tuple[int, int]:
     return each * t.sample_features, max(1, -(-steps // each))
 
 
-def grid_bins(explicit: bool) -> int:
+def bins_in_memory(explicit: bool) -> int:
     """For how many bins of a row there is memory."""
     return EXPLICIT_BINS if explicit else MOST_BINS
 

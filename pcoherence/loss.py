@@ -110,9 +110,9 @@ def perception_coherence_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
         RuntimeError: the backend asked for is not available, and why; method="grid" would need
-            more than 65,536 bins (of 1.5 temperatures) for an anchor's range of distances; a
-            fast backend's gradient is differentiated again; or a generator is given under
-            torch.compile, or inside of activation checkpointing.
+            more than 65,536 bins (of 1.5 temperatures; Triton: 512) for an anchor's range of
+            distances; a fast backend's gradient is differentiated again; or a generator is given
+            under torch.compile, or inside of activation checkpointing.
     """
     spec = LossSpec(
         temperature=temperature,

@@ -140,14 +140,6 @@ PCOH_DEVICE void by_width(const T* a, const T* b, int width, F f) {
   else
     f(std::integral_constant<int, 1>{});
 }
-template <class T, int count>
-struct alignas(count * sizeof(T)) Pack {
-  T value[count];
-};
-template <int count, class T>
-PCOH_DEVICE Pack<T, count> load(const T* p) {
-  return *reinterpret_cast<const Pack<T, count>*>(p);
-}
 
 // |a_i - c_i|^2 for i = 0, ..., kTogether - 1 by one warp: for lane l that of i = l % kTogether. From differences in T,
 // each of which errs by half a unit of its own last place, summed in float64, in the same order for every i.

@@ -277,16 +277,13 @@ class Grid {
 
   static PCOH_DEVICE T evaluate(const T* field, const Local<T>& here) {
     constexpr int packed = 16 / sizeof(T);  // of one load
-    struct alignas(16) Pack {
-      T term[packed];
-    };
-    const Pack* packs = reinterpret_cast<const Pack*>(field) + here.bin * (order / packed);
+    const T* terms = field + here.bin * order;
     T value = 0;
     PCOH_UNROLL
-    for (int p = order / packed - 1; p >= 0; --p) {
-      const Pack c = packs[p];
+    for (int p = order - packed; p >= 0; p -= packed) {
+      const Pack<T, packed> c = load<packed>(terms + p);
       PCOH_UNROLL
-      for (int q = packed - 1; q >= 0; --q) value = value * here.x + c.term[q];
+      for (int q = packed - 1; q >= 0; --q) value = value * here.x + c.value[q];
     }
     return value;
   }

@@ -269,6 +269,16 @@ PCOH_DEVICE void total_by_lane(G& g, V (&sum)[count]) {
   for (int mask = count; mask < kWarp; mask *= 2) sum[0] += g.shuffle_xor(sum[0], mask);
 }
 
+// Elements that one load or store moves.
+template <class T, int count>
+struct alignas(count * sizeof(T)) Pack {
+  T value[count];
+};
+template <int count, class T>
+PCOH_DEVICE Pack<T, count> load(const T* p) {
+  return *reinterpret_cast<const Pack<T, count>*>(p);
+}
+
 // ---------------------------------------------------------------- one row
 
 // t >= 0, or t * factor, rounded to an integer without the conversion unit, which takes 8 times as long as an addition.

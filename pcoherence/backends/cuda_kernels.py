@@ -11,7 +11,7 @@ from torch import Tensor
 from ..spec import LossSpec
 from .pipeline import Batch, Results
 from .points import TRAITS, MetricTraits, Network, Prepared, Side
-from .row_kernels import Rows, Units
+from .row_kernels import TOO_MANY_BINS, Rows, Units
 
 
 class CudaRowKernels:
@@ -34,10 +34,7 @@ class CudaRowKernels:
     def _check(method: str, status: Tensor) -> None:
         """Only an explicit grid can fail; asking waits for the device."""
         if method == "grid" and status.item() != 0:
-            raise RuntimeError(
-                "method: 'grid' would need too many bins for a row, whose range is many "
-                "temperatures; use method='scan' or 'auto', or a higher temperature"
-            )
+            raise RuntimeError(TOO_MANY_BINS)
 
     def prepare(self, networks: Sequence[Network]) -> list[Prepared]:
         """See RowKernels: eight launches, however many networks and sides there are."""

@@ -28,8 +28,8 @@ SPLIT: splits.Split | None = None
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Write a b into out; a [m, k], b [k, n], out [m, n], all of one dtype."""
     with full_float32():
-        if SPLIT is not None and out.dtype == torch.float32:
-            splits.multiply(SPLIT, a, b, out)
+        if (split := _split(out)) is not None:
+            splits.multiply(split, a, b, out)
         else:
             torch.mm(a, b, out=out)
 
@@ -37,12 +37,17 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 def subtract_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Subtract a b from out; a [m, k], b [k, n], out [m, n], all of one dtype."""
     with full_float32():
-        if SPLIT is not None and out.dtype == torch.float32:
+        if (split := _split(out)) is not None:
             product = torch.empty_like(out)
-            splits.multiply(SPLIT, a, b, product)
+            splits.multiply(split, a, b, product)
             out -= product
         else:
             out.addmm_(a, b, alpha=-1)
+
+
+def _split(out: Tensor) -> splits.Split | None:
+    """How factors of this product are split; others than float32 never are."""
+    return SPLIT if out.dtype == torch.float32 else None
 
 
 @contextlib.contextmanager

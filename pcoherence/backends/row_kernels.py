@@ -16,6 +16,12 @@ from ..inputs import rows_of
 from ..spec import LossSpec
 from .points import MetricTraits, Network, Prepared, Side
 
+TOO_MANY_BINS = (
+    "method: 'grid' would need too many bins for a row, whose range is many temperatures; use "
+    "method='scan' or 'auto', or a higher temperature"
+)
+"""Of an explicit grid, which is not replaced by another method."""
+
 
 class Rows(NamedTuple):
     """A block of b anchors."""

@@ -5,7 +5,8 @@ Grids and buffers only: tensors were checked before, and are what the kernels' d
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, cast
+from abc import ABC, abstractmethod
+from typing import NamedTuple, cast
 
 import torch
 import triton
@@ -26,7 +27,7 @@ from ..objectives import HUBER_DELTA, RESOLUTION, SPEARMAN_FLOOR
 from ..spec import LossSpec
 from .pipeline import block_rows
 from .points import MetricTraits
-from .row_kernels import RowKernels, Rows, Units
+from .row_kernels import TOO_MANY_BINS, RowKernels, Rows, Units
 from .triton_points import PointKernels
 
 STATISTICS = 10
@@ -65,11 +66,18 @@ class _Values(NamedTuple):
         return self.weights, stride, self.self_index
 
 
-class _Sums(Protocol):
-    """Ranks and pullbacks of a block of rows by one method."""
+class _Sums(ABC):
+    """Ranks and pullbacks of a block of rows by one method.
 
-    total_columns: int
-    """How many numbers of a row `ranks` writes into totals."""
+    Attributes:
+        total_columns: how many numbers of a row `ranks` writes into totals.
+    """
+
+    total_columns = 2
+
+    def __init__(self, rows: _Values, stats: Tensor) -> None:
+        self._rows, self._stats = rows, stats
+        self._tiles = tuning.tiles(rows.values.dtype, rows.values.is_cuda)
 
     def ranks(
         self,
@@ -80,30 +88,34 @@ class _Sums(Protocol):
         teacher: Tensor | None = None,
     ) -> None:
         """Ranks into out T [rows, n]; totals float64 [rows, total_columns]."""
-        ...
+        # Without a total, kernels neither write totals nor read the teacher.
+        totals = self._stats if totals is None else totals
+        teacher = self._rows.values if teacher is None else teacher
+        self.launch_ranks(out, finish, total, totals, teacher)
 
+    @abstractmethod
+    def launch_ranks(
+        self, out: Tensor, finish: str, total: str, totals: Tensor, teacher: Tensor
+    ) -> None:
+        """The kernels of `ranks`."""
+
+    @abstractmethod
     def pullback(self, upstream: Tensor, out: Tensor, normalise: bool) -> None:
         """Pullback of upstream T [rows, n] into out T [rows, n]; after `ranks`, if normalised."""
-        ...
 
 
-class _Pairs:
+class _Pairs(_Sums):
     """Every pair of candidates."""
 
     def __init__(self, rows: _Values, stats: Tensor, hard: bool) -> None:
-        self._rows, self._stats, self._hard = rows, stats, hard
-        count, n = rows.values.shape
-        t = self._tiles = tuning.tiles(rows.values.dtype, rows.values.is_cuda)
+        super().__init__(rows, stats)
+        self._hard = hard
+        (count, n), t = rows.values.shape, self._tiles
         self._grid = cdiv(count, t.pair_rows), cdiv(n, t.pair_j)
         self.total_columns = self._grid[1]
 
-    def ranks(
-        self,
-        out: Tensor,
-        finish: str,
-        total: str = "none",
-        totals: Tensor | None = None,
-        teacher: Tensor | None = None,
+    def launch_ranks(
+        self, out: Tensor, finish: str, total: str, totals: Tensor, teacher: Tensor
     ) -> None:
         """See _Sums."""
         values, t = self._rows.values, self._tiles
@@ -112,10 +124,10 @@ class _Pairs:
             values,
             *self._rows.weighting,
             self._stats,
-            values if teacher is None else teacher,
+            teacher,
             terms,
             out,
-            self._stats if totals is None else totals,
+            totals,
             *values.shape,
             self.total_columns,
             HARD=self._hard,
@@ -147,10 +159,8 @@ class _Pairs:
         )
 
 
-class _Scan:
+class _Scan(_Sums):
     """Sorted rows: all of them, or those that take more than `limit` bins."""
-
-    total_columns = 2
 
     def __init__(
         self,
@@ -162,9 +172,9 @@ class _Scan:
         like: _Sums | None = None,
         limit: int = 0,
     ) -> None:
+        super().__init__(rows, stats)
+        self._hard, self._limit = hard, limit
         values = rows.values
-        self._rows, self._stats, self._hard, self._limit = rows, stats, hard, limit
-        self._tiles = tuning.tiles(values.dtype, values.is_cuda)
         # Ranks that others are subtracted from keep float64's digits on the way.
         dtype = torch.float64 if exact else values.dtype
         fits = spare is not None and spare.dtype == dtype
@@ -191,13 +201,8 @@ class _Scan:
         )
         return out
 
-    def ranks(
-        self,
-        out: Tensor,
-        finish: str,
-        total: str = "none",
-        totals: Tensor | None = None,
-        teacher: Tensor | None = None,
+    def launch_ranks(
+        self, out: Tensor, finish: str, total: str, totals: Tensor, teacher: Tensor
     ) -> None:
         """See _Sums."""
         values, t = self._rows.values, self._tiles
@@ -207,11 +212,11 @@ class _Scan:
                 *self._sorted,
                 *self._rows.weighting,
                 self._stats,
-                values if teacher is None else teacher,
+                teacher,
                 terms,
                 self._partial,
                 out,
-                self._stats if totals is None else totals,
+                totals,
                 *values.shape,
                 self._limit,
                 DOWN=down,
@@ -248,19 +253,17 @@ class _Scan:
             )
 
 
-class _Grid:
+class _Grid(_Sums):
     """Bins of unsorted rows; rows that take more than `limit` of them are left to `rest`."""
 
-    total_columns = 2
-
     def __init__(self, rows: _Values, stats: Tensor, limit: int, rest: _Scan | None) -> None:
-        values = rows.values
-        self._rows, self._stats, self._limit, self._rest = rows, stats, limit, rest
+        super().__init__(rows, stats)
+        self._limit, self._rest = limit, rest
+        values, t = rows.values, self._tiles
         self._tables = grid_tables(values.dtype, values.device)
-        self._bins = tuning.grid_bins(rest is None)
+        self._bins = tuning.bins_in_memory(rest is None)
         count, order = values.shape[0], GRID_ORDER[values.dtype]
         self._scratch = values.new_empty(count, 4, order, self._bins)
-        t = tuning.tiles(values.dtype, values.is_cuda)
         self._launch = cdiv(count, t.grid_rows)
         self._sizes = {
             "Q": order,
@@ -275,13 +278,8 @@ class _Grid:
             "num_warps": t.grid_warps,
         }
 
-    def ranks(
-        self,
-        out: Tensor,
-        finish: str,
-        total: str = "none",
-        totals: Tensor | None = None,
-        teacher: Tensor | None = None,
+    def launch_ranks(
+        self, out: Tensor, finish: str, total: str, totals: Tensor, teacher: Tensor
     ) -> None:
         """See _Sums."""
         values = self._rows.values
@@ -292,12 +290,12 @@ class _Grid:
             values,
             *self._rows.weighting,
             self._stats,
-            values if teacher is None else teacher,
+            teacher,
             self._tables,
             self._scratch,
             masses,
             out,
-            self._stats if totals is None else totals,
+            totals,
             *values.shape,
             self._limit,
             TOTAL=total,
@@ -305,7 +303,7 @@ class _Grid:
             **self._sizes,
         )
         if self._rest is not None:
-            self._rest.ranks(out, finish, total, totals, teacher)
+            self._rest.launch_ranks(out, finish, total, totals, teacher)
 
     def pullback(self, upstream: Tensor, out: Tensor, normalise: bool) -> None:
         """See _Sums."""
@@ -347,7 +345,7 @@ def _sums(
     if method == "scan" or hard:
         return _Scan(rows, stats, hard, spare, exact, like)
     if method == "grid":
-        limit = tuning.grid_bins(True)
+        limit = tuning.bins_in_memory(True)
         check_bins(stats, limit)
         return _Grid(rows, stats, limit, None)
     limit = tuning.fitting_bins(rows.values.shape[1], rows.values.dtype)
@@ -357,10 +355,7 @@ def _sums(
 def check_bins(stats: Tensor, limit: int) -> None:
     """Of an explicit grid; asking waits for the device."""
     if bool((stats[statistics.RANGE.value] >= limit * BIN_WIDTH).any()):
-        raise RuntimeError(
-            "method: 'grid' would need too many bins for a row, whose range is many temperatures; "
-            "use method='scan' or 'auto', or a higher temperature"
-        )
+        raise RuntimeError(TOO_MANY_BINS)
 
 
 def _row_stats(
@@ -580,7 +575,7 @@ def _most_rows(method: str, count: int, dtype: torch.dtype) -> int:
     """How many of `count` rows of dtype go at a time: a grid needs memory for each."""
     if method not in ("auto", "grid"):
         return count
-    row = 4 * GRID_ORDER[dtype] * tuning.grid_bins(method == "grid") * dtype.itemsize
+    row = 4 * GRID_ORDER[dtype] * tuning.bins_in_memory(method == "grid") * dtype.itemsize
     return min(count, max(1, tuning.SCRATCH_BYTES // row))
 
 
