@@ -109,12 +109,12 @@ struct Problem {
   }
 
   // One far outlier on both sides, of a row that is looked at by a sample and crowds some of its buckets.
-  void outlier() {
+  void outlier(bool weighted) {
     for (int i = 0; i < m; ++i) {
       student[i * n + 3] = teacher[i * n + 5] = T(1e4);
       for (int k = 40; k < 80; ++k) teacher[i * n + k] = T(0.5) + T(k) * std::numeric_limits<T>::epsilon();
     }
-    rows(Method::automatic, Objective::mse, 0.1, false, false);
+    rows(Method::automatic, Objective::mse, 0.1, false, weighted);
   }
 
   // The first anchor's, a sum over more candidates than fast memory holds.
@@ -199,7 +199,8 @@ void everything() {
   }
   for (const long shared : {0L, 4096L + 256, 4096L + 6000}) {
     pcoherence_emulate(64, shared, 0);
-    Problem(300).outlier();
+    Problem(300).outlier(false);
+    Problem(300).outlier(true);
   }
   pcoherence_emulate(64, 4096 + 256, 0);
   Problem(40).streams();

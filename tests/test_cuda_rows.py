@@ -195,17 +195,34 @@ def of_kind(kind: str, n: int, dtype: torch.dtype = torch.float32) -> tuple[Tens
     return tuple(torch.cdist(points[:2], points[2:]).to(dtype) for points in (student, teacher))
 
 
+def any_weights(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """From 1 to 1e-6, a tenth of them 0."""
+    generator = torch.Generator().manual_seed(n)
+    exponents, kept = torch.rand(2, n, generator=generator, dtype=dtype)
+    return torch.where(kept > 0.1, 10 ** (-6 * exponents), 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_data(kind: str, dtype: torch.dtype, emulate: Emulate) -> None:
     emulate(threads=96, seed=15)
     student, teacher = of_kind(kind, 1000, dtype)
+    weights = any_weights(1000, dtype)
     for objective in ("mse", "cross_entropy"):
         check(from_distances, student, teacher, methods=("auto", "grid"), objective=objective)
+    check(from_distances, student, teacher, methods=("auto",), candidate_weights=weights)
     # All of it in global memory; values ordered a window at a time.
     for shared in (4096 + 3000, 4096 + 9000):
         emulate(threads=96, seed=16, shared=shared)
-        check(from_distances, student, teacher, methods=("auto",), self_index=torch.tensor([5, 7]))
+        for weighted in (None, weights):
+            check(
+                from_distances,
+                student,
+                teacher,
+                methods=("auto",),
+                self_index=torch.tensor([5, 7]),
+                candidate_weights=weighted,
+            )
 
 
 # Shares of candidates by which ranks in a neighbourhood are sums without a table, and just not.
@@ -226,30 +243,63 @@ def test_buckets_that_overflow(ties: int, emulate: Emulate) -> None:
     teacher[:, :ties] = 0.5
     teacher[1, : ties // 2] = 0.5 + 2**-24  # neighbours of a bucket
     for objective in ("mse", "cross_entropy"):
-        check(from_distances, student, teacher, methods=("auto",), objective=objective)
+        for weights in (None, any_weights(700)):
+            check(
+                from_distances,
+                student,
+                teacher,
+                methods=("auto",),
+                objective=objective,
+                candidate_weights=weights,
+            )
+
+
+@pytest.mark.parametrize("scale", [2.0**-980, 2.0**1010])
+def test_weights_whose_sum_has_no_inverse(scale: float, emulate: Emulate) -> None:
+    emulate(threads=96)
+    student, teacher = rows(300, torch.float64)
+    weights = any_weights(300, torch.float64)
+    options = {"objective": "mse", "temperature": 0.1}
+    expected = from_distances(student, teacher, candidate_weights=weights, **options)
+    found = from_distances(student, teacher, candidate_weights=weights * scale, **options)
+    torch.testing.assert_close(found, expected)
+
+
+def barriers_passed(kind: str, weights: Tensor | None) -> int:
+    before = counted("barriers")
+    from_distances(*of_kind(kind, 2000), candidate_weights=weights)
+    return counted("barriers") - before
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="barriers are counted by the emulation")
+@pytest.mark.parametrize("weights", [None, any_weights(2000)], ids=["equal", "weights"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != GAUSSIAN])
-def test_kinds_of_data_take_the_same_path(kind: str, emulate: Emulate) -> None:
+def test_kinds_of_data_take_the_same_path(
+    kind: str, weights: Tensor | None, emulate: Emulate
+) -> None:
     """Neither sort nor scan, which pass ten times as many barriers as buckets and grid."""
     emulate(threads=256)
+    assert barriers_passed(kind, weights) <= 1.3 * barriers_passed(GAUSSIAN, weights)
 
-    def passed(of: str) -> int:
-        before = counted("barriers")
-        from_distances(*of_kind(of, 2000))
-        return counted("barriers") - before
 
-    assert passed(kind) <= 1.3 * passed(GAUSSIAN)
+@pytest.mark.skipif(DEVICE == "cuda", reason="barriers are counted by the emulation")
+def test_weights_take_the_same_path(emulate: Emulate) -> None:
+    """A few sums more; the sort would pass three times as many barriers."""
+    emulate(threads=256)
+    assert barriers_passed(GAUSSIAN, any_weights(2000)) <= 1.5 * barriers_passed(GAUSSIAN, None)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the emulation counts what goes to global memory")
+@pytest.mark.parametrize("weights", [None, any_weights(2000)], ids=["equal", "weights"])
 @pytest.mark.parametrize("kind", [GAUSSIAN, "outlier"])
-def test_what_is_accessed_at_random_stays_in_fast_memory(kind: str, emulate: Emulate) -> None:
+def test_what_is_accessed_at_random_stays_in_fast_memory(
+    kind: str, weights: Tensor | None, emulate: Emulate
+) -> None:
     """Of a row as long for this memory as 65,536 elements are for 227 KiB: neither fits."""
     emulate(threads=128, shared=4096 + 2000 * 7 // 2 + 4200)
     before = counted("slow_atomics")
-    from_distances(*of_kind(kind, 2000), objective="mse")  # cross_entropy counts its neighbourhood
+    # cross_entropy counts its neighbourhood
+    from_distances(*of_kind(kind, 2000), objective="mse", candidate_weights=weights)
     assert counted("slow_atomics") == before
 
 
@@ -283,7 +333,7 @@ def test_nan_stays_in_its_row(bad: float, emulate: Emulate) -> None:
 def test_results_repeat_bit_for_bit(method: str, dtype: torch.dtype, emulate: Emulate) -> None:
     student, teacher = rows(300, dtype)
     weights = torch.rand(300, dtype=dtype, generator=torch.Generator().manual_seed(1))
-    for objective, weighted in (("mse", None), ("spearman", weights), ("cross_entropy", None)):
+    for objective, weighted in (("mse", None), ("spearman", weights), ("cross_entropy", weights)):
         options = {"objective": objective, "method": method, "candidate_weights": weighted}
         options["temperature"] = 0.01  # 67 bins
         emulate(threads=128)

@@ -134,30 +134,15 @@ struct Counters {
 static_assert(kCrowded == 16 && kFullest == 255, "what the bits of Counters can say");
 
 // counts -> starts. Returns how many values were counted: too few where a counter overflowed, since every carry loses
-// 255 of them. Every warp runs along its own part.
+// 255 of them.
 template <class G>
 PCOH_DEVICE int start_buckets(G& g, const Counters& c, bool& crowded) {
-  const int share = (c.words + g.threads() - 1) / g.threads() * kWarp;
-  const int begin = share * g.warp(), end = begin + share < c.words ? begin + share : c.words;
-  int before = 0;
   unsigned seen = 0;
-  for (int i = begin + g.lane(); i - g.lane() < end; i += kWarp) {
-    const unsigned word = i < end ? c.counts[i] : 0;
-    seen |= word;
-    const int count = Counters::all(word), start = exclusive_in_warp(g, count);
-    if (i < end) c.starts[i] = before + start;
-    before += g.shuffle(start + count, kWarp - 1);
-  }
-  int* of_warp = reinterpret_cast<int*>(g.scratch());
-  if (g.lane() == 0) of_warp[g.warp()] = before;
-  g.sync();
-  int offset = 0, sum = 0;
-  for (int w = 0; w < g.warps(); ++w) {
-    if (w == g.warp()) offset = sum;
-    sum += of_warp[w];
-  }
-  for (int i = begin + g.lane(); i < end; i += kWarp) c.starts[i] += offset;
-  g.sync();
+  const auto count = [&](int i) {
+    seen |= c.counts[i];
+    return Counters::all(c.counts[i]);
+  };
+  const int sum = running_sums(g, c.words, count, [=](int i, int before) { c.starts[i] = before; });
   crowded = reduce(g, int((seen & Counters::crowded_bits) != 0), Larger{}) != 0;
   return sum;
 }

@@ -201,42 +201,53 @@ PCOH_DEVICE V exclusive_in_warp(G& g, V v) {
   return g.lane() > 0 ? before : V(0);
 }
 
-// Sum of the values of the threads before this one.
+// Sum of the values of the threads before this one, and of all.
+template <class V>
+struct Running {
+  V before, all;
+};
 template <class V, class G>
-PCOH_DEVICE V exclusive(G& g, V v) {
-  V before = exclusive_in_warp(g, v);
+PCOH_DEVICE Running<V> exclusive(G& g, V v) {
+  const V before = exclusive_in_warp(g, v);
   V* of_warp = reinterpret_cast<V*>(g.scratch());
   if (g.lane() == kWarp - 1) of_warp[g.warp()] = before + v;
   g.sync();
-  V earlier = 0;
-  for (int w = 0; w < g.warp(); ++w) earlier += of_warp[w];
+  V earlier = 0, all = 0;
+  for (int w = 0; w < g.warps(); ++w) {
+    if (w == g.warp()) earlier = all;
+    all += of_warp[w];
+  }
   g.sync();
-  return earlier + before;
+  return {earlier + before, all};
 }
 
-// The part of [0, count) that a thread owns when it must be contiguous.
+// The part of [0, count) that a thread owns when it must be contiguous. Of odd sizes, so that the threads of a warp
+// meet in no bank of shared memory.
 struct Chunk {
   int begin, end;
 };
 template <class G>
 PCOH_DEVICE Chunk chunk(const G& g, int count) {
-  const int size = (count + g.threads() - 1) / g.threads();
+  const int size = (count + g.threads() - 1) / g.threads() | 1;
   const int begin = size * g.thread() < count ? size * g.thread() : count;
   return {begin, begin + size < count ? begin + size : count};
 }
 
-// Running sums in float64: store(i, sum of load(j) over j < i) for i = 0, ..., count - 1.
+// Running sums: store(i, sum of load(j) over j < i) for i = 0, ..., count - 1; returns the sum of all.
 template <class G, class Load, class Store>
-PCOH_DEVICE void running_sums(G& g, int count, Load load, Store store) {
+PCOH_DEVICE auto running_sums(G& g, int count, Load load, Store store) {
+  using V = decltype(load(0));
   const Chunk c = chunk(g, count);
-  double sum = 0;
+  V sum = 0;
   for (int i = c.begin; i < c.end; ++i) sum += load(i);
-  sum = exclusive(g, sum);
+  const Running<V> running = exclusive(g, sum);
+  sum = running.before;
   for (int i = c.begin; i < c.end; ++i) {
-    const double own = load(i);
+    const V own = load(i);
     store(i, sum);
     sum += own;
   }
+  return running.all;
 }
 
 // f(0), ..., f(count - 1) with constants: an array indexed by them stays in registers. An unrolled loop does not see to

@@ -10,12 +10,12 @@ namespace pcoherence::cuda {
 // At most, of buckets or the sort.
 template <class T>
 constexpr std::int64_t hard_rank_bytes(std::int64_t n) {
-  const std::int64_t buckets = bucket_bytes<T>(n) + 2 * n + 3 * kRowSample * sizeof(T),
+  const std::int64_t buckets = bucket_bytes<T>(n) + 2 * n + 3 * kRowSample * sizeof(T) + (n + kFullest + 1) * 8,
                      sorted = n * (sizeof(T) + 4 + 8);
   return (buckets > sorted ? buckets : sorted) + 3 * 16 + 8;
 }
 
-// ---------------------------------------------------------------- equal weights
+// ---------------------------------------------------------------- buckets
 
 // Until a candidate is ranked, its bucket and its place there stand where its rank will, marked by the sign bit, which
 // a rank does not have.
@@ -55,6 +55,123 @@ struct Ordered {
   int window;
 };
 
+// A Ranks says what candidates amount to, once they lie in the order of their buckets:
+//   put(i, k)                 candidate k went to place i of the window
+//   get(i)  set(i, own)       what is known of place i, when its candidate moves
+//   add_up(g, earlier)        the window's are all in their order, and earlier windows' amount to that; returns all
+//   before(first, i)          what all amount to that come before place i of the window that begins at `first`
+//   between(i, j)             those at places i, ..., j - 1
+//   rank(before, equal)       of a candidate: what those amount to that come before it, and that equal it
+//   tie(k, equal)  ties(sum)  candidate k's part of sum_jk w_j w_k [v_j = v_k], and all of it
+
+// Candidates that all weigh the same are counted.
+template <class T, class Out>
+class CountedRanks {
+ public:
+  using Amount = int;
+  using Tie = int;  // at most kFullest a value
+  struct Own {};
+  static constexpr int place_bytes = 0;
+
+  static PCOH_DEVICE bool possible(const Stats<T>&) { return true; }
+  PCOH_DEVICE CountedRanks(const Row<T>&, const Stats<T>& s, Arena&, int)
+      : weight_(s.total / s.count), scale_(Out(0.5) / Out(s.count)) {}
+  template <class G>
+  PCOH_DEVICE bool in_fast(const G&) const {
+    return true;
+  }
+  template <bool, class G>
+  PCOH_DEVICE const CountedRanks& known(const G&) const {
+    return *this;
+  }
+
+  template <class G>
+  PCOH_DEVICE void clear(G&) const {}
+  PCOH_DEVICE void put(int, int) const {}
+  PCOH_DEVICE Own get(int) const { return {}; }
+  PCOH_DEVICE void set(int, Own) const {}
+  template <class G>
+  PCOH_DEVICE Amount add_up(G&, Amount) const {
+    return 0;
+  }
+
+  PCOH_DEVICE Amount before(int first, int i) const { return first + i; }
+  PCOH_DEVICE Amount between(int i, int j) const { return j - i; }
+  PCOH_DEVICE Out rank(Amount before, Amount equal) const { return Out(2 * before + equal) * scale_; }
+  PCOH_DEVICE Tie tie(int, Amount equal) const { return equal; }
+  PCOH_DEVICE double ties(double pairs) const { return pairs * weight_ * weight_; }
+
+ private:
+  double weight_;  // of one
+  Out scale_;
+};
+
+// Weights of any size, as whole numbers of 2^-60 of their sum: these add up to the same in any order, and 64 bits hold
+// twice all of them.
+template <class T, class Out>
+class WeighedRanks {
+ public:
+  using Amount = unsigned long long;
+  using Tie = double;
+  using Own = Amount;
+  static constexpr int place_bytes = sizeof(Amount);
+
+  // Not where the total, or what a part of it is multiplied by, is more than a number holds.
+  static PCOH_DEVICE bool possible(const Stats<T>& s) {
+    constexpr double most = std::numeric_limits<double>::max();
+    return s.total <= most && all / s.total <= most;
+  }
+  PCOH_DEVICE WeighedRanks(const Row<T>& row, const Stats<T>& s, Arena& arena, int window)
+      : weights_(row.weights), per_weight_(all / s.total), places_(window + kFullest + 1) {
+    amounts_ = arena.take<Amount>(places_);
+  }
+  template <class G>
+  PCOH_DEVICE bool in_fast(const G& g) const {
+    return g.in_fast(amounts_);
+  }
+  template <bool fast, class G>
+  PCOH_DEVICE WeighedRanks known(const G& g) const {
+    WeighedRanks other = *this;
+    other.amounts_ = at<fast>(g, amounts_);
+    return other;
+  }
+
+  // Places of a window's buckets alone are written.
+  template <class G>
+  PCOH_DEVICE void clear(G& g) const {
+    Amount* amounts = amounts_;
+    each(g, places_, [=](int i) { amounts[i] = 0; });
+    g.sync();
+  }
+  PCOH_DEVICE void put(int i, int k) const {
+    amounts_[i] = static_cast<Amount>(double(weights_[k]) * per_weight_ + 0.5);
+  }
+  PCOH_DEVICE Own get(int i) const { return amounts_[i]; }
+  PCOH_DEVICE void set(int i, Own own) const { amounts_[i] = own; }
+  template <class G>
+  PCOH_DEVICE Amount add_up(G& g, Amount earlier) const {
+    Amount* amounts = amounts_;
+    const Amount own = running_sums(
+        g, places_, [=](int i) { return amounts[i]; }, [=](int i, Amount before) { amounts[i] = earlier + before; });
+    g.sync();
+    return earlier + own;
+  }
+
+  PCOH_DEVICE Amount before(int, int i) const { return amounts_[i]; }
+  PCOH_DEVICE Amount between(int i, int j) const { return amounts_[j] - amounts_[i]; }
+  PCOH_DEVICE Out rank(Amount before, Amount equal) const { return Out(double(2 * before + equal) * (0.5 / all)); }
+  PCOH_DEVICE Tie tie(int k, Amount equal) const { return double(weights_[k]) * double(equal); }
+  PCOH_DEVICE double ties(double sum) const { return sum / per_weight_; }
+
+ private:
+  static constexpr double all = 0x1p60;
+
+  const T* weights_;  // [n]
+  double per_weight_;
+  int places_;
+  Amount* amounts_;  // [places_] what each amounts to, then what all before it do
+};
+
 // Into buckets: tickets into out [n], 0 for those without weight, which have no rank.
 template <class T, class Out, class G, class Buckets>
 PCOH_DEVICE void count_values(G& g, const Row<T>& row, const Buckets& bucket, const Counters& c, Out* out) {
@@ -74,14 +191,17 @@ PCOH_DEVICE void count_values(G& g, const Row<T>& row, const Buckets& bucket, co
   g.sync();
 }
 
-// Orders values [count] by one warp, each of whose lanes has up to `own` of them.
-template <int own, class T, class G>
-PCOH_DEVICE void order_in_registers(G& g, T* values, int count) {
+// Orders `count` values from place `begin` of a window on by one warp, each of whose lanes has up to `own` of them.
+template <int own, class T, class G, class Ranks>
+PCOH_DEVICE void order_in_registers(G& g, T* window, int begin, int count, const Ranks& ranks) {
   T value[own];
+  typename Ranks::Own amount[own];
   int place[own];
+  T* values = window + begin;
   unrolled<own>([&](auto j) {
     const int i = g.lane() + kWarp * j;
     value[j] = i < count ? values[i] : T(0);
+    if (i < count) amount[j] = ranks.get(begin + i);
     place[j] = 0;
   });
   for (int i = 0; i < count; ++i) {
@@ -90,23 +210,25 @@ PCOH_DEVICE void order_in_registers(G& g, T* values, int count) {
   }
   g.sync_warp();
   unrolled<own>([&](auto j) {
-    if (g.lane() + kWarp * j < count) values[place[j]] = value[j];
+    if (g.lane() + kWarp * j >= count) return;
+    values[place[j]] = value[j];
+    ranks.set(begin + place[j], amount[j]);
   });
 }
-template <class T, class G>
-PCOH_APART void order_by_warp(G& g, T* values, int count) {
+template <class T, class G, class Ranks>
+PCOH_APART void order_by_warp(G& g, T* window, int begin, int count, Ranks ranks) {
   static_assert(kFullest <= 8 * kWarp);
   if (count <= kWarp)
-    order_in_registers<1>(g, values, count);
+    order_in_registers<1>(g, window, begin, count, ranks);
   else if (count <= 2 * kWarp)
-    order_in_registers<2>(g, values, count);
+    order_in_registers<2>(g, window, begin, count, ranks);
   else
-    order_in_registers<8>(g, values, count);
+    order_in_registers<8>(g, window, begin, count, ranks);
 }
 
 // The crowded buckets of a window that begins at `first`.
-template <class T, class G>
-PCOH_DEVICE void order_crowded(G& g, const Counters& c, const Ordered<T>& ordered, int first) {
+template <class T, class G, class Ranks>
+PCOH_DEVICE void order_crowded(G& g, const Counters& c, const Ordered<T>& ordered, int first, const Ranks& ranks) {
   for (int base = g.warp() * kWarp; base < c.words; base += g.threads()) {
     const int i = base + g.lane();
     const unsigned word = i < c.words ? c.counts[i] : 0;
@@ -116,7 +238,7 @@ PCOH_DEVICE void order_crowded(G& g, const Counters& c, const Ordered<T>& ordere
       for (int which = 0; which < 4; ++which) {
         const auto [begin, size] = c.at(b + which);
         if (size >= kCrowded && unsigned(begin - first) < unsigned(ordered.window))
-          order_by_warp(g, ordered.values + (begin - first), size);
+          order_by_warp(g, ordered.values, begin - first, size, ranks);
       }
     }
   }
@@ -137,69 +259,76 @@ PCOH_DEVICE int place_of(const T* sorted, int count, T v, bool or_equal) {
 }
 
 // Values of the window go to their places.
-template <class T, class Out, class G>
+template <class T, class Out, class G, class Ranks>
 PCOH_DEVICE void order_values(G& g, const Row<T>& row, const Counters& c, const Ordered<T>& ordered, int first,
-                              const Out* out) {
+                              const Ranks& ranks, const Out* out) {
   const T* values = row.values;
+  ranks.clear(g);
   each_loaded(
       g, row.n, [=](int k) { return Ticket::at(out + k); },
       [=](int k, Ticket ticket) {
         if (ticket.ranked()) return;
         const int begin = c.at(ticket.bucket()).begin - first;
-        if (unsigned(begin) < unsigned(ordered.window)) ordered.values[begin + ticket.place()] = values[k];
+        if (unsigned(begin) >= unsigned(ordered.window)) return;
+        ordered.values[begin + ticket.place()] = values[k];
+        ranks.put(begin + ticket.place(), k);
       });
   g.sync();
 }
 
-// Ranks of the window's candidates; returns how many pairs of a thread's tie.
-template <class T, class Out, class G>
-PCOH_DEVICE int rank_values(G& g, const Row<T>& row, const Counters& c, const Ordered<T>& ordered, int first, Out scale,
-                            Out* out) {
+// Ranks of the window's candidates; returns a thread's part of the ties.
+template <class T, class Out, class G, class Ranks>
+PCOH_DEVICE typename Ranks::Tie rank_values(G& g, const Row<T>& row, const Counters& c, const Ordered<T>& ordered,
+                                            int first, const Ranks& ranks, Out* out) {
   const T* values = row.values;
-  int pairs = 0;  // at most kFullest a value
+  typename Ranks::Tie ties = 0;
   each_loaded(
       g, row.n, [=](int k) { return Ticket::at(out + k); },
       [&](int k, Ticket ticket) {
         if (ticket.ranked()) return;
         const auto [start, size] = c.at(ticket.bucket());
-        if (unsigned(start - first) >= unsigned(ordered.window)) return;
+        const int begin = start - first, end = begin + size;
+        if (unsigned(begin) >= unsigned(ordered.window)) return;
         const T v = values[k];
-        const T* bucket = ordered.values + (start - first);
-        int less = 0, equal = 0;
+        typename Ranks::Amount less = 0, equal = 0;
         if (size >= kCrowded) {
-          less = place_of(bucket, size, v, false);
-          equal = place_of(bucket, size, v, true) - less;
+          const T* bucket = ordered.values + begin;
+          const int from = begin + place_of(bucket, size, v, false), to = begin + place_of(bucket, size, v, true);
+          less = ranks.between(begin, from);
+          equal = ranks.between(from, to);
         } else {
-          for (int i = 0; i < size; ++i) {
-            less += bucket[i] < v;
-            equal += bucket[i] == v;
+          for (int i = begin; i < end; ++i) {
+            const auto own = ranks.between(i, i + 1);
+            less += ordered.values[i] < v ? own : 0;
+            equal += ordered.values[i] == v ? own : 0;
           }
         }
-        out[k] = Out(2 * (start + less) + equal) * scale;
-        pairs += equal;
+        out[k] = ranks.rank(ranks.before(first, begin) + less, equal);
+        ties += ranks.tie(k, equal);
       });
-  return pairs;
+  return ties;
 }
 
-// Every value is compared with those of its bucket. Values arrive there in any order, but what is counted does not
+// Every value is compared with those of its bucket. Values arrive there in any order, but what is added up does not
 // depend on it. False where a bucket holds too many. fast: all of this memory is.
-template <bool fast, class T, class Out, class G>
+template <bool fast, class T, class Out, class G, class Ranks>
 PCOH_APART bool rank_in_buckets(G& g, const Row<T>& row, const Stats<T>& s, const Counters& counters,
-                                const Ordered<T>& order, Out* out, double& ties) {
+                                const Ordered<T>& order, const Ranks& amounts, Out* out, double& ties) {
   const Counters c{at<fast>(g, counters.counts), at<fast>(g, counters.starts), counters.words};
   const Ordered<T> ordered{at<fast>(g, order.values), order.window};
+  const Ranks ranks = amounts.template known<fast>(g);
   bool crowded = false;
   if (start_buckets(g, c, crowded) != s.count) return false;
-  const Out scale = Out(0.5) / Out(s.count);
-  int pairs = 0;
+  typename Ranks::Tie own = 0;
+  typename Ranks::Amount earlier = 0;
   for (int first = 0; first < s.count; first += ordered.window) {
-    order_values(g, row, c, ordered, first, out);
-    if (crowded) order_crowded(g, c, ordered, first);
-    pairs += rank_values(g, row, c, ordered, first, scale, out);
+    order_values(g, row, c, ordered, first, ranks, out);
+    if (crowded) order_crowded(g, c, ordered, first, ranks);
+    earlier = ranks.add_up(g, earlier);
+    own += rank_values(g, row, c, ordered, first, ranks, out);
     g.sync();
   }
-  const double weight = s.total / s.count;
-  ties = total(g, double(pairs)) * weight * weight;
+  ties = ranks.ties(total(g, double(own)));
   return true;
 }
 
@@ -215,10 +344,10 @@ PCOH_APART void fill_buckets(G& g, const Row<T>& row, Buckets bucket, const Coun
   count_values(g, row, bucket, c, out);
 }
 
-// Equal weights. False where that is left to the sort.
-template <class T, class Out, class G>
+// False where that is left to the sort.
+template <class Ranks, class T, class Out, class G>
 PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s, Out* out, double& ties, Arena arena) {
-  if (2 * std::int64_t(row.n) > kMostBuckets) return false;
+  if (2 * std::int64_t(row.n) > kMostBuckets || !Ranks::possible(s)) return false;
   T* tree = arena.take<T>(EqualShares<T>::parts);
   auto* table = arena.take<typename EqualShares<T>::Part>(EqualShares<T>::parts);
   const int buckets = bucket_count(row.n, arena.fast_left());
@@ -238,24 +367,25 @@ PCOH_DEVICE bool hard_ranks_bucketed(G& g, const Row<T>& row, const Stats<T>& s,
   }
   // All values at a time, or as many as fast memory has room for; but not in more than 8 windows.
   constexpr int most_windows = 8;
-  const std::int64_t room = arena.fast_left() / std::int64_t(sizeof(T));
+  const std::int64_t room = arena.fast_left() / std::int64_t(sizeof(T) + Ranks::place_bytes);
   const std::int64_t window = (room - (kFullest + 1)) / 4 * 4;  // whole pieces of an arena
   const bool in_parts = room < row.n && window * most_windows >= row.n;
   Ordered<T> ordered{nullptr, in_parts ? static_cast<int>(window) : row.n};
   ordered.values = arena.take<T>(in_parts ? window + kFullest : row.n);
+  const Ranks ranks(row, s, arena, ordered.window);
   const auto by = [&]<bool fast>(std::bool_constant<fast>) {
     if (shares)
       fill_buckets<fast>(g, row, EqualShares<T>{tree, table, buckets / kRowSample}, c, out);
     else
       fill_buckets<fast>(g, row, widths, c, out);
-    return rank_in_buckets<fast>(g, row, s, c, ordered, out, ties);
+    return rank_in_buckets<fast>(g, row, s, c, ordered, ranks, out, ties);
   };
-  const bool fast =
-      g.in_fast(tree) && g.in_fast(table) && g.in_fast(c.counts) && g.in_fast(c.starts) && g.in_fast(ordered.values);
+  const bool fast = g.in_fast(tree) && g.in_fast(table) && g.in_fast(c.counts) && g.in_fast(c.starts) &&
+                    g.in_fast(ordered.values) && ranks.in_fast(g);
   return fast ? by(std::true_type{}) : by(std::false_type{});
 }
 
-// ---------------------------------------------------------------- any weights
+// ---------------------------------------------------------------- the sort
 
 // Sort, running sums of weights, and each value's place among them by bisection.
 template <class T, class Out, class G>
@@ -286,7 +416,11 @@ PCOH_APART double hard_ranks_sorted(G& g, const Row<T>& row, const Stats<T>& s, 
 template <class T, class Out, class G>
 PCOH_APART double hard_ranks(G& g, const Row<T>& row, const Stats<T>& s, bool, Out* out, Workplace<T, G>& work) {
   double ties = 0;
-  if (s.uniform && s.high > s.low && hard_ranks_bucketed(g, row, s, out, ties, work.arena)) return ties;
+  if (s.high > s.low) {
+    const bool done = s.uniform ? hard_ranks_bucketed<CountedRanks<T, Out>>(g, row, s, out, ties, work.arena)
+                                : hard_ranks_bucketed<WeighedRanks<T, Out>>(g, row, s, out, ties, work.arena);
+    if (done) return ties;
+  }
   g.sync();  // the buckets' memory is used again
   return hard_ranks_sorted(g, row, s, out, work.arena);
 }

@@ -80,7 +80,7 @@ class Layout {
     for (int i = own.begin; i < own.end; ++i) count += ones(held[i]);
     bins = total(g, count);
     if (bins > most) return false;
-    int number = exclusive(g, count);
+    int number = exclusive(g, count).before;
     for (int i = own.begin; i < own.end; ++i) {
       numbers[i] = number;
       for (int b = 0; held[i] >> b != 0; ++b) {
