@@ -474,13 +474,15 @@ def test_rows_for_whose_grids_there_is_no_memory(
 
 
 def test_too_many_bins_raise() -> None:
+    """65,536 are the CPU's, which plays Triton where the checks themselves are checked."""
     leaves, constants = problem(9, torch.float64, rectangular=False, weighted=False)
     values = torch.tensor([[0.0, 1.0], [0.0, 1e6]], dtype=torch.float64, device=DEVICE)
     for call in (
-        lambda: evaluate(leaves, constants, method="grid", temperature=1e-4),
+        lambda: evaluate(leaves, constants, method="grid", temperature=1e-6),
         lambda: soft_rank(values, backend="triton", method="grid"),
     ):
-        with pytest.raises(RuntimeError, match=r"^method: 'grid' would need too many bins"):
+        bins = r"^method: 'grid' would need more than (512|65536) bins"
+        with pytest.raises(RuntimeError, match=bins):
             call()
 
 

@@ -11,7 +11,10 @@ from torch import Tensor
 from ..spec import LossSpec
 from .pipeline import Batch, Results
 from .points import TRAITS, MetricTraits, Network, Prepared, Side
-from .row_kernels import TOO_MANY_BINS, Rows, Units
+from .row_kernels import Rows, Units, too_many_bins
+
+EXPLICIT_BINS = 65_536
+"""kMaxBins of csrc/soft_ranks.h."""
 
 
 class CudaRowKernels:
@@ -34,7 +37,7 @@ class CudaRowKernels:
     def _check(method: str, status: Tensor) -> None:
         """Only an explicit grid can fail; asking waits for the device."""
         if method == "grid" and status.item() != 0:
-            raise RuntimeError(TOO_MANY_BINS)
+            raise too_many_bins(EXPLICIT_BINS)
 
     def prepare(self, networks: Sequence[Network]) -> list[Prepared]:
         """See RowKernels: eight launches, however many networks and sides there are."""

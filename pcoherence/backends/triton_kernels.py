@@ -27,7 +27,7 @@ from ..objectives import HUBER_DELTA, RESOLUTION, SPEARMAN_FLOOR
 from ..spec import LossSpec
 from .pipeline import block_rows
 from .points import MetricTraits
-from .row_kernels import TOO_MANY_BINS, RowKernels, Rows, Units
+from .row_kernels import RowKernels, Rows, Units, too_many_bins
 from .triton_points import PointKernels
 
 STATISTICS = 10
@@ -355,7 +355,7 @@ def _sums(
 def check_bins(stats: Tensor, limit: int) -> None:
     """Of an explicit grid; asking waits for the device."""
     if bool((stats[statistics.RANGE.value] >= limit * BIN_WIDTH).any()):
-        raise RuntimeError(TOO_MANY_BINS)
+        raise too_many_bins(limit)
 
 
 def _row_stats(
