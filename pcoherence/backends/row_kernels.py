@@ -13,13 +13,14 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ..inputs import rows_of
-from ..kernels.tables import BIN_WIDTH
 from ..spec import LossSpec
 from .points import MetricTraits, Network, Prepared, Side
 
 
 def too_many_bins(most: int) -> RuntimeError:
     """Of an explicit grid, which is not replaced by another method; as csrc/cpu/ops.cpp says it."""
+    from ..kernels.tables import BIN_WIDTH  # not at import: it fits polynomials
+
     return RuntimeError(
         f"method: 'grid' would need more than {most} bins for a row, one for every {BIN_WIDTH} "
         "temperatures of its range; use method='scan' or 'auto', or a higher temperature"
