@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pcoherence
+from pcoherence.inputs import MOST_TOTAL
 from pcoherence.spec import METRICS, OBJECTIVES
 from pcoherence.testing import CASES, make_case, relative_error
 
@@ -99,6 +100,24 @@ def test_padding_changes_nothing(
     assert relative_error(padded, loss) < 1e-9
     assert relative_error(padded_gradient[:n], gradient, NO_GRADIENT) < 1e-8
     assert (padded_gradient[n:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@quick
+@given(n=sizes, seed=seeds, objective=objectives, near=neighbourhoods)
+def test_the_size_of_weights_changes_nothing(
+    backend: str, dtype: torch.dtype, n: int, seed: int, objective: str, near: float | None
+) -> None:
+    """Up to the largest that are accepted for 64 candidates, and as far below 1."""
+    student, teacher = (side.to(dtype) for side in points(n, seed))
+    weights = torch.rand(n, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    options = {"objective": objective, "neighbourhood": near, "backend": backend}
+    loss, gradient = value_and_grad(student, teacher, candidate_weights=weights, **options)
+    for scale in (MOST_TOTAL / 64, 1 / MOST_TOTAL):
+        scaled = value_and_grad(student, teacher, candidate_weights=weights * scale, **options)
+        # A power of two: every product and sum rounds alike.
+        assert relative_error(scaled[0], loss) < 1e-6
+        assert relative_error(scaled[1], gradient, NO_GRADIENT) < 1e-5
 
 
 @quick
