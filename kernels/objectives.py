@@ -25,6 +25,15 @@ def row_state(student_stats, teacher_stats, r, rows):
 
 
 @triton.jit
+def load_coefficients(coefficients, r, rows):
+    """C_r, ones where there are none, float64; 0 beyond the rows."""
+    if coefficients is None:
+        return tl.where(r < rows, 1.0, 0.0).to(tl.float64)
+    else:
+        return tl.load(coefficients + r, mask=r < rows, other=0.0).to(tl.float64)
+
+
+@triton.jit
 def row_total(totals, tiles, r, rows, BR: tl.constexpr):
     """Sum of totals float64 [rows, tiles] over the tiles, in their order; [BR]."""
     total = tl.zeros([BR], tl.float64)
@@ -176,7 +185,7 @@ def store_gradient(
     live = (r < rows)[:, None]
     T = distances.dtype.element_ty
     state = row_state(student_stats, teacher_stats, r, rows)
-    coefficient = tl.load(coefficients + r, mask=r < rows, other=0.0).to(tl.float64)
+    coefficient = load_coefficients(coefficients, r, rows)
     through_mean = tl.zeros([BR], tl.float64)  # -c sum_k g_k s_k: the pull on log(mean)
     if SCALE == "anchor":
         for k0 in range(0, n, BN):

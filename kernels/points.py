@@ -10,11 +10,16 @@ import triton.language as tl
 
 
 @triton.jit
+def load_given(points, row, f, width, valid):
+    """Points as they are, T [B, BF]; rows start at `row` int64 [B]."""
+    valid = valid[:, None] & (f < width)[None, :]
+    return tl.load(points + row[:, None] + f[None, :], mask=valid, other=0.0)
+
+
+@triton.jit
 def load_points(points, row, f, width, valid, length, DIRECTIONS: tl.constexpr):
     """Points or directions, float64 [B, BF]; rows start at `row` int64 [B], length float64 [B]."""
-    x = tl.load(
-        points + row[:, None] + f[None, :], mask=valid[:, None] & (f < width)[None, :], other=0.0
-    ).to(tl.float64)
+    x = load_given(points, row, f, width, valid).to(tl.float64)
     if DIRECTIONS:
         x = x / length[:, None]
     return x

@@ -98,15 +98,15 @@ def finished_pullback(g, v, stats, r, rows, NORMALISE: tl.constexpr):
 
 @triton.jit
 def pair_ranks(
-    values,  # T [rows, n] distances
+    values,
     weights,
     weight_stride,
     self_index,
     stats,
-    teacher,  # float64 [rows, n] R^T, read with TOTAL "cross"
-    series,  # T [2, M], see tables.py
-    out,  # T [rows, n], or float64 with TOTAL "entropy" and HARD
-    totals,  # float64 [rows, tiles]: one number for each program
+    teacher,
+    series,
+    out,
+    totals,
     rows,
     n,
     tiles,
@@ -119,7 +119,38 @@ def pair_ranks(
     BJ: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Ranks of BJ candidates; grid [rows / BR, tiles = n / BJ].
+    """See pair_ranks_of; grid [rows / BR, tiles = n / BJ]."""
+    pair_ranks_of(
+        tl.program_id(1), values, weights, weight_stride, self_index, stats, teacher, series, out,
+        totals, rows, n, tiles, HARD, TOTAL, FINISH, DEGREE, M, BR, BJ, BK,
+    )  # fmt: skip
+
+
+@triton.jit
+def pair_ranks_of(
+    tile,
+    values,  # T [rows, n] distances
+    weights,
+    weight_stride,
+    self_index,
+    stats,
+    teacher,  # float64 [rows, n] R^T, read with TOTAL "cross"
+    series,  # T [2, M], see tables.py
+    out,  # T [rows, n], or float64 with TOTAL "entropy" and HARD
+    totals,  # float64 [rows, tiles]: one number for each tile
+    rows,
+    n,
+    tiles,
+    HARD: tl.constexpr,
+    TOTAL: tl.constexpr,
+    FINISH: tl.constexpr,
+    DEGREE: tl.constexpr,
+    M: tl.constexpr,
+    BR: tl.constexpr,
+    BJ: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Ranks of the BJ candidates of a tile.
 
     TOTAL "cross": sum_j w_j [ sum_k w_k softplus(s_j - s_k) - s_j (2 R^T_j - W) ], the cross
     entropy of the teacher's comparisons times W^2; "entropy": the same of the ranks themselves.
@@ -128,7 +159,7 @@ def pair_ranks(
     """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     live = (r < rows)[:, None]
-    j = (tl.program_id(1) * BJ + tl.arange(0, BJ))[None, :]
+    j = (tile * BJ + tl.arange(0, BJ))[None, :]
     v = tl.load(values + r[:, None] * n + j, mask=live & (j < n), other=0.0)
     s_j = v if HARD else positions(v, stats, r, rows)
     rank = tl.zeros([BR, BJ], tl.float64 if HARD and TOTAL != "none" else v.dtype)
@@ -163,11 +194,35 @@ def pair_ranks(
             difference = higher - expected
             each = logs.to(tl.float64) + 2.0 * s_j.to(tl.float64) * difference
         total = tl.sum(w_j * each, 1)
-        tl.store(totals + r * tiles + tl.program_id(1), total, mask=r < rows)
+        tl.store(totals + r * tiles + tile, total, mask=r < rows)
 
 
 @triton.jit
 def pair_pullback(
+    values,
+    weights,
+    weight_stride,
+    self_index,
+    stats,
+    upstream,
+    out,
+    rows,
+    n,
+    NORMALISE: tl.constexpr,
+    BR: tl.constexpr,
+    BJ: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """See pair_pullback_of; grid [rows / BR, n / BJ]."""
+    pair_pullback_of(
+        tl.program_id(1), values, weights, weight_stride, self_index, stats, upstream, out, rows, n,
+        NORMALISE, BR, BJ, BK,
+    )  # fmt: skip
+
+
+@triton.jit
+def pair_pullback_of(
+    tile,
     values,  # T [rows, n] distances
     weights,
     weight_stride,
@@ -182,10 +237,10 @@ def pair_pullback(
     BJ: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """G of BJ candidates; grid [rows / BR, n / BJ]."""
+    """G of the BJ candidates of a tile."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     live = (r < rows)[:, None]
-    j = (tl.program_id(1) * BJ + tl.arange(0, BJ))[None, :]
+    j = (tile * BJ + tl.arange(0, BJ))[None, :]
     v = tl.load(values + r[:, None] * n + j, mask=live & (j < n), other=0.0)
     s_j = positions(v, stats, r, rows)[:, :, None]
     u_j = tl.load(upstream + r[:, None] * n + j, mask=live & (j < n), other=0.0)[:, :, None]

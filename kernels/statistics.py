@@ -19,6 +19,7 @@ BOTTOM = tl.constexpr(6)  # the lowest value that counts: of weight > 0, with EN
 RANGE = tl.constexpr(7)  # positions from there to the highest; 0 unless STATE = 1
 BELOW = tl.constexpr(8)  # with ENDS: what infinitely low values weigh
 ABOVE = tl.constexpr(9)  # with ENDS: what infinitely high values weigh
+STATISTICS = tl.constexpr(10)  # how many columns
 
 BIN_WIDTH = tl.constexpr(tables.BIN_WIDTH)  # in positions
 
@@ -38,20 +39,51 @@ def load_stat(stats, COLUMN: tl.constexpr, r, rows):
 
 @triton.jit
 def load_weights(weights, weight_stride, self_index, r, k, rows, n):
-    """w_rk, 0 for the anchor itself and beyond the matrix; r [BR], k [BR or 1, BK] -> [BR, BK]."""
+    """w_rk, 0 for the anchor itself and beyond the matrix; r [BR], k [BR or 1, BK] -> [BR, BK].
+
+    No weights are ones; without an index nobody is left out.
+    """
     valid = (r < rows)[:, None] & (k < n)
-    w = tl.load(weights + r[:, None] * weight_stride + k, mask=valid, other=0.0)
-    itself = tl.load(self_index + r, mask=r < rows, other=-1)
-    return tl.where(k == itself[:, None], 0.0, w)
+    if weights is None:
+        w = tl.where(valid, 1.0, 0.0)
+    else:
+        w = tl.load(weights + r[:, None] * weight_stride + k, mask=valid, other=0.0)
+    if self_index is None:
+        return w
+    else:
+        itself = tl.load(self_index + r, mask=r < rows, other=-1)
+        return tl.where(k == itself[:, None], 0.0, w)
 
 
 @triton.jit
 def row_stats(
-    values,  # T [rows, n]
+    values,
     weights,
     weight_stride,
     self_index,
     inverse_temperature,  # float64 []
+    stats,
+    rows,
+    n,
+    SCALE: tl.constexpr,
+    ENDS: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """See store_stats; grid [rows / BR]."""
+    inverse = tl.load(inverse_temperature)
+    store_stats(
+        values, weights, weight_stride, self_index, inverse, stats, rows, n, SCALE, ENDS, BR, BN
+    )
+
+
+@triton.jit
+def store_stats(
+    values,  # T [rows, n]
+    weights,
+    weight_stride,
+    self_index,
+    inverse_temperature,
     stats,  # float64 [10, rows]
     rows,
     n,
@@ -89,7 +121,7 @@ def row_stats(
             above += tl.sum(tl.where(v == float("inf"), w, 0.0), 1)
     some = weight > 0
     mean = tl.where(some, total / tl.where(some, weight, 1.0), 0.0)
-    factor = tl.load(inverse_temperature) + tl.zeros([BR], tl.float64)
+    factor = inverse_temperature + tl.zeros([BR], tl.float64)
     if SCALE == "anchor":
         factor = factor / tl.where(mean > 0, mean, 1.0)
     else:
@@ -123,24 +155,44 @@ def row_stats(
 
 @triton.jit
 def near_weights(
+    ranks,
+    weights,
+    weight_stride,
+    self_index,
+    offset,  # T []
+    slope,  # T []
+    totals,
+    rows,
+    n,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """See store_near_weights; grid [rows / BR]."""
+    base = tl.load(offset)
+    per_rank = tl.load(slope)
+    store_near_weights(
+        ranks, weights, weight_stride, self_index, base, per_rank, totals, rows, n, BR, BN
+    )
+
+
+@triton.jit
+def store_near_weights(
     ranks,  # T [rows, n] in: F^T under the weights; out: the weights in the neighbourhood
     weights,
     weight_stride,
     self_index,
-    offset,  # T [] h / (h + 1/2)
-    slope,  # T [] 1 / (h + 1/2)
+    base,  # h / (h + 1/2)
+    per_rank,  # 1 / (h + 1/2)
     totals,  # float64 [rows] out: their sums
     rows,
     n,
     BR: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """w_k / (1 + F_k / h), times 1 + 1 / (2 h), on which nothing depends; grid [rows / BR]."""
+    """w_k / (1 + F_k / h), times 1 + 1 / (2 h), on which nothing depends."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     live = (r < rows)[:, None]
     total = tl.zeros([BR], tl.float64)
-    base = tl.load(offset)
-    per_rank = tl.load(slope)
     for k0 in range(0, n, BN):
         k = (k0 + tl.arange(0, BN))[None, :]
         at = ranks + r[:, None] * n + k

@@ -19,6 +19,20 @@ backward: 512 anchors x 512^2 pairs x 4 = 5e8, 0.15 ms, about what sorting two b
 costs; at 1,024 it is 1.2 ms and the sorts win.
 """
 
+FUSED_MOST = PAIRS_MOST
+"""Up to this many candidates all pairs of a small batch are taken by the kernels of small.py.
+
+Comparisons are those of separate launches, see PAIRS_MOST; 512 programs of 8 warps are two waves of
+two a multiprocessor. What they keep of their rows, 3 or 4 MiB of float32, fits into the L2.
+"""
+
+FUSED_READS = 1 << 27
+"""Features that the fused kernels may read, m n (ds + dt): 512 MiB from L2, about 0.15 ms.
+
+As many conversions to float64 take less, 0.04 ms at 16 a cycle and multiprocessor. Beyond, tiles of
+32 x 32 pairs read a 32nd of it.
+"""
+
 MOST_BINS = 128
 """Up to this many bins "auto" takes the grid.
 
@@ -69,6 +83,9 @@ class Tiles:
     sample_*, point_*: preparing points. The sample is a tile of [SAMPLE, features] float64, 8
         elements a thread; what others found of it is read from `together` programs at a time, in
         loads that wait together.
+    fused_*: small.py, [rows, j, k] for comparisons, [rows, candidates, features] for distances,
+        whose sums are float64: 8 a thread.
+    pulled_*: its gradient, [points, others, features], 8 differences a thread.
     near: the edge of a distance tile, and the grain at which gradients leave the products.
     distance_features, gradient_features: features a step; the tile is [near, near, features].
     """
@@ -98,6 +115,16 @@ class Tiles:
     point_rows: int
     point_features: int
     point_warps: int
+    fused_rows: int
+    fused_j: int
+    fused_k: int
+    fused_candidates: int
+    fused_features: int
+    fused_warps: int
+    pulled_points: int
+    pulled_others: int
+    pulled_features: int
+    pulled_warps: int
     near: int
     distance_features: int
     gradient_features: int
@@ -132,6 +159,16 @@ _GPU = Tiles(
     point_rows=4,
     point_features=128,
     point_warps=4,
+    fused_rows=1,
+    fused_j=64,
+    fused_k=32,
+    fused_candidates=32,
+    fused_features=64,
+    fused_warps=8,
+    pulled_points=1,
+    pulled_others=32,
+    pulled_features=64,
+    pulled_warps=8,
     near=32,
     distance_features=8,
     gradient_features=8,
@@ -165,6 +202,16 @@ _GPU_DOUBLE = Tiles(
     point_rows=4,
     point_features=128,
     point_warps=4,
+    fused_rows=1,
+    fused_j=32,
+    fused_k=32,
+    fused_candidates=32,
+    fused_features=32,
+    fused_warps=8,
+    pulled_points=1,
+    pulled_others=32,
+    pulled_features=64,
+    pulled_warps=8,
     near=32,
     distance_features=4,
     gradient_features=4,
@@ -198,6 +245,16 @@ _INTERPRETER = Tiles(
     point_rows=128,
     point_features=64,
     point_warps=1,
+    fused_rows=64,
+    fused_j=64,
+    fused_k=32,
+    fused_candidates=64,
+    fused_features=16,
+    fused_warps=1,
+    pulled_points=64,
+    pulled_others=32,
+    pulled_features=16,
+    pulled_warps=1,
     near=32,
     distance_features=16,
     gradient_features=16,

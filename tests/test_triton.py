@@ -67,8 +67,12 @@ Found = tuple[Tensor, list[Tensor]]
 
 @pytest.fixture(autouse=True)
 def grids_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let "auto" choose between grid and scan for rows of a few dozen candidates."""
+    """Let "auto" choose between grid and scan for rows of a few dozen candidates.
+
+    Small batches taken by kernels of their own are in test_triton_small.py.
+    """
     monkeypatch.setattr(tuning, "PAIRS_MOST", 2)
+    monkeypatch.setattr(tuning, "FUSED_MOST", 0)
     monkeypatch.setattr(tuning, "ELEMENTS_PER_BIN", dict.fromkeys(DTYPES, 2))
 
 

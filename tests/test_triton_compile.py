@@ -37,6 +37,8 @@ KERNELS = {
     "sample_spread",
     "scan_pullback",
     "scan_ranks",
+    "small_gradient",
+    "small_rows",
     "sort_rows",
     "store_gradient",
     "symmetrise",
@@ -83,8 +85,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from pcoherence.backends.device_operators import Implementation, register
-from pcoherence.backends.triton import PORTED
+from pcoherence.backends.device_operators import register
+from pcoherence.backends.triton import TritonImplementation
 from pcoherence.backends import triton_kernels
 from benchmarks.gpu import offline
 from pcoherence.kernels import tuning
@@ -109,9 +111,9 @@ tiles = tuning.tiles
 tuning.tiles = lambda dtype, on_gpu: tiles(dtype, True)
 tuning.PAIRS_MOST = 0
 operators = Operators("pcoherence_as_launched")
-register(operators, Implementation(triton_kernels.row_kernels(), PORTED), "CPU")
+register(operators, TritonImplementation(triton_kernels.row_kernels()), "CPU")
 for size in offline.SIZES:
-    for method in offline.METHODS:
+    for tuning.FUSED_MOST, method in offline.WAYS:
         x, y = (torch.zeros(size) for _ in range(2))
         spec = LossSpec(objective="spearman", neighbourhood=None, method=method)
         operators.coherence(x, None, y, None, None, None, None, *spec.temperatures,
@@ -151,10 +153,10 @@ def test_what_is_compiled_is_what_a_launch_compiles() -> None:
 KEYS = """
 import sys
 from pcoherence.backends import triton_kernels
-from pcoherence.kernels import distances, grid, objectives, points, soft_ranks, statistics
+from pcoherence.kernels import distances, grid, objectives, points, small, soft_ranks, statistics
 triton_kernels.row_kernels()
 kernels = {}
-for module in (distances, grid, objectives, points, soft_ranks, statistics):
+for module in (distances, grid, objectives, points, small, soft_ranks, statistics):
     kernels |= {name: getattr(module, name) for name in sys.argv[1:] if hasattr(module, name)}
 print(sorted([(name, kernels[name].cache_key) for name in sys.argv[1:]]))
 """

@@ -31,19 +31,31 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from pcoherence.backends import clouds, triton_kernels
-from pcoherence.backends.device_operators import Implementation, register
-from pcoherence.backends.triton import PORTED
-from pcoherence.kernels import distances, grid, objectives, points, soft_ranks, statistics, tuning
+from pcoherence.backends.device_operators import register
+from pcoherence.backends.triton import PORTED, TritonImplementation
+from pcoherence.kernels import (
+    distances,
+    grid,
+    objectives,
+    points,
+    small,
+    soft_ranks,
+    statistics,
+    tuning,
+)
 from pcoherence.ops import Operators
 from pcoherence.spec import LossSpec
 
 MODULES = {
     module.__name__: module
-    for module in (distances, grid, objectives, points, soft_ranks, statistics)
+    for module in (distances, grid, objectives, points, small, soft_ranks, statistics)
 }
 
 METHODS = ("pairs", "scan", "auto")
 """The last of them, of as few points as are recorded, takes the grid here."""
+
+WAYS = ((tuning.FUSED_MOST, "pairs"), *((0, method) for method in METHODS))
+"""Up to how many points a batch is small, and the method."""
 
 SIZES = [(64, 48), (70, 3)]
 """Points and features: compiled apart where they divide by 16."""
@@ -120,11 +132,12 @@ def recorded(everything: bool, dtypes: list[str], aligned: bool = False) -> list
     vars(clouds).update(MIRRORED_ROWS=32, MIRRORED_WIDTH=1)
     vars(tuning).update(PAIRS_MOST=0)
     operators = Operators("pcoherence_offline")
-    register(operators, Implementation(kernels, PORTED), "CPU")
+    register(operators, TritonImplementation(kernels), "CPU")
     sizes = SIZES + MORE_SIZES * everything
     if aligned:
         sizes = SIZES[:1]
-    for name, method, size in itertools.product(dtypes, METHODS, sizes):
+    for name, (fused, method), size in itertools.product(dtypes, WAYS, sizes):
+        vars(tuning).update(FUSED_MOST=fused)
         # A piece of memory for each, as users' tensors have: it begins where 16 divides.
         x, y, values = (torch.zeros(size, dtype=getattr(torch, name)) for _ in range(3))
         for spec in _specs(everything):

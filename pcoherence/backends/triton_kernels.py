@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton import cdiv
 
-from ..kernels import distances, grid, objectives, points, soft_ranks, statistics, tuning
+from ..kernels import distances, grid, objectives, points, small, soft_ranks, statistics, tuning
 from ..kernels.tables import (
     BIN_WIDTH,
     GRID_ORDER,
@@ -25,13 +25,11 @@ from ..kernels.tables import (
 )
 from ..objectives import HUBER_DELTA, RESOLUTION, SPEARMAN_FLOOR
 from ..spec import LossSpec
-from .pipeline import block_rows
+from . import triton_small
+from .pipeline import Batch, Results, block_rows
 from .points import MetricTraits
-from .row_kernels import RowKernels, Rows, Units, too_many_bins
+from .row_kernels import Rows, Units, too_many_bins
 from .triton_points import PointKernels
-
-STATISTICS = 10
-"""Rows that statistics.row_stats writes, one for each."""
 
 
 def resolve_method(method: str, n: int) -> str:
@@ -365,7 +363,7 @@ def _row_stats(
     values = rows.values
     count, n = values.shape
     t = tuning.tiles(values.dtype, values.is_cuda)
-    stats = values.new_empty(STATISTICS, count, dtype=torch.float64)
+    stats = values.new_empty(statistics.STATISTICS.value, count, dtype=torch.float64)
     inverse = stats.new_full((), 1 / temperature) if unit is None else unit / temperature
     statistics.row_stats[cdiv(count, t.row_rows),](
         values,
@@ -533,6 +531,14 @@ class TritonRowKernels(PointKernels):
             )
         return losses
 
+    def is_small(self, spec: LossSpec, batch: Batch) -> bool:
+        """Whether `small` takes this call: of all pairs, what fits."""
+        return triton_small.takes(resolve_method(spec.method, batch.n), batch)
+
+    def small(self, spec: LossSpec, batch: Batch, *flags: bool) -> tuple[Tensor | None, Results]:
+        """See triton_small.py."""
+        return triton_small.small(spec, batch, *flags)
+
     def takes_differences(self, method: str, n: int) -> bool:
         """The pairs do."""
         return resolve_method(method, n) == "pairs"
@@ -585,13 +591,13 @@ def settle_keys() -> None:
     A caller's key says more where its callees have been asked before: without an order, a process
     would not find what another has compiled. Milliseconds, which the first launch saves.
     """
-    for module in (distances, statistics, soft_ranks, grid, objectives, points):
+    for module in (distances, statistics, soft_ranks, grid, objectives, points, small):
         for function in list(vars(module).values()):
             if isinstance(function, triton.JITFunction):
                 _ = function.cache_key
 
 
-def row_kernels() -> RowKernels:
+def row_kernels() -> TritonRowKernels:
     """The kernels, as the pipeline sees them."""
     settle_keys()
     return TritonRowKernels()
