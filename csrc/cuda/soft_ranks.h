@@ -74,8 +74,9 @@ struct Workplace {
   using Grid = cuda::Grid<T, G>;
   using Scan = cuda::Scan<T, G>;
   using Pairs = cuda::Pairs<T, G>;
-  // Where "auto" leaves the grid: its convolution costs an element 29 * 3 * order operations a bin over n, about what
-  // the scan's sort and recurrences cost at one bin for every 8 elements (64-bit: twice the order, slower arithmetic).
+  // Where "auto" leaves the grid: a bin costs up to 8,000 operations, most of them its convolution with all bins in
+  // reach. At one for every 8 elements that is what the scan's sort and recurrences cost an element, and less beyond
+  // (64-bit: four times as many, slower arithmetic).
   static constexpr int elements_per_bin = sizeof(T) == 4 ? 8 : 32;
   // Up to this many elements all pairs take less time than the barriers of the scan's sort: 50 of them against 25
   // operations for each of two elements a thread.
