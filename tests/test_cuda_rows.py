@@ -315,6 +315,22 @@ def test_kinds_of_data_take_the_same_path(kind: str, emulate: Emulate) -> None:
     assert passed(kind) <= 1.3 * passed(GAUSSIAN)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="barriers are counted by the emulation")
+def test_the_farthest_point_takes_the_same_path(emulate: Emulate) -> None:
+    """More bins than an explicit grid may have, if nearly all of them are empty."""
+    emulate(threads=128)
+    student, teacher = rows(1000, torch.float32)
+    passed = []
+    for bins in (1_000, 200_000):
+        student[:, 7] = bins * 1.5 * TEMPERATURE
+        before = counted("barriers")
+        options = {"scale": "none", "temperature": TEMPERATURE}
+        from_distances(student, teacher, **options)
+        passed.append(counted("barriers") - before)
+        check(from_distances, student, teacher, methods=("auto",), **options)
+    assert passed[1] <= 1.3 * passed[0]
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="the emulation counts what goes to global memory")
 @pytest.mark.parametrize("kind", [GAUSSIAN, "outlier"])
 def test_what_is_accessed_at_random_stays_in_fast_memory(kind: str, emulate: Emulate) -> None:

@@ -83,15 +83,15 @@ struct Workplace {
   static constexpr int few_pairs = 512;
   // Up to so many elements, bins that are too many are not looked at for empty ones.
   static constexpr int few_to_hold = 96;
-  static constexpr int most_bins = kMaxBins;  // as they are laid
 
   Method method;
+  int most_bins;  // as they are laid
   const Summation<T>& how;
   Arena arena;
   Layout<T> layout = {};  // of the row whose sums are wanted, once bins have been left out
 
   PCOH_DEVICE Workplace(const Summation<T>& sums, const Arena& memory)
-      : method(sums.method), how(sums), arena(memory) {}
+      : method(sums.method), most_bins(method == Method::automatic ? kMostLaid : kMaxBins), how(sums), arena(memory) {}
 
   template <class V = T>
   PCOH_DEVICE V* take(int n, int others = 0) {

@@ -14,8 +14,8 @@ struct DeviceGrid {
   // Bins farther apart have no pair of points within reach: as many bins lie between.
   static constexpr int reach = static_cast<int>(GridOrder<T>::reach / kBinWidth);
   static_assert(reach * kBinWidth == GridOrder<T>::reach);
-  // Of bins farther apart than this, half of the terms are enough: of exp(-1.5 * 8) = 6e-6 they leave out less than
-  // 2e-8 (64-bit: 2e-13).
+  // Of bins farther apart than this, half of the terms are enough: they err by up to 5e-8 (64-bit: 6e-13) of the
+  // kernel, less than all terms do of bins side by side (8e-8, 1e-11).
   static constexpr int near = 7;
   static constexpr std::int64_t size = (2 * reach + 1) * order * order;
 };
