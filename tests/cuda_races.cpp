@@ -42,6 +42,7 @@ struct Problem {
   explicit Problem(int count) : n(count) {}
 
   Summation<T> summation(Method method, const Plan& p) {
+    // Not as copy_table() lays them: other numbers, by the same accesses.
     const DeviceTables<T> tables{
         grid_table<T>(Kernel::sigmoid).values.data(), grid_table<T>(Kernel::slope).values.data(),
         grid_table<T>(Kernel::softplus).values.data(), series<T>().sigmoid, series<T>().softplus};
@@ -193,6 +194,7 @@ void everything() {
       Problem(17).soft_ranks(method, true);
     }
     Problem(20).rows(Method::grid, Objective::spearman, 0.01, false, false);
+    Problem(200).rows(Method::grid, Objective::mse, 0.05, false, true);  // more than 16 bins, some of which are cut
     Problem(20).rows(Method::automatic, Objective::spearman, 0.1, false, true);
     Problem(9).small(false);
     Problem(9).small(true);

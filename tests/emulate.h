@@ -230,13 +230,17 @@ class EmulatedGroup : public OneElement {
   V shuffle_xor(V v, int mask) {
     return shuffle(v, lane() ^ mask);
   }
-  unsigned ballot(bool condition) {
-    give(int(condition));
+  unsigned match(int v) {
+    give(v);
     meet();
     unsigned bits = 0;
-    for (int l = 0; l < kWarp; ++l) bits |= unsigned(take<int>(l)) << l;
+    for (int l = 0; l < kWarp; ++l) bits |= unsigned(take<int>(l) == v) << l;
     meet();
     return bits;
+  }
+  unsigned ballot(bool condition) {
+    const unsigned same = match(condition);
+    return condition ? same : ~same;
   }
 
  private:

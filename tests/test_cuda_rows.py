@@ -189,6 +189,78 @@ def test_hostile_rows(case: str, emulate: Emulate) -> None:
         check(from_distances, student, teacher, objective=objective)
 
 
+TEMPERATURE = 0.01
+"""Of rows whose bins are known, at scale "none"."""
+
+
+def in_bins(places: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distances [2, n] with these whole numbers of bins [2, n] between them, some within a bin."""
+    generator = torch.Generator().manual_seed(places.shape[1])
+    within = torch.rand(places.shape, generator=generator, dtype=torch.float64)
+    return ((places + 0.05 + 0.9 * within) * 1.5 * TEMPERATURE).to(dtype)
+
+
+# Elements that no warp's share divides, and fewer than a warp has lanes.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [5, 64, 333])
+@pytest.mark.parametrize(
+    "case", ["one bin", "a bin each", "all but one", "empty bins", "at cuts", "crowded"]
+)
+def test_elements_in_the_order_of_their_bins(
+    case: str, n: int, dtype: torch.dtype, emulate: Emulate
+) -> None:
+    first = torch.arange(n)
+    places = {
+        "one bin": torch.zeros(n),
+        "a bin each": (7 * first) % n if n % 7 else first,
+        "all but one": 40.0 * (first == n // 2),
+        "empty bins": 9 * (first % 5),
+        "at cuts": first // 64,  # where a bin begins, order is cut
+        "crowded": (first % 40).clamp(max=3) + 3 * (first == 4),  # bins that are cut, and few
+    }[case]
+    student = in_bins(torch.stack([places, places.flip(0)]), dtype)
+    teacher = rows(n, dtype)[1]
+    options = {"scale": "none", "temperature": TEMPERATURE, "methods": ("grid",)}
+    weights = torch.rand(n, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    weights[1::3] = 0
+    # In fast memory; the grid alone; neither.
+    for shared in (0, 4096 + 3 * n * student.element_size(), 4096 + 256):
+        emulate(threads=96, shared=shared, seed=19)
+        for w in (None, weights):
+            check(from_distances, student, teacher, candidate_weights=w, **options)
+
+
+# What 16 bits number, and just not.
+@pytest.mark.parametrize("n", [65536, 65600])
+def test_order_of_very_long_rows(n: int, emulate: Emulate) -> None:
+    emulate(threads=128)
+    generator = torch.Generator().manual_seed(n)
+    levels, temperature = 60, 0.5  # 80 bins
+    chosen = torch.randint(levels, (n,), generator=generator).double()
+    weights = torch.rand(n, generator=generator)
+    upstream = torch.rand(n, generator=generator)
+
+    def weighed(w: Tensor, kernel: Callable[[Tensor], Tensor]) -> Tensor:
+        """sum_k w_k kernel(s_j - s_k), of as many terms as there are levels."""
+        mass = torch.zeros(levels, dtype=torch.float64).index_add(0, chosen.long(), w.double())
+        at = torch.arange(levels, dtype=torch.float64)
+        return (kernel((at[:, None] - at) / temperature) @ mass)[chosen.long()]
+
+    values = chosen.float()[None].to(DEVICE).requires_grad_()
+    found = pcoherence.soft_rank(
+        values, temperature, weights=weights.to(DEVICE), backend="cuda", method="grid"
+    )
+    (pulled,) = torch.autograd.grad(found, values, upstream[None].to(DEVICE))
+    truth = weighed(weights, torch.sigmoid) + 0.5
+    assert relative_error(found[0].cpu(), truth) <= tolerances(torch.float32, (0.0, 0.0))[0]
+
+    def slope(t: Tensor) -> Tensor:
+        return torch.sigmoid(t) * torch.sigmoid(-t) / temperature
+
+    expected = upstream * weighed(weights, slope) - weights * weighed(upstream, slope)
+    assert relative_error(pulled[0].cpu(), expected) <= tolerances(torch.float32, (0.0, 0.0))[1]
+
+
 def of_kind(kind: str, n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Distances from two points of a kind to n others, student's and teacher's."""
     student, teacher = (draw(kind, n + 2, d, seed) for d, seed in ((16, 0), (24, 1)))
@@ -287,6 +359,22 @@ def test_weights_take_the_same_path(emulate: Emulate) -> None:
     """A few sums more; the sort would pass three times as many barriers."""
     emulate(threads=256)
     assert barriers_passed(GAUSSIAN, any_weights(2000)) <= 1.5 * barriers_passed(GAUSSIAN, None)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="barriers are counted by the emulation")
+def test_the_farthest_point_takes_the_same_path(emulate: Emulate) -> None:
+    """More bins than an explicit grid may have, if nearly all of them are empty."""
+    emulate(threads=128)
+    student, teacher = rows(1000, torch.float32)
+    passed = []
+    for bins in (1_000, 200_000):
+        student[:, 7] = bins * 1.5 * TEMPERATURE
+        before = counted("barriers")
+        options = {"scale": "none", "temperature": TEMPERATURE}
+        from_distances(student, teacher, **options)
+        passed.append(counted("barriers") - before)
+        check(from_distances, student, teacher, methods=("auto",), **options)
+    assert passed[1] <= 1.3 * passed[0]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the emulation counts what goes to global memory")

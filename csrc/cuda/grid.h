@@ -7,9 +7,9 @@
 
 namespace pcoherence::cuda {
 
-// Up to this many bins, threads keep moments in registers, a window of bins at a time: a pass over the row costs an
-// element 15 operations a bin. Beyond, a warp takes elements apart into lanes: about 250 operations an element, however
-// many bins there are.
+// Up to this many bins of a row in slow memory, threads keep moments in registers, a window of bins at a time: a pass
+// over the row costs an element 15 operations a bin, but loads neighbours together. Of rows in fast memory, and beyond,
+// elements are first ordered by their bins: about 110 operations an element, however many bins there are.
 template <class T>
 inline constexpr int kRegisterBins = sizeof(T) == 4 ? 16 : 8;
 
@@ -18,31 +18,42 @@ class Grid {
  public:
   static constexpr double unit = kBinWidth;
 
-  // Memory for rows of up to `bins` bins, besides what spread_by_lanes() takes.
-  static constexpr std::int64_t bytes(std::int64_t bins) { return bins * (4 * order * sizeof(T) + 2 * 8) + 6 * 16; }
-  // What spread_by_lanes() needs at least.
-  static constexpr std::int64_t lane_bytes(int threads) { return threads * sizeof(T) + 16; }
+  // Memory for rows of up to `bins` bins, besides the order of their elements.
+  static constexpr std::int64_t bytes(std::int64_t bins) {
+    return bins * (4 * order * sizeof(T) + 2 * 8 + 2 * 4) + 4 + 5 * 16;
+  }
+  static constexpr std::int64_t items_bytes(std::int64_t n) { return n * (n > kNarrow ? 4 : 2) + 16; }
 
   // row.values: codes of the layout.
   PCOH_DEVICE Grid(G& g, const Row<T>& row, const Layout<T>& layout, const DeviceTables<T>& tables, Arena arena)
-      : g_(g), row_(row), tables_(tables), bins_(layout.bins), places_(layout.places), arena_(arena) {
-    if (bytes(bins_) + lane_bytes(g.threads()) <= arena_.fast_left())
-      memory_ = g.in_fast(row.values) ? Memory::all_fast : Memory::grid_fast;
-    moments_ = arena_.take<T>(bins_ * order);
-    residual_moments_ = arena_.take<T>(bins_ * order);
-    field_ = arena_.take<T>(bins_ * order);
-    residual_field_ = arena_.take<T>(bins_ * order);
-    below_ = arena_.take<double>(bins_);
-    mass_ = arena_.take<double>(bins_);
+      : g_(g), row_(row), tables_(tables), bins_(layout.bins), has_far_(bins_ > reach || layout.places != nullptr) {
+    const bool ordered = g.in_fast(row.values) || bins_ > kRegisterBins<T>, wide = ordered && row.n > kNarrow;
+    const std::int64_t left = arena.fast_left(), order_takes = ordered ? items_bytes(row.n) : 0;
+    if (bytes(bins_) <= left && !wide)
+      memory_ = bytes(bins_) + order_takes <= left && g.in_fast(row.values) ? Memory::all_fast : Memory::grid_fast;
+    moments_ = arena.take<T>(4 * bins_ * order);
+    residual_moments_ = moments_ + bins_ * order;
+    field_ = residual_moments_ + bins_ * order;
+    residual_field_ = field_ + bins_ * order;
+    below_ = arena.take<double>(bins_);
+    mass_ = arena.take<double>(bins_);
+    places_ = arena.take<int>(bins_);
+    const int* held = layout.places;
+    each(g, bins_, [=, this](int b) { places_[b] = held != nullptr ? held[b] : b; });
+    if (ordered) {
+      starts_ = arena.take<int>(bins_ + 1);
+      items_ = {arena.take<std::uint16_t>(wide ? 2 * std::int64_t(row.n) : row.n), wide};
+      in_memory(row.values, [this]<Memory memory>(Constant<memory>) { order_elements<memory>(); });
+    }
     with_weights(row, [this](auto weight) { spread(weight, moments_); });
   }
 
   // out[j] = sum_k w_k sigmoid(s_j - s_k)
   PCOH_APART void ranks(T* out) {
     sum_far_moments();
-    convolve(tables_.sigmoid, moments_, field_);
-    if (has_far()) {
-      each(g_, bins_, [=, this](int b) { field_[b * order] += T(below_[first_near(b)]); });
+    convolve<1>(tables_.sigmoid);
+    if (has_far_) {
+      each(g_, bins_, [=, this](int b) { field_[b * order] += T(below_[first_within(places_, b, reach)]); });
       g_.sync();
     }
     in_memory(out, [&]<Memory memory>(Constant<memory>) { gather_ranks<memory>(out); });
@@ -51,7 +62,7 @@ class Grid {
   // See ../row.h. Moments against coefficients, no gather; then, by the order of bins, the rest. After ranks().
   PCOH_APART double cross_total(const double* ranks, double weight) {
     g_.sync();  // the field of the ranks has been read
-    convolve(tables_.softplus, moments_, field_);
+    convolve<1>(tables_.softplus);
     double sum = 0;
     for (int i = g_.thread(); i < bins_ * order; i += g_.threads()) sum += double(moments_[i]) * double(field_[i]);
     // Weights of bins as whole numbers, whose sum does not depend on the order of additions.
@@ -83,19 +94,35 @@ class Grid {
   // out[l] = r_l sum_k w_k slope(s_l - s_k) - w_l sum_j r_j slope(s_l - s_j); out may be r.
   PCOH_APART void pullback(const T* r, T* out) {
     spread([r](int k) { return r[k]; }, residual_moments_);
-    convolve(tables_.slope, moments_, field_);
-    convolve(tables_.slope, residual_moments_, residual_field_);
+    convolve<2>(tables_.slope);
     const T* both = g_.in_fast(r) ? out : r;
     in_memory(both, [&]<Memory memory>(Constant<memory>) { gather_pulls<memory>(r, out); });
   }
 
  private:
   static constexpr int order = GridOrder<T>::order;
-  static constexpr int reach = GridTable<T>::bins_in_reach;
+  static constexpr int reach = DeviceGrid<T>::reach;
+  static constexpr int packed = 16 / sizeof(T);  // terms of one load
 
   static PCOH_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 
-  // What is in fast memory: the row and all of the grid, the grid alone, or who knows.
+  // Up to this many elements 16 bits number them.
+  static constexpr int kNarrow = 1 << 16;
+  // Numbers of elements.
+  struct Items {
+    std::uint16_t* narrow;  // [n]
+    bool wide;              // int in its place
+
+    PCOH_DEVICE int operator[](int i) const { return wide ? reinterpret_cast<const int*>(narrow)[i] : narrow[i]; }
+    PCOH_DEVICE void put(int i, int k) const {
+      if (wide)
+        reinterpret_cast<int*>(narrow)[i] = k;
+      else
+        narrow[i] = static_cast<std::uint16_t>(k);
+    }
+  };
+
+  // What is in fast memory: the row and all of the grid, the grid but for the order, or who knows.
   enum class Memory { all_fast, grid_fast, any };
   template <Memory memory>
   using Constant = std::integral_constant<Memory, memory>;
@@ -120,15 +147,15 @@ class Grid {
     return at<memory == Memory::all_fast>(g_, p);
   }
 
-  // Where bin b is laid.
-  PCOH_DEVICE int place(int b) const { return places_ == nullptr ? b : places_[b]; }
-  // Whether there may be bins beyond reach of others.
-  PCOH_DEVICE bool has_far() const { return bins_ > reach || places_ != nullptr; }
-  // The first bin within reach of b.
-  PCOH_DEVICE int first_near(int b) const {
-    int c = b > reach ? b - reach : 0;
-    if (places_ != nullptr)
-      while (places_[c] < places_[b] - reach) ++c;
+  template <Memory memory>
+  PCOH_DEVICE Items items_of() const {
+    return {element<memory>(items_.narrow), memory == Memory::any && items_.wide};
+  }
+
+  // The first bin no more than `most` bins before b.
+  static PCOH_DEVICE int first_within(const int* places, int b, int most) {
+    int c = b > most ? b - most : 0;
+    while (places[c] < places[b] - most) ++c;
     return c;
   }
 
@@ -159,10 +186,9 @@ class Grid {
   PCOH_DEVICE void spread(V value, T* out) {
     g_.sync();  // value() may read what other threads wrote, and `out` may still be read
     in_memory(row_.values, [&]<Memory memory>(Constant<memory>) {
-      if (bins_ <= kRegisterBins<T>)
-        spread_in_registers<memory>(value, out);
-      else
-        spread_by_lanes<memory>(value, out);
+      if constexpr (memory != Memory::all_fast)
+        if (items_.narrow == nullptr) return spread_in_registers<memory>(value, out);
+      spread_in_order<memory>(value, out);
     });
     g_.sync();
   }
@@ -200,83 +226,171 @@ class Grid {
     }
   }
 
-  // Lane (e, q) of a warp adds value(k) x_k^q of the warp's every e-th element to a cell of its own: cells[warp][bin]
-  // [lane], so that neither lanes nor banks collide. As many bins at a time as fit into fast memory.
+  // The elements of a bin are neighbours in their order, and `order` lanes add them up: moments of 4 bins (64-bit: 2)
+  // at a time, because most bins may hold few. So that a full bin does not keep its lanes busy while others have
+  // nothing to do, bins are cut at every 2^cut-th element: what comes before the first cut of a bin goes to `out`, what
+  // follows a cut to a place of its own, from where it is added.
   template <Memory memory, class V>
-  PCOH_APART void spread_by_lanes(V value, T* out) {
-    constexpr int elements = kWarp / order;
-    const int lanes = g_.threads();  // of all warps together
-    const std::int64_t fitting = arena_.fast_left() / (lanes * std::int64_t(sizeof(T)));
-    const int window = fitting > bins_ ? bins_ : fitting > 1 ? static_cast<int>(fitting) : 1;
-    Arena arena = arena_;
-    T* cells = cell<memory>(arena.template take<T>(std::int64_t(window) * lanes));
-    T* mine = cells + g_.warp() * window * kWarp + g_.lane();
+  PCOH_APART void spread_in_order(V value, T* out) {
+    constexpr int parts = kWarp / order;
     const T* codes = element<memory>(row_.values);
     const Cells<T> code = row_.cells;
-    const int e = g_.lane() / order, q = g_.lane() % order;
-    const int share = (row_.n + g_.warps() - 1) / g_.warps();
+    const Items items = items_of<memory>();
+    const int* starts = cell<memory>(starts_);
+    const int cut = cut_of(row_.n), cuts = (row_.n - 1) >> cut, pieces = cuts + bins_;
+    T* after_cut = reinterpret_cast<T*>(g_.scratch());  // [cuts, order]
+    const auto bin_at = [=](int i) { return code.local(codes[items[i]]).bin; };
+    const int part = g_.lane() / order, q = g_.lane() % order;
+    for (int first = g_.warp() * parts; first < pieces; first += g_.warps() * parts) {
+      const int i = first + part;
+      int bin = 0, begin = 0, end = 0;
+      if (i < pieces) {
+        begin = (i + 1) << cut;
+        bin = i < cuts ? bin_at(begin) : i - cuts;
+        if (i >= cuts) begin = starts[bin];
+        end = min_of(starts[bin + 1], ((begin >> cut) + 1) << cut);
+      }
+      T sum[order] = {};
+      for (int j = begin + q; j < end; j += order) {
+        const int k = items[j];
+        const T x = code.local(codes[k]).x;
+        T term = value(k);
+        unrolled<order>([&](auto p) {
+          sum[p] += term;
+          term *= x;
+        });
+      }
+      total_of_neighbours(g_, sum);
+      if (i < pieces) (i < cuts ? after_cut + i * order : out + bin * order)[q] = sum[0];
+    }
+    g_.sync();
+    each(g_, cuts * order, [=](int i) {
+      int next = i / order;
+      const int p = i % order, cut_at = (next + 1) << cut, bin = bin_at(cut_at);
+      if (starts[bin] >= cut_at || starts[bin] < cut_at - (1 << cut)) return;  // not the first cut of the bin
+      T all = out[bin * order + p];
+      for (; (next + 1) << cut < starts[bin + 1]; ++next) all += after_cut[next * order + p];
+      out[bin * order + p] = all;
+    });
+  }
+
+  // The least power of two (its logarithm) that cuts n elements into no more pieces than there is memory for (128, in
+  // float64 32). Of fewer than 64 elements, 8 a lane (4), the sum over lanes would cost more than the elements.
+  static PCOH_DEVICE int cut_of(int n) {
+    constexpr int most = kScratchBytes / (order * sizeof(T));
+    int cut = 6;
+    while ((n - 1) >> cut > most) ++cut;
+    return cut;
+  }
+
+  // items_, starts_: a stable counting sort. Every warp counts the bins of its own part of the row, and then puts its
+  // elements where those of the bins and warps before it end.
+  template <Memory memory>
+  PCOH_APART void order_elements() {
+    static_assert(4 * order * sizeof(T) >= 32 * sizeof(int), "counters of 32 warps lie where moments and fields will");
+    const T* codes = element<memory>(row_.values);
+    const Cells<T> code = row_.cells;
+    const int bins = bins_, warps = g_.warps();
+    int* counts = reinterpret_cast<int*>(cell<memory>(moments_));  // [warps, bins]
+    int* own = counts + g_.warp() * bins;
+    const int lanes = g_.threads(), share = (row_.n + lanes - 1) / lanes * kWarp;
     const int begin = share * g_.warp(), end = min_of(begin + share, row_.n);
-    for (int start = 0; start < bins_; start += window) {
-      const int here = min_of(window, bins_ - start);
-      for (int b = 0; b < here; ++b) mine[b * kWarp] = 0;
-      for (int k = begin + e; k < end; k += elements) {
-        const Local<T> own = code.local(codes[k]);
-        const int b = own.bin - start;
-        if (b >= 0 && b < here) mine[b * kWarp] += value(k) * power(own.x, q);
-      }
-      g_.sync();
-      for (int i = g_.thread(); i < here * order; i += g_.threads()) {
-        T sum = 0;
-        for (int w = 0; w < g_.warps(); ++w)
-          for (int j = 0; j < elements; ++j) sum += cells[(w * window + i / order) * kWarp + j * order + i % order];
-        out[start * order + i] = sum;
-      }
-      g_.sync();
+    for (int b = g_.lane(); b < bins; b += kWarp) own[b] = 0;
+    g_.sync_warp();
+    for (int k = begin + g_.lane(); k < end; k += kWarp) g_.add(own + code.local(codes[k]).bin, 1);
+    g_.sync();
+    number_bins(counts, cell<memory>(starts_));
+    const Items items = items_of<memory>();
+    const unsigned before = (1u << g_.lane()) - 1;
+    for (int first = begin; first < end; first += kWarp) {
+      const int k = first + g_.lane();
+      const int bin = k < end ? code.local(codes[k]).bin : -1;
+      const unsigned alike = g_.match(bin);
+      const int place = bin < 0 ? 0 : own[bin] + ones(alike & before);
+      if (bin >= 0) items.put(place, k);
+      g_.sync_warp();
+      if (bin >= 0 && alike >> g_.lane() == 1) own[bin] = place + 1;  // the last of its bin
+      g_.sync_warp();
     }
   }
 
-  // x^q without a branch
-  static PCOH_DEVICE T power(T x, int q) {
-    T p = 1;
-    PCOH_UNROLL
-    for (int bit = 1; bit < order; bit *= 2, x *= x) p *= q & bit ? x : T(1);
-    return p;
+  // counts [warps, bins] of elements become how many come before those: in all bins before, and in the bin of the warps
+  // before.
+  PCOH_DEVICE void number_bins(int* counts, int* starts) {
+    const int bins = bins_, warps = g_.warps();
+    const Chunk own = chunk(g_, bins);
+    int count = 0;
+    for (int b = own.begin; b < own.end; ++b)
+      for (int w = 0; w < warps; ++w) count += counts[w * bins + b];
+    int next = exclusive(g_, count);
+    for (int b = own.begin; b < own.end; ++b) {
+      starts[b] = next;
+      for (int w = 0; w < warps; ++w) {
+        const int here = counts[w * bins + b];
+        counts[w * bins + b] = next;
+        next += here;
+      }
+    }
+    if (g_.thread() == 0) starts[bins] = row_.n;
+    g_.sync();
   }
 
   // below_[b]: sum over bins before b of the moments
   PCOH_APART void sum_far_moments() {
-    if (!has_far()) return;
+    if (!has_far_) return;
     running_sums(
         g_, bins_, [this](int b) { return double(moments_[b * order]); },
         [this](int b, double sum) { below_[b] = sum; });
     g_.sync();
   }
 
-  // field[b] = sum over bins b' within reach of table[b - b'] applied to moments[b']
-  PCOH_APART void convolve(const T* table, const T* moments, T* field) {
-    const int bins = bins_;
-    each(g_, bins * order, [=, this](int i) {
-      const int b = i / order, q = i % order;
-      const int begin = b > reach ? b - reach : 0, end = min_of(b + reach + 1, bins), own = place(b);
-      T even = 0, odd = 0;
-      for (int c = begin; c < end; ++c) {
-        const int difference = own - place(c);
-        if (difference > reach || difference < -reach) continue;  // bins between are left out
-        const T* m = moments + c * order;
-        const T* rows = table + (difference + reach) * order * order + q;
-        PCOH_UNROLL
-        for (int r = 0; r < order; r += 2) {
-          even += rows[r * order] * m[r];
-          odd += rows[(r + 1) * order] * m[r + 1];
-        }
-      }
-      field[i] = even + odd;
-    });
+  // field[b] = sum over bins b' within reach of table[b - b'] applied to moments[b']; with 2 fields of the residual
+  // moments, too.
+  template <int fields>
+  PCOH_DEVICE void convolve(const T* table) {
+    if (memory_ == Memory::any)
+      convolve<fields, Memory::any>(table);
+    else
+      convolve<fields, Memory::grid_fast>(table);
     g_.sync();
+  }
+  // A thread has half of a bin's terms: those that far bins contribute to, or the others.
+  template <int fields, Memory memory>
+  PCOH_APART void convolve(const T* table) {
+    constexpr int own = order / 2, near = DeviceGrid<T>::near;
+    T* moments = cell<memory>(moments_);
+    const int* places = cell<memory>(places_);
+    const int bins = bins_, size = bins * order;
+    each(g_, 2 * bins, [=](int i) {
+      const bool low = i < bins;
+      const int b = low ? i : i - bins, q = low ? 0 : own, within = low ? reach : near, here = places[b];
+      T sum[fields * own] = {};
+      for (int c = first_within(places, b, within); c < bins; ++c) {
+        const int difference = here - places[c];
+        if (difference < -within) break;
+        const T *rows = table + ((difference + reach) * order + q) * order, *m = moments + c * order;
+        const auto add = [&]<int part>(std::integral_constant<int, part>) {
+          unrolled<own / packed>([&](auto j) {
+            constexpr int r = part * own + j * packed;
+            Pack<T, packed> row[own];
+            unrolled<own>([&](auto o) { row[o] = load<packed>(rows + o * order + r); });
+            unrolled<fields>([&](auto f) {
+              const Pack<T, packed> moment = load<packed>(m + f * size + r);
+              unrolled<own>([&](auto o) {
+                unrolled<packed>([&](auto k) { sum[f * own + o] += row[o].value[k] * moment.value[k]; });
+              });
+            });
+          });
+        };
+        add(std::integral_constant<int, 0>{});
+        if (difference <= near && difference >= -near) add(std::integral_constant<int, 1>{});
+      }
+      T* field = moments + 2 * size + b * order + q;
+      unrolled<fields>([&](auto f) { unrolled<own>([&](auto o) { field[f * size + o] = sum[f * own + o]; }); });
+    });
   }
 
   static PCOH_DEVICE T evaluate(const T* field, const Local<T>& here) {
-    constexpr int packed = 16 / sizeof(T);  // of one load
     const T* terms = field + here.bin * order;
     T value = 0;
     PCOH_UNROLL
@@ -292,11 +406,14 @@ class Grid {
   const Row<T>& row_;
   const DeviceTables<T>& tables_;
   const int bins_;
-  const int* places_;  // [bins] or null; see Layout
-  Arena arena_;
+  const bool has_far_;  // whether there may be bins beyond reach of others
   Memory memory_ = Memory::any;
-  T *moments_, *residual_moments_, *field_, *residual_field_;  // [bins, order]
+  T *moments_, *residual_moments_, *field_, *residual_field_;  // [bins, order], one behind the other
   double *below_, *mass_;                                      // [bins]
+  int* places_;                                                // [bins] where they are laid
+  // Elements in the order of their bins, if that is wanted, and where each bin begins in it.
+  Items items_ = {};       // [n]
+  int* starts_ = nullptr;  // [bins + 1]
 };
 
 }  // namespace pcoherence::cuda

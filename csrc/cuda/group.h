@@ -6,6 +6,7 @@
 //              sync() sync_warp()                         barriers; memory written before is seen after
 //              shuffle(v, lane) shuffle_xor(v, mask)      any trivially copyable v whose size is a multiple of 4 bytes
 //              ballot(condition)                          bit l is set where lane l's condition holds
+//              match(v)                                   int: bit l is set where lane l's v is this lane's
 //              add(p, v)                                  atomic; returns what was there. Integers only: any order of
 //                                                         additions gives the same sum, so results do not depend on it
 //              lower(p, v)                                atomic minimum, likewise
@@ -84,6 +85,7 @@ class CudaGroup : public OneElement {
     return p;
   }
   __device__ unsigned ballot(bool condition) const { return __ballot_sync(kAll, condition); }
+  __device__ unsigned match(int v) const { return __match_any_sync(kAll, v); }
   template <class V>
   __device__ V add(V* p, V v) const {
     return atomicAdd(p, v);
@@ -260,8 +262,9 @@ PCOH_DEVICE void unrolled(F f) {
   }
 }
 
-// sum[0] of lane l becomes the warp's total of sum[l % count]: halving the sums that a lane is responsible for takes
-// `count` shuffles and a few, instead of 5 for each sum. All totals add up the lanes in the same order.
+// sum[0] of lane l becomes the total of sum[l % count] over its part of the warp, `count` neighbours: halving the sums
+// that a lane is responsible for takes `count` shuffles, instead of 3 and more for each sum. All totals add up the
+// lanes in the same order.
 template <int half, class V, class G, int count>
 PCOH_DEVICE void halve(G& g, V (&sum)[count]) {
   if constexpr (half > 0) {
@@ -274,8 +277,13 @@ PCOH_DEVICE void halve(G& g, V (&sum)[count]) {
   }
 }
 template <class V, class G, int count>
-PCOH_DEVICE void total_by_lane(G& g, V (&sum)[count]) {
+PCOH_DEVICE void total_of_neighbours(G& g, V (&sum)[count]) {
   halve<count / 2>(g, sum);
+}
+// The same over the warp.
+template <class V, class G, int count>
+PCOH_DEVICE void total_by_lane(G& g, V (&sum)[count]) {
+  total_of_neighbours(g, sum);
   PCOH_UNROLL
   for (int mask = count; mask < kWarp; mask *= 2) sum[0] += g.shuffle_xor(sum[0], mask);
 }

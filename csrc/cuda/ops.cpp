@@ -22,13 +22,9 @@ Tensor tables(Tensor like) {
   std::optional<Tensor> result;
   dispatch(like, "like", [&](auto zero) {
     using T = decltype(zero);
-    const auto size = static_cast<std::int64_t>(grid_table<T>(Kernel::sigmoid).values.size());
-    result = torch::stable::empty({3 * size}, scalar_type<T>, std::nullopt, cpu);
+    result = torch::stable::empty({3 * DeviceGrid<T>::size}, scalar_type<T>, std::nullopt, cpu);
     T* out = static_cast<T*>(result->mutable_data_ptr());
-    for (const Kernel kernel : {Kernel::sigmoid, Kernel::slope, Kernel::softplus}) {
-      const auto& values = grid_table<T>(kernel).values;
-      out = std::copy(values.begin(), values.end(), out);
-    }
+    for (const Kernel kernel : {Kernel::sigmoid, Kernel::slope, Kernel::softplus}) out = copy_table(kernel, out);
   });
   return *result;
 }

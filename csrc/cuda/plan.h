@@ -16,10 +16,10 @@ template <class T>
 inline constexpr int kMaxHalf = sizeof(T) == 4 ? kMaxThreads<T> / 2 : 0;  // float64 always runs alone
 inline constexpr int kMinThreads = 64;
 
-// Shared memory that rows leave to the grid: at 384 threads 16 bins for each pass of spread_by_lanes() (1.5 KiB each),
-// and moments and coefficients of 100 bins.
+// Shared memory that rows leave to the grid: the order of 8,192 elements by their bins (16 KiB), and moments and
+// coefficients of 160 bins (152 bytes each).
 inline constexpr std::int64_t kGridReserve = 40 << 10;
-// What "auto" may use the grid for. More bins mean more passes over the row, and the scan becomes cheaper.
+// What "auto" may use the grid for: moments and coefficients of so many still fit into shared memory.
 inline constexpr int kMostBins = 256;
 // An explicit grid goes up to kMaxBins, with memory for it in global memory, by as few blocks as keep to this.
 inline constexpr std::int64_t kExplicitGridBytes = std::int64_t(512) << 20;

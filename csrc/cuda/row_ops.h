@@ -12,7 +12,7 @@ namespace {
 template <class T>
 Summation<T> summation(const Like& like, Method method, const Tensor& tables, const Tensor& series,
                        const Tensor& status, const Plan& plan) {
-  constexpr std::int64_t table = (2 * GridTable<T>::bins_in_reach + 1) * GridTable<T>::order * GridTable<T>::order;
+  constexpr std::int64_t table = DeviceGrid<T>::size;
   const T* t = like.in<T>(tables, "tables", 3 * table);
   const double* s = like.in<double>(series, "series", 2 * kSeriesDegree<T>);
   return {method,

@@ -74,23 +74,24 @@ struct Workplace {
   using Grid = cuda::Grid<T, G>;
   using Scan = cuda::Scan<T, G>;
   using Pairs = cuda::Pairs<T, G>;
-  // Where "auto" leaves the grid: its convolution costs an element 29 * 3 * order operations a bin over n, about what
-  // the scan's sort and recurrences cost at one bin for every 8 elements (64-bit: twice the order, slower arithmetic).
+  // Where "auto" leaves the grid: a bin costs up to 8,000 operations, most of them its convolution with all bins in
+  // reach. At one for every 8 elements that is what the scan's sort and recurrences cost an element, and less beyond
+  // (64-bit: four times as many, slower arithmetic).
   static constexpr int elements_per_bin = sizeof(T) == 4 ? 8 : 32;
   // Up to this many elements all pairs take less time than the barriers of the scan's sort: 50 of them against 25
   // operations for each of two elements a thread.
   static constexpr int few_pairs = 512;
   // Up to so many elements, bins that are too many are not looked at for empty ones.
   static constexpr int few_to_hold = 96;
-  static constexpr int most_bins = kMaxBins;  // as they are laid
 
   Method method;
+  int most_bins;  // as they are laid
   const Summation<T>& how;
   Arena arena;
   Layout<T> layout = {};  // of the row whose sums are wanted, once bins have been left out
 
   PCOH_DEVICE Workplace(const Summation<T>& sums, const Arena& memory)
-      : method(sums.method), how(sums), arena(memory) {}
+      : method(sums.method), most_bins(method == Method::automatic ? kMostLaid : kMaxBins), how(sums), arena(memory) {}
 
   template <class V = T>
   PCOH_DEVICE V* take(int n, int others = 0) {
