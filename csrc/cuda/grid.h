@@ -322,7 +322,7 @@ class Grid {
     int count = 0;
     for (int b = own.begin; b < own.end; ++b)
       for (int w = 0; w < warps; ++w) count += counts[w * bins + b];
-    int next = exclusive(g_, count);
+    int next = exclusive(g_, count).before;
     for (int b = own.begin; b < own.end; ++b) {
       starts[b] = next;
       for (int w = 0; w < warps; ++w) {
