@@ -27,10 +27,10 @@ REGISTERS = {"row_kernel<float": 80, "row_kernel<double": 168, "stream_kernel<":
 SPILLED = 128
 """Bytes, where a function that goes through a row once keeps its values across calls."""
 
-ELEMENT_LOOPS = ("::spread_in_registers<", "::spread_in_order<", "::order_elements<", "::convolve<")
+ELEMENT_LOOPS = ("::spread_in_registers<", "::sum_in_order<", "::order_elements<", "::convolve<")
 """Functions of the grid, whose loops over elements are the kernel's time: nothing is spilled."""
 
-IN_REGISTERS = ("spread_in_registers", "spread_in_order", "convolve")
+IN_REGISTERS = ("spread_in_registers", "sum_in_order", "convolve")
 """Functions of the grid that write nothing to local memory. (An array there is no spill.)"""
 
 SHARED = 4096

@@ -27,10 +27,10 @@ class Grid {
   // row.values: codes of the layout.
   PCOH_DEVICE Grid(G& g, const Row<T>& row, const Layout<T>& layout, const DeviceTables<T>& tables, Arena arena)
       : g_(g), row_(row), tables_(tables), bins_(layout.bins), has_far_(bins_ > reach || layout.places != nullptr) {
-    const bool ordered = g.in_fast(row.values) || bins_ > kRegisterBins<T>, wide = ordered && row.n > kNarrow;
-    const std::int64_t left = arena.fast_left(), order_takes = ordered ? items_bytes(row.n) : 0;
+    const bool wide = row.n > kNarrow, fast = g.in_fast(row.values);
+    const std::int64_t left = arena.fast_left();
     if (bytes(bins_) <= left && !wide)
-      memory_ = bytes(bins_) + order_takes <= left && g.in_fast(row.values) ? Memory::all_fast : Memory::grid_fast;
+      memory_ = bytes(bins_) + items_bytes(row.n) <= left && fast ? Memory::all_fast : Memory::grid_fast;
     moments_ = arena.take<T>(4 * bins_ * order);
     residual_moments_ = moments_ + bins_ * order;
     field_ = residual_moments_ + bins_ * order;
@@ -40,11 +40,10 @@ class Grid {
     places_ = arena.take<int>(bins_);
     const int* held = layout.places;
     each(g, bins_, [=, this](int b) { places_[b] = held != nullptr ? held[b] : b; });
-    if (ordered) {
-      starts_ = arena.take<int>(bins_ + 1);
-      items_ = {arena.take<std::uint16_t>(wide ? 2 * std::int64_t(row.n) : row.n), wide};
-      in_memory(row.values, [this]<Memory memory>(Constant<memory>) { order_elements<memory>(); });
-    }
+    starts_ = arena.take<int>(bins_ + 1);
+    items_ = {arena.take<std::uint16_t>(wide ? 2 * std::int64_t(row.n) : row.n), wide};
+    ordered_ = fast || bins_ > kRegisterBins<T>;
+    if (ordered_) in_memory(row.values, [this]<Memory memory>(Constant<memory>) { order_elements<memory>(); });
     with_weights(row, [this](auto weight) { spread(weight, moments_); });
   }
 
@@ -59,26 +58,15 @@ class Grid {
     in_memory(out, [&]<Memory memory>(Constant<memory>) { gather_ranks<memory>(out); });
   }
 
-  // See ../row.h. Moments against coefficients, no gather; then, by the order of bins, the rest. After ranks().
+  // See ../row.h. Moments against coefficients, no gather; then, by the order of bins, the rest. After ranks(), and the
+  // last that is asked for.
   PCOH_APART double cross_total(const double* ranks, double weight) {
     g_.sync();  // the field of the ranks has been read
     convolve<1>(tables_.softplus);
     double sum = 0;
     for (int i = g_.thread(); i < bins_ * order; i += g_.threads()) sum += double(moments_[i]) * double(field_[i]);
-    // Weights of bins as whole numbers, whose sum does not depend on the order of additions.
-    auto* share = reinterpret_cast<unsigned long long*>(mass_);
-    each(g_, bins_, [=](int b) { share[b] = 0; });
-    g_.sync();
-    const double parts = double(1ull << 60) / weight;
-    with_weights(row_, [&](auto w) {
-      each(g_, row_.n, [&](int k) {
-        g_.add(&share[row_.cells.local(row_.values[k]).bin],
-               static_cast<unsigned long long>(double(w(k)) * parts + 0.5));
-      });
-    });
-    g_.sync();
-    const double per_part = 1 / parts;
-    const auto own = [=](int b) { return double(share[b]) * per_part; };
+    weigh_bins();
+    const auto own = [this](int b) { return mass_[b]; };
     running_sums(g_, bins_, own, [this](int b, double before) { below_[b] = before; });
     g_.sync();
     double rest = 0;
@@ -187,7 +175,7 @@ class Grid {
     g_.sync();  // value() may read what other threads wrote, and `out` may still be read
     in_memory(row_.values, [&]<Memory memory>(Constant<memory>) {
       if constexpr (memory != Memory::all_fast)
-        if (items_.narrow == nullptr) return spread_in_registers<memory>(value, out);
+        if (!ordered_) return spread_in_registers<memory>(value, out);
       spread_in_order<memory>(value, out);
     });
     g_.sync();
@@ -226,19 +214,49 @@ class Grid {
     }
   }
 
-  // The elements of a bin are neighbours in their order, and `order` lanes add them up: moments of 4 bins (64-bit: 2)
-  // at a time, because most bins may hold few. So that a full bin does not keep its lanes busy while others have
-  // nothing to do, bins are cut at every 2^cut-th element: what comes before the first cut of a bin goes to `out`, what
-  // follows a cut to a place of its own, from where it is added.
   template <Memory memory, class V>
-  PCOH_APART void spread_in_order(V value, T* out) {
+  PCOH_DEVICE void spread_in_order(V value, T* out) {
+    sum_in_order<memory, order>(
+        [=](int k, T x, T(&sum)[order]) {
+          T term = value(k);
+          unrolled<order>([&](auto p) {
+            sum[p] += term;
+            term *= x;
+          });
+        },
+        out);
+  }
+
+  // mass_[b]: the weights of bin b in float64. Moments and fields may be lost.
+  PCOH_DEVICE void weigh_bins() {
+    g_.sync();
+    with_weights(row_, [&](auto weight) {
+      in_memory(row_.values, [&]<Memory memory>(Constant<memory>) {
+        if constexpr (memory != Memory::all_fast)
+          if (!ordered_) {
+            order_elements<memory>();
+            g_.sync();
+          }
+        sum_in_order<memory, 1>([=](int k, T, double (&sum)[1]) { sum[0] += double(weight(k)); }, mass_);
+      });
+    });
+    g_.sync();
+  }
+
+  // out [bins, count]: add(k, x_k, sum [count]) for the elements of each bin. They are neighbours in their order, and
+  // `order` lanes add them up: those of 4 bins (64-bit: 2) at a time, because most bins may hold few. So that a full
+  // bin does not keep its lanes busy while others have nothing to do, bins are cut at every 2^cut-th element: what
+  // comes before the first cut of a bin goes to `out`, what follows a cut to a place of its own, from where it is
+  // added.
+  template <Memory memory, int count, class S, class Add>
+  PCOH_APART void sum_in_order(Add add, S* out) {
     constexpr int parts = kWarp / order;
     const T* codes = element<memory>(row_.values);
     const Cells<T> code = row_.cells;
     const Items items = items_of<memory>();
     const int* starts = cell<memory>(starts_);
     const int cut = cut_of(row_.n), cuts = (row_.n - 1) >> cut, pieces = cuts + bins_;
-    T* after_cut = reinterpret_cast<T*>(g_.scratch());  // [cuts, order]
+    S* after_cut = reinterpret_cast<S*>(g_.scratch());  // [cuts, count]
     const auto bin_at = [=](int i) { return code.local(codes[items[i]]).bin; };
     const int part = g_.lane() / order, q = g_.lane() % order;
     for (int first = g_.warp() * parts; first < pieces; first += g_.warps() * parts) {
@@ -250,27 +268,22 @@ class Grid {
         if (i >= cuts) begin = starts[bin];
         end = min_of(starts[bin + 1], ((begin >> cut) + 1) << cut);
       }
-      T sum[order] = {};
+      S sum[count] = {};
       for (int j = begin + q; j < end; j += order) {
         const int k = items[j];
-        const T x = code.local(codes[k]).x;
-        T term = value(k);
-        unrolled<order>([&](auto p) {
-          sum[p] += term;
-          term *= x;
-        });
+        add(k, code.local(codes[k]).x, sum);
       }
-      total_of_neighbours(g_, sum);
-      if (i < pieces) (i < cuts ? after_cut + i * order : out + bin * order)[q] = sum[0];
+      total_by_lane<order>(g_, sum);
+      if (i < pieces && q < count) (i < cuts ? after_cut + i * count : out + bin * count)[q] = sum[0];
     }
     g_.sync();
-    each(g_, cuts * order, [=](int i) {
-      int next = i / order;
-      const int p = i % order, cut_at = (next + 1) << cut, bin = bin_at(cut_at);
+    each(g_, cuts * count, [=](int i) {
+      int next = i / count;
+      const int p = i % count, cut_at = (next + 1) << cut, bin = bin_at(cut_at);
       if (starts[bin] >= cut_at || starts[bin] < cut_at - (1 << cut)) return;  // not the first cut of the bin
-      T all = out[bin * order + p];
-      for (; (next + 1) << cut < starts[bin + 1]; ++next) all += after_cut[next * order + p];
-      out[bin * order + p] = all;
+      S all = out[bin * count + p];
+      for (; (next + 1) << cut < starts[bin + 1]; ++next) all += after_cut[next * count + p];
+      out[bin * count + p] = all;
     });
   }
 
@@ -411,9 +424,10 @@ class Grid {
   T *moments_, *residual_moments_, *field_, *residual_field_;  // [bins, order], one behind the other
   double *below_, *mass_;                                      // [bins]
   int* places_;                                                // [bins] where they are laid
-  // Elements in the order of their bins, if that is wanted, and where each bin begins in it.
-  Items items_ = {};       // [n]
-  int* starts_ = nullptr;  // [bins + 1]
+  // Once ordered: elements in the order of their bins, and where each bin begins in it.
+  bool ordered_ = false;
+  Items items_;  // [n]
+  int* starts_;  // [bins + 1]
 };
 
 }  // namespace pcoherence::cuda

@@ -276,16 +276,12 @@ PCOH_DEVICE void halve(G& g, V (&sum)[count]) {
     halve<half / 2>(g, sum);
   }
 }
-template <class V, class G, int count>
-PCOH_DEVICE void total_of_neighbours(G& g, V (&sum)[count]) {
-  halve<count / 2>(g, sum);
-}
-// The same over the warp.
-template <class V, class G, int count>
+// The same over `lanes` neighbours.
+template <int lanes = kWarp, class V, class G, int count>
 PCOH_DEVICE void total_by_lane(G& g, V (&sum)[count]) {
-  total_of_neighbours(g, sum);
+  halve<count / 2>(g, sum);
   PCOH_UNROLL
-  for (int mask = count; mask < kWarp; mask *= 2) sum[0] += g.shuffle_xor(sum[0], mask);
+  for (int mask = count; mask < lanes; mask *= 2) sum[0] += g.shuffle_xor(sum[0], mask);
 }
 
 // Elements that one load or store moves.
