@@ -69,11 +69,8 @@ class WeighedRanks {
   // Memory for a window.
   static constexpr std::int64_t bytes(std::int64_t window) { return places(window) * place_bytes + 16; }
 
-  // Not where the total, or what a part of it is multiplied by, is more than a number holds.
-  static PCOH_DEVICE bool possible(const Stats<T>& s) {
-    constexpr double most = std::numeric_limits<double>::max();
-    return s.total <= most && all / s.total <= most;
-  }
+  // Not where what a weight is multiplied by is more than a number holds.
+  static PCOH_DEVICE bool possible(const Stats<T>& s) { return all / s.total <= std::numeric_limits<double>::max(); }
   PCOH_DEVICE WeighedRanks(const Row<T>& row, const Stats<T>& s, Arena& arena, int window)
       : weights_(row.weights), per_weight_(all / s.total), places_(static_cast<int>(places(window))) {
     amounts_ = arena.take<Amount>(places_);
