@@ -283,8 +283,8 @@ def test_kinds_of_data(kind: str, dtype: torch.dtype, emulate: Emulate) -> None:
     for objective in ("mse", "cross_entropy"):
         check(from_distances, student, teacher, methods=("auto", "grid"), objective=objective)
     check(from_distances, student, teacher, methods=("auto",), candidate_weights=weights)
-    # All of it in global memory; values ordered a window at a time.
-    for shared in (4096 + 3000, 4096 + 9000):
+    # All of it in global memory; values ordered a window at a time, and with their weights.
+    for shared in (4096 + 3000, 4096 + 9000, 4096 + 12000):
         emulate(threads=96, seed=16, shared=shared)
         for weighted in (None, weights):
             check(
@@ -324,6 +324,18 @@ def test_buckets_that_overflow(ties: int, emulate: Emulate) -> None:
                 objective=objective,
                 candidate_weights=weights,
             )
+
+
+@pytest.mark.parametrize("weights", [None, any_weights(700)], ids=["equal", "weights"])
+def test_a_crowded_bucket_of_different_values(weights: Tensor | None, emulate: Emulate) -> None:
+    """25 in one bucket, too few for the sample to see."""
+    emulate(threads=96, seed=19)
+    student, teacher = rows(700, torch.float32)
+    order = torch.randperm(25, generator=torch.Generator().manual_seed(0))
+    teacher[:, :25] = 0.5 + order * 2.0**-22
+    for objective in ("mse", "cross_entropy"):
+        options = {"objective": objective, "candidate_weights": weights}
+        check(from_distances, student, teacher, methods=("auto",), **options)
 
 
 def test_weights_whose_sum_has_no_inverse(emulate: Emulate) -> None:
