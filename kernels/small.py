@@ -15,7 +15,7 @@ from .distances import from_square
 from .objectives import load_coefficients, objective, store_gradient
 from .points import lengths, load_given, load_points
 from .soft_ranks import pair_pullback_of, pair_ranks_of
-from .statistics import STATISTICS, WEIGHT, load_stat, store_near_weights, store_stats
+from .statistics import STATISTICS, WEIGHT, load_stat, number, store_near_weights, store_stats
 
 
 @triton.jit
@@ -75,12 +75,6 @@ def store_distances(
         d = from_square(tl.sum(square, 2), ROOT, FACTOR)
         at = out + r[:, None] * n + k[None, :]
         tl.store(at, d.to(out.dtype.element_ty), mask=(r < rows)[:, None] & (k < n)[None, :])
-
-
-@triton.jit
-def from_bits(bits):
-    """A float64 that came as an integer: floats are passed to kernels in float32."""
-    return bits.to(tl.float64, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["per_temperature", "per_teacher_temperature", "neighbourhood"])
@@ -154,11 +148,11 @@ def small_rows(
     )  # fmt: skip
     tl.debug_barrier()  # here and below: what follows is read by other threads
     store_stats(
-        others, weights, weight_stride, self_index, from_bits(per_teacher_temperature),
+        others, weights, weight_stride, self_index, per_teacher_temperature,
         teacher_stats, rows, n, TEACHER_SCALE, False, BR, BN,
     )  # fmt: skip
     store_stats(
-        distances, weights, weight_stride, self_index, from_bits(per_temperature),
+        distances, weights, weight_stride, self_index, per_temperature,
         student_stats, rows, n, SCALE, False, BR, BN,
     )  # fmt: skip
     tl.debug_barrier()
@@ -175,7 +169,7 @@ def small_rows(
                 near, totals, rows, n, tiles, True, "none", "mean", 1, 1, BR, BJ, BK,
             )  # fmt: skip
         tl.debug_barrier()
-        h = from_bits(neighbourhood)
+        h = number(neighbourhood)
         T = near.dtype.element_ty
         base = (h / (h + 0.5)).to(T)
         per_rank = (1.0 / (h + 0.5)).to(T)

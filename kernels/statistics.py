@@ -56,6 +56,15 @@ def load_weights(weights, weight_stride, self_index, r, k, rows, n):
 
 
 @triton.jit
+def number(given):
+    """A float64 in memory, or that came as its bits: floats are passed to kernels in float32."""
+    if given.dtype.is_ptr():
+        return tl.load(given)
+    else:
+        return given.to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def row_stats(
     values,
     weights,
@@ -71,10 +80,10 @@ def row_stats(
     BN: tl.constexpr,
 ):
     """See store_stats; grid [rows / BR]."""
-    inverse = tl.load(inverse_temperature)
     store_stats(
-        values, weights, weight_stride, self_index, inverse, stats, rows, n, SCALE, ENDS, BR, BN
-    )
+        values, weights, weight_stride, self_index, inverse_temperature, stats, rows, n, SCALE,
+        ENDS, BR, BN,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -83,7 +92,7 @@ def store_stats(
     weights,
     weight_stride,
     self_index,
-    inverse_temperature,
+    inverse_temperature,  # see number()
     stats,  # float64 [10, rows]
     rows,
     n,
@@ -121,7 +130,7 @@ def store_stats(
             above += tl.sum(tl.where(v == float("inf"), w, 0.0), 1)
     some = weight > 0
     mean = tl.where(some, total / tl.where(some, weight, 1.0), 0.0)
-    factor = inverse_temperature + tl.zeros([BR], tl.float64)
+    factor = number(inverse_temperature) + tl.zeros([BR], tl.float64)  # read late: registers
     if SCALE == "anchor":
         factor = factor / tl.where(mean > 0, mean, 1.0)
     else:

@@ -27,7 +27,7 @@ def takes(method: str, batch: Batch) -> bool:
 
 
 def _bits(value: float) -> int:
-    """See kernels/small.py, from_bits()."""
+    """See kernels/statistics.py, number()."""
     found: int = struct.unpack("q", struct.pack("d", value))[0]
     return found
 
