@@ -354,8 +354,8 @@ def _check_candidate_pair(
     )
 
 
-MOST_TOTAL = 2.0**63
-"""Of weights: the square of their sum is then a float32, and far from the end of float64."""
+MOST_TOTAL = 2.0**100
+"""Of weights: what sums of them are multiplied by on the way leaves float32 no sooner than 2^27."""
 
 
 def check_weights(
