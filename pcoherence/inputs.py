@@ -354,8 +354,8 @@ def _check_candidate_pair(
     )
 
 
-MOST_TOTAL = 2.0**100
-"""Of weights. float32 holds 2^27 times that: sums of weights are multiplied on the way."""
+MOST_TOTAL = 2.0**110
+"""Of weights. float32 holds 2^18 times that: sums of weights are multiplied on the way."""
 
 
 def check_weights(
