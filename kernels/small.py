@@ -14,8 +14,8 @@ import triton.language as tl
 from .distances import from_square
 from .objectives import load_coefficients, objective, store_gradient
 from .points import lengths, load_given, load_points
-from .soft_ranks import pair_pullback_of, pair_ranks_of
-from .statistics import STATISTICS, WEIGHT, load_stat, number, store_near_weights, store_stats
+from .soft_ranks import pair_pullback, pair_ranks
+from .statistics import STATISTICS, WEIGHT, load_stat, number, row_stats, store_near_weights
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def small_rows(
     teacher_ranks,  # T [rows, n] to work in, with cross_entropy float64
     near,  # T [rows, n] to work in, or None: without a neighbourhood
     stats,  # float64 [2, 10, rows] of teacher and student
-    totals,  # float64 [2, rows, tiles] with cross_entropy: see pair_ranks_of
+    totals,  # float64 [2, rows, tiles] with cross_entropy: see pair_ranks
     losses,  # float64 [rows] out
     student,  # X [rows, student_width]
     student_candidates,  # X [n, student_width]; may be `student`
@@ -147,11 +147,11 @@ def small_rows(
         student_width, DIRECTIONS, ROOT, FACTOR, BR, BC, BF,
     )  # fmt: skip
     tl.debug_barrier()  # here and below: what follows is read by other threads
-    store_stats(
+    row_stats(
         others, weights, weight_stride, self_index, per_teacher_temperature,
         teacher_stats, rows, n, TEACHER_SCALE, False, BR, BN,
     )  # fmt: skip
-    store_stats(
+    row_stats(
         distances, weights, weight_stride, self_index, per_temperature,
         student_stats, rows, n, SCALE, False, BR, BN,
     )  # fmt: skip
@@ -164,9 +164,9 @@ def small_rows(
         used = near
         used_stride = n
         for tile in range(0, tiles):
-            pair_ranks_of(
-                tile, others, weights, weight_stride, self_index, teacher_stats, others, series,
-                near, totals, rows, n, tiles, True, "none", "mean", 1, 1, BR, BJ, BK,
+            pair_ranks(
+                others, weights, weight_stride, self_index, teacher_stats, others, series,
+                near, totals, rows, n, tiles, True, "none", "mean", 1, 1, BR, BJ, BK, tile,
             )  # fmt: skip
         tl.debug_barrier()
         h = number(neighbourhood)
@@ -181,15 +181,15 @@ def small_rows(
         near_weight = load_stat(teacher_stats, WEIGHT, r, rows)
         tl.store(student_stats + WEIGHT * rows + r, near_weight, mask=r < rows)
     for tile in range(0, tiles):
-        pair_ranks_of(
-            tile, others, used, used_stride, self_index, teacher_stats, others, series,
-            teacher_ranks, entropies, rows, n, tiles, HARD, ENTROPY, FINISH, DEGREE, M, BR, BJ, BK,
+        pair_ranks(
+            others, used, used_stride, self_index, teacher_stats, others, series, teacher_ranks,
+            entropies, rows, n, tiles, HARD, ENTROPY, FINISH, DEGREE, M, BR, BJ, BK, tile,
         )  # fmt: skip
     tl.debug_barrier()
     for tile in range(0, tiles):
-        pair_ranks_of(
-            tile, distances, used, used_stride, self_index, student_stats, teacher_ranks, series,
-            others, totals, rows, n, tiles, False, TOTAL, FINISH, DEGREE, M, BR, BJ, BK,
+        pair_ranks(
+            distances, used, used_stride, self_index, student_stats, teacher_ranks, series,
+            others, totals, rows, n, tiles, False, TOTAL, FINISH, DEGREE, M, BR, BJ, BK, tile,
         )  # fmt: skip
     tl.debug_barrier()
     objective(
@@ -203,9 +203,9 @@ def small_rows(
         else:
             g = teacher_ranks  # not needed any more
             for tile in range(0, tiles):
-                pair_pullback_of(
-                    tile, distances, used, used_stride, self_index, student_stats, others, g,
-                    rows, n, True, BR, BJ, BK,
+                pair_pullback(
+                    distances, used, used_stride, self_index, student_stats, others, g,
+                    rows, n, True, BR, BJ, BK, tile,
                 )  # fmt: skip
             tl.debug_barrier()
         tl.store(student_stats + WEIGHT * rows + r, scale_weight, mask=r < rows)

@@ -97,38 +97,16 @@ def finished_pullback(g, v, stats, r, rows, NORMALISE: tl.constexpr):
 
 
 @triton.jit
-def pair_ranks(
-    values,
-    weights,
-    weight_stride,
-    self_index,
-    stats,
-    teacher,
-    series,
-    out,
-    totals,
-    rows,
-    n,
-    tiles,
-    HARD: tl.constexpr,
-    TOTAL: tl.constexpr,
-    FINISH: tl.constexpr,
-    DEGREE: tl.constexpr,
-    M: tl.constexpr,
-    BR: tl.constexpr,
-    BJ: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """See pair_ranks_of; grid [rows / BR, tiles = n / BJ]."""
-    pair_ranks_of(
-        tl.program_id(1), values, weights, weight_stride, self_index, stats, teacher, series, out,
-        totals, rows, n, tiles, HARD, TOTAL, FINISH, DEGREE, M, BR, BJ, BK,
-    )  # fmt: skip
+def which_tile(tile):
+    """The one that is given, or the program's."""
+    if tile is None:
+        return tl.program_id(1)
+    else:
+        return tile
 
 
 @triton.jit
-def pair_ranks_of(
-    tile,
+def pair_ranks(
     values,  # T [rows, n] distances
     weights,
     weight_stride,
@@ -149,17 +127,19 @@ def pair_ranks_of(
     BR: tl.constexpr,
     BJ: tl.constexpr,
     BK: tl.constexpr,
+    tile=None,
 ):
-    """Ranks of the BJ candidates of a tile.
+    """Ranks of a tile's BJ candidates; grid [rows / BR], or without `tile` [rows / BR, tiles].
 
     TOTAL "cross": sum_j w_j [ sum_k w_k softplus(s_j - s_k) - s_j (2 R^T_j - W) ], the cross
     entropy of the teacher's comparisons times W^2; "entropy": the same of the ranks themselves.
     With H_j the hard rank, sum_jk w_j w_k max(s_j - s_k, 0) = sum_j w_j s_j (2 H_j - W), so that
     what cancels is subtracted as ranks, in float64, not as products with s.
     """
+    own = which_tile(tile)
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     live = (r < rows)[:, None]
-    j = (tile * BJ + tl.arange(0, BJ))[None, :]
+    j = (own * BJ + tl.arange(0, BJ))[None, :]
     v = tl.load(values + r[:, None] * n + j, mask=live & (j < n), other=0.0)
     s_j = v if HARD else positions(v, stats, r, rows)
     rank = tl.zeros([BR, BJ], tl.float64 if HARD and TOTAL != "none" else v.dtype)
@@ -194,35 +174,11 @@ def pair_ranks_of(
             difference = higher - expected
             each = logs.to(tl.float64) + 2.0 * s_j.to(tl.float64) * difference
         total = tl.sum(w_j * each, 1)
-        tl.store(totals + r * tiles + tile, total, mask=r < rows)
+        tl.store(totals + r * tiles + own, total, mask=r < rows)
 
 
 @triton.jit
 def pair_pullback(
-    values,
-    weights,
-    weight_stride,
-    self_index,
-    stats,
-    upstream,
-    out,
-    rows,
-    n,
-    NORMALISE: tl.constexpr,
-    BR: tl.constexpr,
-    BJ: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """See pair_pullback_of; grid [rows / BR, n / BJ]."""
-    pair_pullback_of(
-        tl.program_id(1), values, weights, weight_stride, self_index, stats, upstream, out, rows, n,
-        NORMALISE, BR, BJ, BK,
-    )  # fmt: skip
-
-
-@triton.jit
-def pair_pullback_of(
-    tile,
     values,  # T [rows, n] distances
     weights,
     weight_stride,
@@ -236,11 +192,13 @@ def pair_pullback_of(
     BR: tl.constexpr,
     BJ: tl.constexpr,
     BK: tl.constexpr,
+    tile=None,
 ):
-    """G of the BJ candidates of a tile."""
+    """G of a tile's BJ candidates; grid [rows / BR], or without `tile` [rows / BR, n / BJ]."""
+    own = which_tile(tile)
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     live = (r < rows)[:, None]
-    j = (tile * BJ + tl.arange(0, BJ))[None, :]
+    j = (own * BJ + tl.arange(0, BJ))[None, :]
     v = tl.load(values + r[:, None] * n + j, mask=live & (j < n), other=0.0)
     s_j = positions(v, stats, r, rows)[:, :, None]
     u_j = tl.load(upstream + r[:, None] * n + j, mask=live & (j < n), other=0.0)[:, :, None]

@@ -66,28 +66,6 @@ def number(given):
 
 @triton.jit
 def row_stats(
-    values,
-    weights,
-    weight_stride,
-    self_index,
-    inverse_temperature,  # float64 []
-    stats,
-    rows,
-    n,
-    SCALE: tl.constexpr,
-    ENDS: tl.constexpr,
-    BR: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """See store_stats; grid [rows / BR]."""
-    store_stats(
-        values, weights, weight_stride, self_index, inverse_temperature, stats, rows, n, SCALE,
-        ENDS, BR, BN,
-    )  # fmt: skip
-
-
-@triton.jit
-def store_stats(
     values,  # T [rows, n]
     weights,
     weight_stride,

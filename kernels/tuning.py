@@ -26,13 +26,6 @@ Comparisons are those of separate launches, see PAIRS_MOST; 512 programs of 8 wa
 two a multiprocessor. What they keep of their rows, 3 or 4 MiB of float32, fits into the L2.
 """
 
-FUSED_READS = 1 << 27
-"""Features that the fused kernels may read, m n (ds + dt): 512 MiB from L2, about 0.15 ms.
-
-As many conversions to float64 take less, 0.04 ms at 16 a cycle and multiprocessor. Beyond, tiles of
-32 x 32 pairs read a 32nd of it.
-"""
-
 MOST_BINS = 128
 """Up to this many bins "auto" takes the grid.
 

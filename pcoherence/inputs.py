@@ -354,8 +354,8 @@ def _check_candidate_pair(
     )
 
 
-MOST_TOTAL = 2.0**100
-"""Of weights: what sums of them are multiplied by on the way leaves float32 no sooner than 2^27."""
+MOST_TOTAL = 2.0**110
+"""Of weights. float32 holds 2^18 times that: sums of weights are multiplied on the way."""
 
 
 def check_weights(

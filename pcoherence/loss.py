@@ -77,8 +77,8 @@ def perception_coherence_loss(
         teacher: [m, dt], same device and, outside autocast, dtype; a constant.
         student_candidates: [n, ds], n >= 2; None: the batch itself.
         teacher_candidates: [n, dt]; given with student_candidates or not at all.
-        anchor_weights: [m], any real dtype, 0 to 2^100 / m, constant; None: ones. 0 marks padding.
-        candidate_weights: w_j [n], or [m, n] where they differ by anchor; likewise, to 2^100 / n.
+        anchor_weights: [m], any real dtype, 0 to 2^110 / m, constant; None: ones. 0 marks padding.
+        candidate_weights: w_j [n], or [m, n] where they differ by anchor; likewise, to 2^110 / n.
         self_index: int64 [m], the candidate that is the anchor itself and is left out, or -1 for
             none. "auto": 0..m-1 without given candidates, otherwise None (nobody is left out).
         temperature: student's tau > 0, in units of the scaled distance.
@@ -393,7 +393,7 @@ def soft_rank(
     Args:
         values: [..., n], float16, bfloat16, float32 or float64.
         temperature: tau > 0, in units of the values.
-        weights: broadcastable to values, any real dtype, 0 to 2^100 / n, constant; None: ones.
+        weights: broadcastable to values, any real dtype, 0 to 2^110 / n, constant; None: ones.
         method: as in `perception_coherence_loss`.
         backend: as in `perception_coherence_loss`.
 

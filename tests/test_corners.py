@@ -19,7 +19,7 @@ from emulation import DEVICE, Emulate
 from torch import Tensor
 
 from pcoherence import perception_coherence_loss
-from pcoherence.backends import clouds, cuda, pipeline
+from pcoherence.backends import clouds, cuda_kernels, pipeline
 from pcoherence.spec import OBJECTIVES
 from pcoherence.testing import make_case, relative_error
 
@@ -78,7 +78,7 @@ def evaluate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             pytest.skip("triton is not installed")
         device, method = "cuda" if torch.cuda.is_available() else "cpu", way
     if way == "pipeline":
-        monkeypatch.setattr(cuda, "SMALL_CANDIDATES", 0)
+        monkeypatch.setattr(cuda_kernels, "SMALL_CANDIDATES", 0)
         monkeypatch.setattr(pipeline, "BLOCK_BYTES", 1)
         monkeypatch.setattr(pipeline, "MIN_ROWS", 7)  # of 17, so that the last block is smaller
         monkeypatch.setattr(clouds, "SYMMETRIC_BYTES", 0)

@@ -30,7 +30,7 @@ from torch import Tensor
 import pcoherence
 from benchmarks.kinds import GAUSSIAN, KINDS, draw
 from pcoherence import perception_coherence_loss
-from pcoherence.backends import clouds, cuda, pipeline, points
+from pcoherence.backends import clouds, cuda_kernels, pipeline, points
 from pcoherence.backends.cuda_kernels import CudaRowKernels
 from pcoherence.spec import METHODS, OBJECTIVES
 from pcoherence.testing import CASES, make_case, relative_error, tolerances
@@ -511,7 +511,7 @@ def test_soft_rank_beside_masks(method: str, mask: str, emulate: Emulate) -> Non
 
 def by_products(monkeypatch: pytest.MonkeyPatch, symmetric: bool) -> None:
     """Even small batches, in blocks of 7 anchors; or with all distances at a time, mirrored."""
-    monkeypatch.setattr(cuda, "SMALL_CANDIDATES", 0)
+    monkeypatch.setattr(cuda_kernels, "SMALL_CANDIDATES", 0)
     monkeypatch.setattr(pipeline, "BLOCK_BYTES", 1)
     monkeypatch.setattr(pipeline, "MIN_ROWS", 7)
     monkeypatch.setattr(clouds, "MIRRORED_ROWS", 9)

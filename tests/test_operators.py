@@ -10,7 +10,7 @@ import torch
 from emulation import DEVICE
 
 from pcoherence import backends, ops
-from pcoherence.backends import cuda, triton
+from pcoherence.backends import cuda_kernels, triton
 from pcoherence.spec import LossSpec
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
@@ -159,7 +159,7 @@ def test_no_coefficients_are_ones(
     if backend.startswith("cuda"):
         request.getfixturevalue("emulate")(threads=64)
         device = DEVICE
-        monkeypatch.setattr(cuda, "SMALL_CANDIDATES", 512 if backend == "cuda small" else 0)
+        monkeypatch.setattr(cuda_kernels, "SMALL_CANDIDATES", 512 if backend == "cuda small" else 0)
     elif backend == "triton":
         if "cpu" not in triton.DEVICES and not torch.cuda.is_available():
             pytest.skip("triton has nothing to run on")

@@ -10,7 +10,7 @@ from emulation import DEVICE, Emulate
 from torch import Tensor
 
 from pcoherence import perception_coherence_loss
-from pcoherence.backends import clouds, cuda, products, splits
+from pcoherence.backends import clouds, cuda_kernels, products, splits
 from pcoherence.testing import make_case, reference_value_and_grad, relative_error, tolerances
 
 EPS = torch.finfo(torch.float32).eps
@@ -157,7 +157,7 @@ def test_the_loss_keeps_its_accuracy(
 ) -> None:
     """The bars of float32 (see test_accuracy.py), with every product split."""
     emulate(threads=64, seed=1)
-    monkeypatch.setattr(cuda, "SMALL_CANDIDATES", 0)
+    monkeypatch.setattr(cuda_kernels, "SMALL_CANDIDATES", 0)
     if not symmetric:
         monkeypatch.setattr(clouds, "SYMMETRIC_BYTES", 0)
     used = []

@@ -85,8 +85,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from pcoherence.backends.device_operators import register
-from pcoherence.backends.triton import TritonImplementation
+from pcoherence.backends.device_operators import FusedImplementation, register
+from pcoherence.backends.triton import PORTED
 from pcoherence.backends import triton_kernels
 from benchmarks.gpu import offline
 from pcoherence.kernels import tuning
@@ -111,7 +111,7 @@ tiles = tuning.tiles
 tuning.tiles = lambda dtype, on_gpu: tiles(dtype, True)
 tuning.PAIRS_MOST = 0
 operators = Operators("pcoherence_as_launched")
-register(operators, TritonImplementation(triton_kernels.row_kernels()), "CPU")
+register(operators, FusedImplementation(triton_kernels.row_kernels(), PORTED), "CPU")
 for size in offline.SIZES:
     for tuning.FUSED_MOST, method in offline.WAYS:
         x, y = (torch.zeros(size) for _ in range(2))

@@ -13,7 +13,7 @@ from test_triton import DEVICE, DTYPES, METRICS, check, evaluate, expected, move
 from torch import Tensor
 
 from pcoherence import perception_coherence_loss
-from pcoherence.backends import triton_kernels, triton_small
+from pcoherence.backends import pipeline, triton_kernels, triton_small
 from pcoherence.kernels import small, tuning
 from pcoherence.spec import OBJECTIVES, SCALES
 from pcoherence.testing import CASES, make_case, relative_error
@@ -267,7 +267,7 @@ def test_who_is_small(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(tuning, "FUSED_MOST", most)
-    monkeypatch.setattr(tuning, "FUSED_READS", reads)
+    monkeypatch.setattr(pipeline, "SMALL_READS", reads)
     leaves, constants = problem(9, torch.float64, rectangular=False, weighted=False)
     check(leaves, constants, method)
     assert served == [9] * taken

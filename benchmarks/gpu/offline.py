@@ -31,8 +31,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from pcoherence.backends import clouds, triton_kernels
-from pcoherence.backends.device_operators import register
-from pcoherence.backends.triton import PORTED, TritonImplementation
+from pcoherence.backends.device_operators import FusedImplementation, register
+from pcoherence.backends.triton import PORTED
 from pcoherence.kernels import (
     distances,
     grid,
@@ -132,7 +132,7 @@ def recorded(everything: bool, dtypes: list[str], aligned: bool = False) -> list
     vars(clouds).update(MIRRORED_ROWS=32, MIRRORED_WIDTH=1)
     vars(tuning).update(PAIRS_MOST=0)
     operators = Operators("pcoherence_offline")
-    register(operators, TritonImplementation(kernels), "CPU")
+    register(operators, FusedImplementation(kernels, PORTED), "CPU")
     sizes = SIZES + MORE_SIZES * everything
     if aligned:
         sizes = SIZES[:1]

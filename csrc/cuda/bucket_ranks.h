@@ -8,7 +8,7 @@ namespace pcoherence::cuda {
 
 // A Ranks says what candidates amount to, once they lie in the order of their buckets:
 //   put(i, k)                 candidate k went to place i of the window
-//   get(i)  set(i, own)       what is known of place i, when its candidate moves
+//   beside(i)                 what is kept of place i, which moves with its value: an empty type where nothing is
 //   add_up(g, earlier)        the window's are all in their order, and earlier windows' amount to that; returns all
 //   before(first, i)          what all amount to that come before place i of the window that begins at `first`
 //   between(i, j)             those at places i, ..., j - 1
@@ -21,7 +21,7 @@ class CountedRanks {
  public:
   using Amount = int;
   using Tie = int;  // at most kFullest a value
-  struct Own {};
+  struct Beside {};
   static constexpr int place_bytes = 0;
 
   static PCOH_DEVICE bool possible(const Stats<T>&) { return true; }
@@ -39,8 +39,7 @@ class CountedRanks {
   template <class G>
   PCOH_DEVICE void clear(G&) const {}
   PCOH_DEVICE void put(int, int) const {}
-  PCOH_DEVICE Own get(int) const { return {}; }
-  PCOH_DEVICE void set(int, Own) const {}
+  PCOH_DEVICE Beside* beside(int) const { return nullptr; }
   template <class G>
   PCOH_DEVICE Amount add_up(G&, Amount) const {
     return 0;
@@ -64,7 +63,7 @@ class WeighedRanks {
  public:
   using Amount = unsigned long long;
   using Tie = double;
-  using Own = Amount;
+  using Beside = Amount;
   static constexpr int place_bytes = sizeof(Amount);
   // Memory for a window.
   static constexpr std::int64_t bytes(std::int64_t window) { return places(window) * place_bytes + 16; }
@@ -96,10 +95,9 @@ class WeighedRanks {
   PCOH_DEVICE void put(int i, int k) const {
     amounts_[i] = static_cast<Amount>(double(weights_[k]) * per_weight_ + 0.5);
   }
-  PCOH_DEVICE Own get(int i) const { return amounts_[i]; }
-  PCOH_DEVICE void set(int i, Own own) const { amounts_[i] = own; }
+  PCOH_DEVICE Beside* beside(int i) const { return amounts_ + i; }
   template <class G>
-  PCOH_DEVICE Amount add_up(G& g, Amount earlier) const {
+  PCOH_APART Amount add_up(G& g, Amount earlier) const {
     Amount* amounts = amounts_;
     const Amount own = running_sums(
         g, places_, [=](int i) { return amounts[i]; }, [=](int i, Amount before) { amounts[i] = earlier + before; });

@@ -136,7 +136,7 @@ static_assert(kCrowded == 16 && kFullest == 255, "what the bits of Counters can 
 // counts -> starts. Returns how many values were counted: too few where a counter overflowed, since every carry loses
 // 255 of them.
 template <class G>
-PCOH_DEVICE int start_buckets(G& g, const Counters& c, bool& crowded) {
+PCOH_APART int start_buckets(G& g, Counters c, bool& crowded) {
   unsigned seen = 0;
   const auto count = [&](int i) {
     seen |= c.counts[i];

@@ -331,19 +331,13 @@ class Grid {
   // before.
   PCOH_DEVICE void number_bins(int* counts, int* starts) {
     const int bins = bins_, warps = g_.warps();
-    const Chunk own = chunk(g_, bins);
-    int count = 0;
-    for (int b = own.begin; b < own.end; ++b)
-      for (int w = 0; w < warps; ++w) count += counts[w * bins + b];
-    int next = exclusive(g_, count).before;
-    for (int b = own.begin; b < own.end; ++b) {
-      starts[b] = next;
-      for (int w = 0; w < warps; ++w) {
-        const int here = counts[w * bins + b];
-        counts[w * bins + b] = next;
-        next += here;
-      }
-    }
+    const auto counter = [=](int i) { return counts + i % warps * bins + i / warps; };  // by bins, then by warps
+    running_sums(
+        g_, bins * warps, [=](int i) { return *counter(i); },
+        [=](int i, int before) {
+          if (i % warps == 0) starts[i / warps] = before;
+          *counter(i) = before;
+        });
     if (g_.thread() == 0) starts[bins] = row_.n;
     g_.sync();
   }

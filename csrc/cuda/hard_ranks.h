@@ -18,6 +18,18 @@ constexpr std::int64_t hard_rank_bytes(std::int64_t n) {
 
 // ---------------------------------------------------------------- buckets
 
+// Word w of a value.
+template <class V>
+PCOH_DEVICE unsigned get_word(const V* value, int w) {
+  unsigned word;
+  memcpy(&word, reinterpret_cast<const unsigned*>(value) + w, sizeof word);
+  return word;
+}
+template <class V>
+PCOH_DEVICE void set_word(V* value, int w, unsigned word) {
+  memcpy(reinterpret_cast<unsigned*>(value) + w, &word, sizeof word);
+}
+
 // Until a candidate is ranked, its bucket and its place there stand where its rank will, marked by the sign bit, which
 // a rank does not have.
 struct Ticket {
@@ -31,21 +43,16 @@ struct Ticket {
 
   template <class Out>
   static PCOH_DEVICE Ticket at(const Out* out) {
-    Ticket t;
-    memcpy(&t.bits, half(out), sizeof t.bits);
-    return t;
+    return {get_word(out, last<Out>)};
   }
   template <class Out>
   PCOH_DEVICE void put(Out* out) const {
-    memcpy(half(out), &bits, sizeof bits);
+    set_word(out, last<Out>, bits);
   }
 
  private:
   template <class Out>
-  static PCOH_DEVICE auto half(Out* out) {
-    return reinterpret_cast<std::conditional_t<std::is_const_v<Out>, const unsigned, unsigned>*>(out) +
-           (sizeof(Out) / 4 - 1);
-  }
+  static constexpr int last = sizeof(Out) / sizeof(unsigned) - 1;
 };
 static_assert(std::int64_t(kMostBuckets) << 8 < std::int64_t(Ticket::mark));
 
@@ -75,17 +82,15 @@ PCOH_DEVICE void count_values(G& g, const Row<T>& row, const Buckets& bucket, co
   g.sync();
 }
 
-// Orders `count` values from place `begin` of a window on by one warp, each of whose lanes has up to `own` of them.
-template <int own, class T, class G, class Ranks>
-PCOH_DEVICE void order_in_registers(G& g, T* window, int begin, int count, const Ranks& ranks) {
+// Orders `count` values and what is kept beside each by one warp, each of whose lanes has up to `own` of them. What is
+// beside moves a word at a time: all of it in registers would leave the callers too few.
+template <int own, class T, class G, class Beside>
+PCOH_DEVICE void order_in_registers(G& g, T* values, Beside* beside, int count) {
   T value[own];
-  typename Ranks::Own amount[own];
   int place[own];
-  T* values = window + begin;
   unrolled<own>([&](auto j) {
     const int i = g.lane() + kWarp * j;
     value[j] = i < count ? values[i] : T(0);
-    if (i < count) amount[j] = ranks.get(begin + i);
     place[j] = 0;
   });
   for (int i = 0; i < count; ++i) {
@@ -94,20 +99,30 @@ PCOH_DEVICE void order_in_registers(G& g, T* window, int begin, int count, const
   }
   g.sync_warp();
   unrolled<own>([&](auto j) {
-    if (g.lane() + kWarp * j >= count) return;
-    values[place[j]] = value[j];
-    ranks.set(begin + place[j], amount[j]);
+    if (g.lane() + kWarp * j < count) values[place[j]] = value[j];
+  });
+  constexpr int words = std::is_empty_v<Beside> ? 0 : sizeof(Beside) / sizeof(unsigned);
+  unrolled<words>([&](auto w) {
+    unsigned word[own];
+    unrolled<own>([&](auto j) {
+      const int i = g.lane() + kWarp * j;
+      word[j] = i < count ? get_word(beside + i, w) : 0;
+    });
+    g.sync_warp();
+    unrolled<own>([&](auto j) {
+      if (g.lane() + kWarp * j < count) set_word(beside + place[j], w, word[j]);
+    });
   });
 }
-template <class T, class G, class Ranks>
-PCOH_APART void order_by_warp(G& g, T* window, int begin, int count, Ranks ranks) {
+template <class T, class G, class Beside>
+PCOH_APART void order_by_warp(G& g, T* values, Beside* beside, int count) {
   static_assert(kFullest <= 8 * kWarp);
   if (count <= kWarp)
-    order_in_registers<1>(g, window, begin, count, ranks);
+    order_in_registers<1>(g, values, beside, count);
   else if (count <= 2 * kWarp)
-    order_in_registers<2>(g, window, begin, count, ranks);
+    order_in_registers<2>(g, values, beside, count);
   else
-    order_in_registers<8>(g, window, begin, count, ranks);
+    order_in_registers<8>(g, values, beside, count);
 }
 
 // The crowded buckets of a window that begins at `first`.
@@ -122,7 +137,7 @@ PCOH_DEVICE void order_crowded(G& g, const Counters& c, const Ordered<T>& ordere
       for (int which = 0; which < 4; ++which) {
         const auto [begin, size] = c.at(b + which);
         if (size >= kCrowded && unsigned(begin - first) < unsigned(ordered.window))
-          order_by_warp(g, ordered.values, begin - first, size, ranks);
+          order_by_warp(g, ordered.values + (begin - first), ranks.beside(begin - first), size);
       }
     }
   }

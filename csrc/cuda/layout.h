@@ -82,9 +82,10 @@ class Layout {
     const Chunk own = chunk(g, words);
     int count = 0;
     for (int i = own.begin; i < own.end; ++i) count += ones(held[i]);
-    bins = total(g, count);
+    const Running<int> held_bins = exclusive(g, count);
+    bins = held_bins.all;
     if (bins > most) return false;
-    int number = exclusive(g, count).before;
+    int number = held_bins.before;
     for (int i = own.begin; i < own.end; ++i) {
       numbers[i] = number;
       for (int b = 0; held[i] >> b != 0; ++b) {

@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 from ..spec import LossSpec
-from .pipeline import Batch, Results
+from .pipeline import Batch, Results, wants_double
 from .points import TRAITS, MetricTraits, Network, Prepared, Side
 from .row_kernels import Rows, Units, too_many_bins
+
+SMALL_CANDIDATES = 512
+"""Up to this many candidates a batch is small: a row of all pairs fits a thread block."""
 
 EXPLICIT_BINS = 65_536
 """kMaxBins of csrc/soft_ranks.h."""
 
 
 class CudaRowKernels:
-    """pcoherence.backends.row_kernels.RowKernels, and the two kernels of small batches."""
+    """pcoherence.backends.row_kernels.FusedKernels."""
 
     def __init__(self) -> None:
         self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -183,13 +186,13 @@ class CudaRowKernels:
         self._check(method, status)
         return out.to(values.dtype)
 
+    def is_small(self, spec: LossSpec, batch: Batch) -> bool:
+        """See FusedKernels."""
+        few = batch.n <= SMALL_CANDIDATES and batch.reads_few
+        return few and not wants_double(spec, batch.student.dtype)
+
     def small(self, spec: LossSpec, batch: Batch, *flags: bool) -> tuple[Tensor | None, Results]:
-        """A small batch in two launches, or one without a gradient.
-
-        Args: `flags`: whether the gradients of student and candidates are wanted.
-
-        Returns: sum_i coefficients_i L_i, 0-d, or None without a gradient; and the results.
-        """
+        """See FusedKernels."""
         x, candidates = batch.student, batch.student_candidates
         m, n = x.shape[0], batch.n
         distances = x.new_empty(2, m, n)

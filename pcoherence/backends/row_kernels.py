@@ -8,13 +8,16 @@ read back, no shape depends on data. No sum depends on the order in which thread
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from ..inputs import rows_of
 from ..spec import LossSpec
 from .points import MetricTraits, Network, Prepared, Side
+
+if TYPE_CHECKING:
+    from .pipeline import Batch, Results
 
 
 def too_many_bins(most: int) -> RuntimeError:
@@ -160,5 +163,22 @@ class RowKernels(Protocol):
         """out_ij = distance(a_i, c_j) by differences, exactly equal for equal candidates.
 
         out T [b, n]; anchors T [b, d]; candidates T [n, d]; `order_only` as in product_distances.
+        """
+        ...
+
+
+class FusedKernels(RowKernels, Protocol):
+    """Row kernels, and some that do all of a small batch."""
+
+    def is_small(self, spec: LossSpec, batch: Batch) -> bool:
+        """Whether `small` takes this call."""
+        ...
+
+    def small(self, spec: LossSpec, batch: Batch, *flags: bool) -> tuple[Tensor | None, Results]:
+        """A small batch in two launches, or one without a gradient.
+
+        Args: `flags`: whether the gradients of student and candidates are wanted.
+
+        Returns: sum_i coefficients_i L_i, 0-d, or None without a gradient; and the results.
         """
         ...

@@ -12,20 +12,16 @@ import functools
 import importlib
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..spec import LossSpec
-from .device_operators import Implementation, register
+from .device_operators import FusedImplementation, register
 from .operators import OperatorBackend, Ported
-from .pipeline import Batch, Results
 from .points import TRAITS
-
-if TYPE_CHECKING:
-    from .triton_kernels import TritonRowKernels
+from .row_kernels import FusedKernels
 
 PORTED: Ported = {
     "metric": tuple(TRAITS),
@@ -46,8 +42,8 @@ DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 @functools.cache
-def _kernels() -> TritonRowKernels:
-    kernels: TritonRowKernels = importlib.import_module(
+def _kernels() -> FusedKernels:
+    kernels: FusedKernels = importlib.import_module(
         "pcoherence.backends.triton_kernels"
     ).row_kernels()
     return kernels
@@ -69,27 +65,11 @@ class _OnFirstUse:
         return getattr(_kernels(), name)
 
 
-class TritonImplementation(Implementation):
-    """The operators, with a shorter way for small batches."""
-
-    def __init__(self, kernels: TritonRowKernels) -> None:
-        super().__init__(kernels, PORTED)
-        self._small = kernels
-
-    def _evaluate(
-        self, spec: LossSpec, batch: Batch, distances: bool, *flags: bool
-    ) -> tuple[Tensor, Results]:
-        if distances or not self._small.is_small(spec, batch):
-            return super()._evaluate(spec, batch, distances, *flags)
-        total, found = self._small.small(spec, batch, *flags)
-        return self._total(batch, found) if total is None else total, found
-
-
 OPERATORS = ops.Operators("pcoherence_triton")
 """A set of its own: the native one belongs to the extensions."""
 
 for _type in DEVICES:
-    _implementation = TritonImplementation(cast("TritonRowKernels", _OnFirstUse()))
+    _implementation = FusedImplementation(cast(FusedKernels, _OnFirstUse()), PORTED)
     register(OPERATORS, _implementation, _type.upper())
 
 

@@ -410,7 +410,7 @@ def _reweighed(stats: Tensor, totals: Tensor) -> Tensor:
 
 
 class TritonRowKernels(PointKernels):
-    """pcoherence.backends.row_kernels.RowKernels."""
+    """pcoherence.backends.row_kernels.FusedKernels."""
 
     def row_sums(self, matrix: Tensor) -> Tensor:
         """See RowKernels; the mean is in float64, so that nothing is lost by multiplying again."""
@@ -532,11 +532,11 @@ class TritonRowKernels(PointKernels):
         return losses
 
     def is_small(self, spec: LossSpec, batch: Batch) -> bool:
-        """Whether `small` takes this call: of all pairs, what fits."""
+        """See FusedKernels: of all pairs, what fits."""
         return triton_small.takes(resolve_method(spec.method, batch.n), batch)
 
     def small(self, spec: LossSpec, batch: Batch, *flags: bool) -> tuple[Tensor | None, Results]:
-        """See triton_small.py."""
+        """See FusedKernels."""
         return triton_small.small(spec, batch, *flags)
 
     def takes_differences(self, method: str, n: int) -> bool:

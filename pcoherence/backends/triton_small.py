@@ -21,9 +21,7 @@ from .points import TRAITS
 
 def takes(method: str, batch: Batch) -> bool:
     """Whether the batch is small; method: resolved for its size. Every other option is served."""
-    m, n = batch.student.shape[0], batch.n
-    reads = m * n * (batch.student.shape[1] + batch.teacher.shape[1])
-    return method == "pairs" and n <= tuning.FUSED_MOST and reads <= tuning.FUSED_READS
+    return method == "pairs" and batch.n <= tuning.FUSED_MOST and batch.reads_few
 
 
 def _bits(value: float) -> int:
@@ -33,12 +31,7 @@ def _bits(value: float) -> int:
 
 
 def small(spec: LossSpec, batch: Batch, *flags: bool) -> tuple[Tensor | None, Results]:
-    """A small batch in two launches, or one without a gradient.
-
-    Args: `flags`: whether the gradients of student and candidates are wanted.
-
-    Returns: sum_i coefficients_i L_i, 0-d, or None without a gradient; and the results.
-    """
+    """See FusedKernels."""
     x, others = batch.student, candidates(batch.student, batch.student_candidates)
     v, losses, lengths = _rows(spec, batch, any(flags))
     if not any(flags):
