@@ -96,36 +96,38 @@ def objective(
     T = ranks.dtype.element_ty
     weight = load_stat(student_stats, WEIGHT, r, rows)
     per_weight = (1.0 / weight).to(T)[:, None]
-    loss = tl.zeros([BR], tl.float64)
     if OBJECTIVE == "spearman":
-        ours = tl.zeros([BR], tl.float64)
-        theirs = tl.zeros([BR], tl.float64)
+        # As in row_stats, a thread's own until the end.
+        ours = tl.zeros([BR, BN], tl.float64)
+        theirs = tl.zeros([BR, BN], tl.float64)
         for k0 in range(0, n, BN):
             k = (k0 + tl.arange(0, BN))[None, :]
             at = r[:, None] * n + k
             w = load_weights(weights, weight_stride, self_index, r, k, rows, n).to(tl.float64)
-            ours += tl.sum(w * tl.load(ranks + at, mask=live & (k < n), other=0.0), 1)
-            theirs += tl.sum(w * tl.load(teacher + at, mask=live & (k < n), other=0.0), 1)
-        our_mean = (ours / weight).to(T)[:, None]
-        their_mean = (theirs / weight).to(T)[:, None]
-        our_square = tl.zeros([BR], tl.float64)
-        their_square = tl.zeros([BR], tl.float64)
-        product = tl.zeros([BR], tl.float64)
+            ours += w * tl.load(ranks + at, mask=live & (k < n), other=0.0)
+            theirs += w * tl.load(teacher + at, mask=live & (k < n), other=0.0)
+        our_mean = (tl.sum(ours, 1) / weight).to(T)[:, None]
+        their_mean = (tl.sum(theirs, 1) / weight).to(T)[:, None]
+        our_squares = tl.zeros([BR, BN], tl.float64)
+        their_squares = tl.zeros([BR, BN], tl.float64)
+        products = tl.zeros([BR, BN], tl.float64)
         for k0 in range(0, n, BN):
             k = (k0 + tl.arange(0, BN))[None, :]
             at = r[:, None] * n + k
             w = load_weights(weights, weight_stride, self_index, r, k, rows, n)
             x = tl.load(ranks + at, mask=live & (k < n), other=0.0) - our_mean
             y = tl.load(teacher + at, mask=live & (k < n), other=0.0) - their_mean
-            our_square += tl.sum((w * x * x).to(tl.float64), 1)
-            their_square += tl.sum((w * y * y).to(tl.float64), 1)
-            product += tl.sum((w * x * y).to(tl.float64), 1)
+            our_squares += (w * x * x).to(tl.float64)
+            their_squares += (w * y * y).to(tl.float64)
+            products += (w * x * y).to(tl.float64)
+        our_square = tl.sum(our_squares, 1)
+        their_square = tl.sum(their_squares, 1)
         floor = weight * FLOOR
         varied = (our_square > floor) & (their_square > floor)
         # Two roots: the product of the squares could underflow.
         scale = tl.sqrt(tl.where(varied, our_square, 1.0))
         scale *= tl.sqrt(tl.where(varied, their_square, 1.0))
-        correlation = tl.where(varied, product / scale, 0.0)
+        correlation = tl.where(varied, tl.sum(products, 1) / scale, 0.0)
         loss = 1.0 - correlation
         if GRADIENT:
             by_ours = tl.where(varied, correlation / tl.where(varied, our_square, 1.0), 0.0)
@@ -139,6 +141,7 @@ def objective(
                 y = tl.load(teacher + at, mask=live & (k < n), other=0.0) - their_mean
                 tl.store(ranks + at, w * (x * by_ours - y * by_theirs), mask=live & (k < n))
     else:
+        residuals = tl.zeros([BR, BN], tl.float64)
         for k0 in range(0, n, BN):
             k = (k0 + tl.arange(0, BN))[None, :]
             at = r[:, None] * n + k
@@ -148,7 +151,7 @@ def objective(
             if OBJECTIVE == "cross_entropy":
                 u = 2.0 * x * per_weight
             else:
-                loss += tl.sum((w * residual_value(x, OBJECTIVE, DELTA)).to(tl.float64), 1)
+                residuals += (w * residual_value(x, OBJECTIVE, DELTA)).to(tl.float64)
                 u = residual_slope(x, OBJECTIVE, DELTA, RESOLUTION)
             if GRADIENT:
                 tl.store(ranks + at, w * u * per_weight, mask=live & (k < n))
@@ -156,7 +159,7 @@ def objective(
             loss = row_total(crosses, tiles, r, rows, BR)
             loss = (loss - row_total(entropies, tiles, r, rows, BR)) / (weight * weight)
         else:
-            loss = loss / weight
+            loss = tl.sum(residuals, 1) / weight
     loss = tl.where(loss < 0.0, 0.0, loss)  # by rounding: no objective has a loss below 0
     state = row_state(student_stats, teacher_stats, r, rows)
     tl.store(losses + r, tl.where(state == 1.0, loss, state), mask=r < rows)
@@ -188,14 +191,15 @@ def store_gradient(
     coefficient = load_coefficients(coefficients, r, rows)
     through_mean = tl.zeros([BR], tl.float64)  # -c sum_k g_k s_k: the pull on log(mean)
     if SCALE == "anchor":
+        pulls = tl.zeros([BR, BN], tl.float64)
         for k0 in range(0, n, BN):
             k = (k0 + tl.arange(0, BN))[None, :]
             at = r[:, None] * n + k
             d = tl.load(distances + at, mask=live & (k < n), other=0.0)
             pulled = tl.load(g + at, mask=live & (k < n), other=0.0)
             s = positions(d, student_stats, r, rows)
-            through_mean -= tl.sum((pulled * s).to(tl.float64), 1)
-        through_mean *= coefficient
+            pulls += (pulled * s).to(tl.float64)
+        through_mean = -coefficient * tl.sum(pulls, 1)
     per_g = coefficient * load_stat(student_stats, FACTOR, r, rows) * CHAIN
     per_g = per_g.to(T)[:, None]
     per_w = tl.zeros([BR], tl.float64)

@@ -15,7 +15,7 @@ from .distances import from_square
 from .objectives import load_coefficients, objective, store_gradient
 from .points import lengths, load_given, load_points
 from .soft_ranks import pair_pullback, pair_ranks
-from .statistics import STATISTICS, WEIGHT, load_stat, number, row_stats, store_near_weights
+from .statistics import STATISTICS, WEIGHT, load_stat, near_weights, row_stats
 
 
 @triton.jit
@@ -97,9 +97,9 @@ def small_rows(
     self_index,  # int64 [rows], or None: nobody
     coefficients,  # X [rows], or None: ones
     series,  # T [2, M], see tables.py
-    per_temperature,  # of these three the bits of a float64
-    per_teacher_temperature,
-    neighbourhood,
+    per_temperature: tl.int64,  # of these three the bits of a float64
+    per_teacher_temperature: tl.int64,
+    neighbourhood: tl.int64,
     rows,
     n,
     tiles,
@@ -169,12 +169,8 @@ def small_rows(
                 near, totals, rows, n, tiles, True, "none", "mean", 1, 1, BR, BJ, BK, tile,
             )  # fmt: skip
         tl.debug_barrier()
-        h = number(neighbourhood)
-        T = near.dtype.element_ty
-        base = (h / (h + 0.5)).to(T)
-        per_rank = (1.0 / (h + 0.5)).to(T)
-        store_near_weights(
-            near, weights, weight_stride, self_index, base, per_rank,
+        near_weights(
+            near, weights, weight_stride, self_index, neighbourhood,
             teacher_stats + WEIGHT * rows, rows, n, BR, BN,
         )  # fmt: skip
         tl.debug_barrier()

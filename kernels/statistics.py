@@ -3,6 +3,8 @@
 Same conventions as soft_ranks.py.
 """
 
+import struct
+
 import triton
 import triton.language as tl
 
@@ -55,6 +57,12 @@ def load_weights(weights, weight_stride, self_index, r, k, rows, n):
         return tl.where(k == itself[:, None], 0.0, w)
 
 
+def bits_of(value: float) -> int:
+    """What a kernel takes for a float64."""
+    found: int = struct.unpack("q", struct.pack("d", value))[0]
+    return found
+
+
 @triton.jit
 def number(given):
     """A float64 in memory, or that came as its bits: floats are passed to kernels in float32."""
@@ -64,7 +72,7 @@ def number(given):
         return given.to(tl.float64, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inverse_temperature"])
 def row_stats(
     values,  # T [rows, n]
     weights,
@@ -85,27 +93,33 @@ def row_stats(
     """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     live = r < rows
-    weight = tl.zeros([BR], tl.float64)
-    total = tl.zeros([BR], tl.float64)
-    low = tl.full([BR], float("inf"), tl.float64)
-    high = tl.full([BR], float("-inf"), tl.float64)
-    nans = tl.zeros([BR], tl.float64)
-    below = tl.zeros([BR], tl.float64)
-    above = tl.zeros([BR], tl.float64)
+    # A thread's own until the end: to be added up, they pass through the whole program.
+    weights_sum = tl.zeros([BR, BN], tl.float64)
+    values_sum = tl.zeros([BR, BN], tl.float64)
+    lowest = tl.full([BR, BN], float("inf"), values.dtype.element_ty)
+    highest = tl.full([BR, BN], float("-inf"), values.dtype.element_ty)
+    nans = tl.zeros([BR, BN], tl.int32)
+    below_sum = tl.zeros([BR, BN], tl.float64)
+    above_sum = tl.zeros([BR, BN], tl.float64)
     for k0 in range(0, n, BN):
         k = (k0 + tl.arange(0, BN))[None, :]
         v = tl.load(values + r[:, None] * n + k, mask=live[:, None] & (k < n), other=0.0)
-        v = v.to(tl.float64)
         w = load_weights(weights, weight_stride, self_index, r, k, rows, n).to(tl.float64)
-        weight += tl.sum(w, 1)
-        total += tl.sum(w * v, 1)
+        weights_sum += w
+        values_sum += w * v.to(tl.float64)
         counts = (tl.abs(v) < float("inf")) & (k < n) if ENDS else w > 0
-        low = tl.minimum(low, tl.min(tl.where(counts, v, float("inf")), 1))
-        high = tl.maximum(high, tl.max(tl.where(counts, v, float("-inf")), 1))
-        nans += tl.sum(tl.where(v == v, 0.0, 1.0), 1)
+        lowest = tl.minimum(lowest, tl.where(counts, v, float("inf")))
+        highest = tl.maximum(highest, tl.where(counts, v, float("-inf")))
         if ENDS:
-            below += tl.sum(tl.where(v == float("-inf"), w, 0.0), 1)
-            above += tl.sum(tl.where(v == float("inf"), w, 0.0), 1)
+            nans |= (v != v).to(tl.int32)
+            below_sum += tl.where(v == float("-inf"), w, 0.0)
+            above_sum += tl.where(v == float("inf"), w, 0.0)
+    weight = tl.sum(weights_sum, 1)
+    total = tl.sum(values_sum, 1)
+    low = tl.min(lowest, 1).to(tl.float64)
+    high = tl.max(highest, 1).to(tl.float64)
+    below = tl.sum(below_sum, 1)
+    above = tl.sum(above_sum, 1)
     some = weight > 0
     mean = tl.where(some, total / tl.where(some, weight, 1.0), 0.0)
     factor = number(inverse_temperature) + tl.zeros([BR], tl.float64)  # read late: registers
@@ -121,7 +135,7 @@ def row_stats(
     low = tl.where(low <= high, base, 0.0)
     if ENDS:
         extent = tl.full([BR], END, tl.float64)
-        state = tl.where(nans > 0, float("nan"), 1.0)
+        state = tl.where(tl.max(nans, 1) > 0, float("nan"), 1.0)
     else:
         factor = tl.where(factor * spread <= MAX_RANGE, factor, MAX_RANGE / spread)
         extent = factor * spread
@@ -140,55 +154,36 @@ def row_stats(
     tl.store(stats + ABOVE * rows + r, above, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["neighbourhood"])
 def near_weights(
-    ranks,
-    weights,
-    weight_stride,
-    self_index,
-    offset,  # T []
-    slope,  # T []
-    totals,
-    rows,
-    n,
-    BR: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """See store_near_weights; grid [rows / BR]."""
-    base = tl.load(offset)
-    per_rank = tl.load(slope)
-    store_near_weights(
-        ranks, weights, weight_stride, self_index, base, per_rank, totals, rows, n, BR, BN
-    )
-
-
-@triton.jit
-def store_near_weights(
     ranks,  # T [rows, n] in: F^T under the weights; out: the weights in the neighbourhood
     weights,
     weight_stride,
     self_index,
-    base,  # h / (h + 1/2)
-    per_rank,  # 1 / (h + 1/2)
+    neighbourhood: tl.int64,  # h, see number()
     totals,  # float64 [rows] out: their sums
     rows,
     n,
     BR: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """w_k / (1 + F_k / h), times 1 + 1 / (2 h), on which nothing depends."""
+    """w_k / (1 + F_k / h), times 1 + 1 / (2 h), on which nothing depends; grid [rows / BR]."""
+    h = number(neighbourhood)
+    T = ranks.dtype.element_ty
+    base = (h / (h + 0.5)).to(T)
+    per_rank = (1.0 / (h + 0.5)).to(T)
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     live = (r < rows)[:, None]
-    total = tl.zeros([BR], tl.float64)
+    total = tl.zeros([BR, BN], tl.float64)
     for k0 in range(0, n, BN):
         k = (k0 + tl.arange(0, BN))[None, :]
         at = ranks + r[:, None] * n + k
         w = load_weights(weights, weight_stride, self_index, r, k, rows, n)
         f = tl.load(at, mask=live & (k < n), other=0.0)
         near = tl.where(w > 0, w / tl.where(w > 0, base + per_rank * f, 1.0), 0.0)
-        total += tl.sum(near.to(tl.float64), 1)
+        total += near.to(tl.float64)
         tl.store(at, near, mask=live & (k < n))
-    tl.store(totals + r, total, mask=r < rows)
+    tl.store(totals + r, tl.sum(total, 1), mask=r < rows)
 
 
 @triton.jit

@@ -33,6 +33,9 @@ ELEMENT_LOOPS = ("::spread_in_registers<", "::sum_in_order<", "::order_elements<
 IN_REGISTERS = ("spread_in_registers", "sum_in_order", "convolve")
 """Functions of the grid that write nothing to local memory. (An array there is no spill.)"""
 
+IN_WORDS = ("fill_buckets", "order_by_warp")
+"""Functions that read and write pieces of values, whose alignment the compiler has to see."""
+
 SHARED = 4096
 """Bytes of static shared memory: the scratch of reductions; the rest is asked for at launch."""
 
@@ -87,7 +90,10 @@ def test_kernels_keep_to_their_budget(compiled: tuple[str, Path]) -> None:
 
 
 def functions(cubin: Path) -> dict[str, list[str]]:
-    """The instructions of every function that a kernel calls, once for each kernel."""
+    """The instructions of every function that a kernel calls, once for each kernel.
+
+    With their modifiers: LDG.E.U8.
+    """
     triton = importlib.util.find_spec("triton")
     if triton is None or triton.origin is None:
         pytest.skip("triton, which brings a disassembler, is not installed")
@@ -101,10 +107,15 @@ def functions(cubin: Path) -> dict[str, list[str]]:
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
         body = body.split(".section", 1)[0]  # the last one of its kernel
         instructions = re.findall(
-            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", body, re.MULTILINE
+            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([\w.]+)", body, re.MULTILINE
         )
         found.setdefault(name, []).extend(instructions)
     return found
+
+
+def of(found: dict[str, list[str]], wanted: str) -> list[str]:
+    """The instructions of the functions whose names hold `wanted`."""
+    return [i for name, all_ in found.items() if wanted in name for i in all_]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -112,9 +123,19 @@ def test_sums_of_elements_stay_in_registers(capability: int, compiled: tuple[str
     (cubin,) = compiled[1].glob(f"*compute_{capability}.cubin")
     found = functions(cubin)
     for wanted in IN_REGISTERS:
-        instructions = [i for name, all_ in found.items() if wanted in name for i in all_]
-        assert {"FFMA", "DFMA"} & set(instructions), wanted
+        instructions = {i.split(".")[0] for i in of(found, wanted)}
+        assert {"FFMA", "DFMA"} & instructions, wanted
         assert "STL" not in instructions, wanted
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_words_are_not_moved_byte_by_byte(capability: int, compiled: tuple[str, Path]) -> None:
+    (cubin,) = compiled[1].glob(f"*compute_{capability}.cubin")
+    found = functions(cubin)
+    for wanted in IN_WORDS:
+        instructions = of(found, wanted)
+        assert any(i.startswith("ST") for i in instructions), wanted
+        assert not [i for i in instructions if ".U8" in i or ".S8" in i], wanted
 
 
 def test_glue_compiles(tmp_path: Path) -> None:

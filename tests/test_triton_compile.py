@@ -113,9 +113,10 @@ tuning.PAIRS_MOST = 0
 operators = Operators("pcoherence_as_launched")
 register(operators, FusedImplementation(triton_kernels.row_kernels(), PORTED), "CPU")
 for size in offline.SIZES:
-    for tuning.FUSED_MOST, method in offline.WAYS:
+    for way in offline.WAYS:
+        way.settle()
         x, y = (torch.zeros(size) for _ in range(2))
-        spec = LossSpec(objective="spearman", neighbourhood=None, method=method)
+        spec = LossSpec(objective="spearman", neighbourhood=None, method=way.method)
         operators.coherence(x, None, y, None, None, None, None, *spec.temperatures,
                             spec.packed(), False, True, True)
 launched = dict.fromkeys(name for name, _, _ in compiled)

@@ -120,8 +120,8 @@ def test_temperatures(temperature: float, objective: str) -> None:
 
 
 def test_temperatures_keep_the_digits_of_float64() -> None:
-    for value in (1e-300, 0.1, math.pi, 1e300):
-        bits = torch.tensor(triton_small._bits(value)).view(torch.float64)
+    for value in (5e-324, 1e-300, 0.1, math.pi, 1e300):
+        bits = torch.tensor(triton_small.bits_of(value)).view(torch.float64)
         assert bits.item() == value
 
 

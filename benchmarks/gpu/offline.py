@@ -54,8 +54,25 @@ MODULES = {
 METHODS = ("pairs", "scan", "auto")
 """The last of them, of as few points as are recorded, takes the grid here."""
 
-WAYS = ((tuning.FUSED_MOST, "pairs"), *((0, method) for method in METHODS))
-"""Up to how many points a batch is small, and the method."""
+
+class Way(NamedTuple):
+    """One of the ways through the kernels: the method, and sizes of tuning.py."""
+
+    method: str
+    small: int  # FUSED_MOST
+    long: int  # LONG_ROW
+
+    def settle(self) -> None:
+        """For calls that come."""
+        vars(tuning).update(FUSED_MOST=self.small, LONG_ROW=self.long)
+
+
+WAYS = (
+    Way("pairs", tuning.FUSED_MOST, tuning.LONG_ROW),
+    *(Way(method, 0, tuning.LONG_ROW) for method in METHODS),
+    *(Way(method, 0, 0) for method in METHODS if method != "pairs"),
+)
+"""Rows of the pairs are never that long by choice."""
 
 SIZES = [(64, 48), (70, 3)]
 """Points and features: compiled apart where they divide by 16."""
@@ -136,19 +153,19 @@ def recorded(everything: bool, dtypes: list[str], aligned: bool = False) -> list
     sizes = SIZES + MORE_SIZES * everything
     if aligned:
         sizes = SIZES[:1]
-    for name, (fused, method), size in itertools.product(dtypes, WAYS, sizes):
-        vars(tuning).update(FUSED_MOST=fused)
+    for name, way, size in itertools.product(dtypes, WAYS, sizes):
+        way.settle()
         # A piece of memory for each, as users' tensors have: it begins where 16 divides.
         x, y, values = (torch.zeros(size, dtype=getattr(torch, name)) for _ in range(3))
         for spec in _specs(everything):
-            options = dataclasses.replace(spec, method=method)
+            options = dataclasses.replace(spec, method=way.method)
             given = None, None, None, *options.temperatures, options.packed(), False
             for candidates in (None, y) if everything else (None,):
                 for flag in (True, False) if everything else (True,):
                     operators.coherence(x, candidates, y, candidates, *given, flag, flag)
         if everything:
             for upstream in (None, values):
-                operators.soft_rank(values, None, upstream, 0.1, method)
+                operators.soft_rank(values, None, upstream, 0.1, way.method)
     return list(launches)
 
 

@@ -18,16 +18,16 @@ constexpr std::int64_t hard_rank_bytes(std::int64_t n) {
 
 // ---------------------------------------------------------------- buckets
 
-// Word w of a value.
+// A piece of any value. (memcpy would move it byte by byte: nvcc does not see that it is aligned.)
+using Word [[gnu::may_alias]] = unsigned;
+
 template <class V>
-PCOH_DEVICE unsigned get_word(const V* value, int w) {
-  unsigned word;
-  memcpy(&word, reinterpret_cast<const unsigned*>(value) + w, sizeof word);
-  return word;
+PCOH_DEVICE const Word* words(const V* value) {
+  return reinterpret_cast<const Word*>(value);
 }
 template <class V>
-PCOH_DEVICE void set_word(V* value, int w, unsigned word) {
-  memcpy(reinterpret_cast<unsigned*>(value) + w, &word, sizeof word);
+PCOH_DEVICE Word* words(V* value) {
+  return reinterpret_cast<Word*>(value);
 }
 
 // Until a candidate is ranked, its bucket and its place there stand where its rank will, marked by the sign bit, which
@@ -43,16 +43,16 @@ struct Ticket {
 
   template <class Out>
   static PCOH_DEVICE Ticket at(const Out* out) {
-    return {get_word(out, last<Out>)};
+    return {words(out)[last<Out>]};
   }
   template <class Out>
   PCOH_DEVICE void put(Out* out) const {
-    set_word(out, last<Out>, bits);
+    words(out)[last<Out>] = bits;
   }
 
  private:
   template <class Out>
-  static constexpr int last = sizeof(Out) / sizeof(unsigned) - 1;
+  static constexpr int last = sizeof(Out) / sizeof(Word) - 1;
 };
 static_assert(std::int64_t(kMostBuckets) << 8 < std::int64_t(Ticket::mark));
 
@@ -101,16 +101,16 @@ PCOH_DEVICE void order_in_registers(G& g, T* values, Beside* beside, int count) 
   unrolled<own>([&](auto j) {
     if (g.lane() + kWarp * j < count) values[place[j]] = value[j];
   });
-  constexpr int words = std::is_empty_v<Beside> ? 0 : sizeof(Beside) / sizeof(unsigned);
-  unrolled<words>([&](auto w) {
-    unsigned word[own];
+  constexpr int pieces = std::is_empty_v<Beside> ? 0 : sizeof(Beside) / sizeof(Word);
+  unrolled<pieces>([&](auto w) {
+    Word word[own];
     unrolled<own>([&](auto j) {
       const int i = g.lane() + kWarp * j;
-      word[j] = i < count ? get_word(beside + i, w) : 0;
+      word[j] = i < count ? words(beside + i)[w] : 0;
     });
     g.sync_warp();
     unrolled<own>([&](auto j) {
-      if (g.lane() + kWarp * j < count) set_word(beside + place[j], w, word[j]);
+      if (g.lane() + kWarp * j < count) words(beside + place[j])[w] = word[j];
     });
   });
 }
@@ -196,6 +196,8 @@ PCOH_DEVICE typename Ranks::Tie rank_values(G& g, const Row<T>& row, const Count
           less = ranks.between(begin, from);
           equal = ranks.between(from, to);
         } else {
+          // One or two values: copies of the loop would only take registers.
+          PCOH_ROLLED
           for (int i = begin; i < end; ++i) {
             const auto own = ranks.between(i, i + 1);
             less += ordered.values[i] < v ? own : 0;

@@ -64,6 +64,11 @@ class _Values(NamedTuple):
         return self.weights, stride, self.self_index
 
 
+def _tiles(values: Tensor) -> tuning.Tiles:
+    """For kernels of rows of values [rows, n]."""
+    return tuning.row_tiles(values.dtype, values.is_cuda, values.shape[1])
+
+
 class _Sums(ABC):
     """Ranks and pullbacks of a block of rows by one method.
 
@@ -75,7 +80,7 @@ class _Sums(ABC):
 
     def __init__(self, rows: _Values, stats: Tensor) -> None:
         self._rows, self._stats = rows, stats
-        self._tiles = tuning.tiles(rows.values.dtype, rows.values.is_cuda)
+        self._tiles = _tiles(rows.values)
 
     def ranks(
         self,
@@ -362,9 +367,9 @@ def _row_stats(
     """Statistics float64 [10, rows]; unit: see Units; `ends`: values may be infinite."""
     values = rows.values
     count, n = values.shape
-    t = tuning.tiles(values.dtype, values.is_cuda)
+    t = _tiles(values)
     stats = values.new_empty(statistics.STATISTICS.value, count, dtype=torch.float64)
-    inverse = stats.new_full((), 1 / temperature) if unit is None else unit / temperature
+    inverse = statistics.bits_of(1 / temperature) if unit is None else unit / temperature
     statistics.row_stats[cdiv(count, t.row_rows),](
         values,
         *rows.weighting,
@@ -385,15 +390,14 @@ def _in_neighbourhood(teacher: _Values, hard: _Sums, neighbourhood: float) -> tu
     """Weights T [rows, n] that fall with the teacher's hard rank, and their sums float64 [rows]."""
     values = teacher.values
     count, n = values.shape
-    t = tuning.tiles(values.dtype, values.is_cuda)
+    t = _tiles(values)
     near = torch.empty_like(values)
     hard.ranks(near, "mean")
     totals = values.new_empty(count, dtype=torch.float64)
     statistics.near_weights[cdiv(count, t.row_rows),](
         near,
         *teacher.weighting,
-        values.new_full((), neighbourhood / (neighbourhood + 0.5)),
-        values.new_full((), 1 / (neighbourhood + 0.5)),
+        statistics.bits_of(neighbourhood),
         totals,
         count,
         n,
@@ -451,7 +455,7 @@ class TritonRowKernels(PointKernels):
     ) -> Tensor:
         student, teacher, weights, self_index, coefficients = rows
         count, n = student.shape
-        t = tuning.tiles(student.dtype, student.is_cuda)
+        t = _tiles(student)
         cross_entropy = spec.objective == "cross_entropy"
         ours = _Values.of(student, weights, self_index)
         theirs = ours._replace(values=teacher)

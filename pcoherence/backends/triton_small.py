@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor
 from triton import cdiv
@@ -11,7 +9,7 @@ from triton import cdiv
 from ..inputs import candidates
 from ..kernels import small as kernels
 from ..kernels import tuning
-from ..kernels.statistics import STATISTICS
+from ..kernels.statistics import STATISTICS, bits_of
 from ..kernels.tables import SERIES_DEGREE, series
 from ..objectives import HUBER_DELTA, RESOLUTION, SPEARMAN_FLOOR
 from ..spec import LossSpec
@@ -22,12 +20,6 @@ from .points import TRAITS
 def takes(method: str, batch: Batch) -> bool:
     """Whether the batch is small; method: resolved for its size. Every other option is served."""
     return method == "pairs" and batch.n <= tuning.FUSED_MOST and batch.reads_few
-
-
-def _bits(value: float) -> int:
-    """See kernels/statistics.py, number()."""
-    found: int = struct.unpack("q", struct.pack("d", value))[0]
-    return found
 
 
 def small(spec: LossSpec, batch: Batch, *flags: bool) -> tuple[Tensor | None, Results]:
@@ -118,9 +110,9 @@ def _rows(
         batch.self_index,
         batch.coefficients,
         terms,
-        _bits(1 / spec.temperature),
-        _bits(1.0 if hard else 1 / spec.temperatures[1]),
-        _bits(1.0 if spec.neighbourhood is None else spec.neighbourhood),
+        bits_of(1 / spec.temperature),
+        bits_of(1.0 if hard else 1 / spec.temperatures[1]),
+        bits_of(1.0 if spec.neighbourhood is None else spec.neighbourhood),
         m,
         n,
         tiles,
