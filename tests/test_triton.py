@@ -477,6 +477,27 @@ def test_rows_for_whose_grids_there_is_no_memory(
     assert torch.equal(ranks, soft_rank(values, backend="triton", method=method))
 
 
+@pytest.mark.parametrize(("method", "dtype", "long"), covering(ANY_RANGE, DTYPES, (False, True)))
+def test_tiles_of_gpus(
+    method: str, dtype: torch.dtype, long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter has others, which hold more rows and fewer candidates."""
+    tiles = tuning.tiles
+    monkeypatch.setattr(tuning, "tiles", lambda dtype, on_gpu: tiles(dtype, True))
+    monkeypatch.setattr(tuning, "LONG_ROW", 7 if long else 8)
+    leaves, constants = problem(7, dtype, rectangular=True, weighted=True)
+    check(leaves, constants, method, neighbourhood=0.3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_rows_have_more_warps(dtype: torch.dtype) -> None:
+    short, long = (tuning.row_tiles(dtype, True, n) for n in (tuning.LONG_ROW - 1, tuning.LONG_ROW))
+    for kernels in ("row", "scan", "sort", "grid"):
+        few, more = (getattr(t, f"{kernels}_warps") for t in (short, long))
+        assert few < more <= 32
+    assert tuning.row_tiles(dtype, False, tuning.LONG_ROW) == tuning.tiles(dtype, False)
+
+
 def test_too_many_bins_raise() -> None:
     """65,536 are the CPU's, which plays Triton where the checks themselves are checked."""
     leaves, constants = problem(9, torch.float64, rectangular=False, weighted=False)
