@@ -1,6 +1,7 @@
 // One anchor's row, from distances to loss and gradient, by a group of lanes (row.h).
 #pragma once
 
+#include "near.h"
 #include "objectives.h"
 
 namespace pcoherence {
@@ -34,33 +35,6 @@ PCOH_APART Outcome nobody(G& g, const AnchorRow<T>& a, Row row, const Weighed& w
 
 // ---------------------------------------------------------------- neighbourhood
 
-// w_j / (1 + F_j / h) = h w_j / (h + F_j), but for a factor, on which nothing depends: so chosen that no h under- or
-// overflows.
-template <class T>
-struct NearDivisor {
-  T offset, slope;
-
-  PCOH_DEVICE explicit NearDivisor(double h)
-      : offset(static_cast<T>(h / (h + 0.5))), slope(static_cast<T>(1 / (h + 0.5))) {}
-  template <class V>
-  PCOH_DEVICE V operator()(V rank) const {
-    return offset + rank * slope;
-  }
-};
-
-// Of `count` candidates, by place as twice_place() numbers them, [2 count]: weights in the neighbourhood, and the ranks
-// under such weights if everybody has a place of his own. A workplace's NearTable has  available  whether it knows the
-// ranks  total  of the weights  weight(i)  rank(i).
-template <class T>
-struct NearTable {
-  const T *weights, *ranks;
-  double total;
-  static constexpr bool available = true;
-
-  PCOH_DEVICE T weight(int i) const { return weights[i]; }
-  PCOH_DEVICE T rank(int i) const { return ranks[i]; }
-};
-
 // ranks [n]: F^T under the row's weights.
 template <class T, class G, class Row>
 PCOH_APART void near_weights(G& g, const Row& row, const NearDivisor<T>& near, const T* ranks, T* out) {
@@ -71,53 +45,7 @@ PCOH_APART void near_weights(G& g, const Row& row, const NearDivisor<T>& near, c
   });
 }
 
-// Up to this many candidates of equal weights, T tells apart twice their hard ranks, which are whole numbers.
-template <class T>
-inline constexpr int kWholeRanks = sizeof(T) == 4 ? 1 << 20 : 1 << 28;
-
-// 2 F count for the hard rank F of a candidate, less 1: from 0 to 2 count - 2; of weight 0 it is 2 count - 1.
-template <class T, class Row>
-PCOH_DEVICE int twice_place(const Row& row, const T* ranks, int k, int count) {
-  const int twice = static_cast<int>(ranks[k] * T(2 * count) - T(0.5)), last = 2 * count - 2;
-  return row.weight(k) > 0 ? (twice < last ? twice : last) : last + 1;
-}
-
-// Equal weights, whose hard ranks are plain [n]: weights and ranks in the neighbourhood, by counting who is at each
-// place. Returns what the weights are, and adds up w_j w_k of candidates that tie, themselves included.
-template <class T, class Rank, class G, class Row, class Table, class Workplace>
-PCOH_APART Weighed count_near(G& g, const Row& row, const Weighed& weighed, const Table& table, const T* plain,
-                              T* weights, Rank* out, double& ties, Workplace& work) {
-  const int count = weighed.count, places = 2 * count - 1;
-  Workplace own = work;
-  int* here = own.template take<int>(places);
-  double* before = own.template take<double>(places + 1);
-  const auto place = [&](int k) { return twice_place(row, plain, k, count); };
-  each_element(g, places, [&](int i) { here[i] = 0; });
-  g.sync();
-  each_indexed(g, row.n, place, [&](int, int i) {
-    if (i < places) g.add(&here[i], 1);
-  });
-  g.sync();
-  const T weight = static_cast<T>(weighed.total / count);
-  const Table known = table;  // a copy, which no store can change
-  const auto at = [=](int i) { return weight * known.weight(i); };
-  const auto mass = [=](int i) { return double(here[i]) * double(at(i)); };
-  running_sums(g, places, mass, [&](int i, double sum) { before[i] = sum; });
-  g.sync();
-  const double all = before[places - 1] + mass(places - 1), per_all = 1 / all;
-  ties = sum_each(g, places, [&](int i) { return mass(i) * mass(i); });
-  g.sync();
-  // The rank at a place; of the last, of those without weight, it is finite.
-  each_element(g, places + 1, [&](int i) { before[i] = i < places ? (before[i] + mass(i) / 2) * per_all : 0.0; });
-  g.sync();
-  each_indexed(g, row.n, place, [&](int k, int i) {
-    weights[k] = i < places ? at(i) : T(0);
-    out[k] = static_cast<Rank>(before[i]);
-  });
-  return {all, count, false};
-}
-
-// The same without counting: where nobody ties every place is taken once, whatever the row.
+// As count_near(), without counting: where nobody ties every place is taken once, whatever the row.
 template <class T, class G, class Row, class Table>
 PCOH_APART Weighed look_up_near(G& g, const Row& row, const Weighed& weighed, const Table& table, const T* plain,
                                 T* weights, T* out) {
@@ -133,11 +61,10 @@ PCOH_APART Weighed look_up_near(G& g, const Row& row, const Weighed& weighed, co
 
 // ---------------------------------------------------------------- the teacher
 
-// Whether a table of places holds to T's last digit although candidates tie (`ties`: sum_jk w_j w_k of those that do).
-// Where two tie, the weights at two neighbouring places become twice that between them: a second difference.
+// Whether a table of places holds to T's last digit although so many pairs tie (see tied_pairs()). Where two tie, the
+// weights at two neighbouring places become twice that between them: a second difference.
 template <class T>
-PCOH_DEVICE bool hardly_ties(const Weighed& weighed, double ties, double h) {
-  const double count = weighed.count, pairs = ties * count * count / (weighed.total * weighed.total) - count;
+PCOH_DEVICE bool hardly_ties(double pairs, double count, double h) {
   if (pairs < 1) return true;
   const double second = 2 / (h * h * count * count), sum = count * h * std::log1p(1 / h);
   constexpr double bound = std::numeric_limits<T>::epsilon() / 8;
@@ -152,7 +79,7 @@ PCOH_APART bool enter_neighbourhood(G& g, const Options& options, Row& row, Stat
   const NearDivisor<T> divisor(options.neighbourhood);
   const auto table = work.near_table(s.count, divisor);
   const bool may_look_up = options.objective != Objective::cross_entropy && table.available;
-  ties = hard_ranks(g, row, s, may_look_up, plain, work);
+  ties = hard_ranks(g, row, s, may_look_up || Workplace::wants_ties, plain, work);
   g.sync();
   const bool whole = s.uniform && s.count <= kWholeRanks<T>;
   Weighed found;
@@ -164,7 +91,7 @@ PCOH_APART bool enter_neighbourhood(G& g, const Options& options, Row& row, Stat
   } else {
     bool looked_up = false;
     if constexpr (sizeof(Rank) == sizeof(T)) {
-      looked_up = may_look_up && hardly_ties<T>(s, ties, options.neighbourhood);
+      looked_up = may_look_up && hardly_ties<T>(tied_pairs(s, ties), s.count, options.neighbourhood);
       if (looked_up) found = look_up_near(g, row, s, table, plain, near, out);
     }
     if (!looked_up) found = count_near(g, row, s, table, plain, near, out, ties, work);

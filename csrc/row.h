@@ -18,6 +18,12 @@
 //   by_memory(g, p, f)             f(p), compiled for the memory that p points to
 //   total(g, sum)  total(g, a, b, c)  extremes(g, low, high, sum)  of all elements
 //   weigh(g, row)                  the weights' statistics
+//   count_near(g, row, weighed, table, plain, weights, out, ties, work)
+//                                  of equal weights, whose hard ranks are plain [n], which may be `out`: weights in a
+//                                  neighbourhood into weights [n], ranks under them into out [n], by counting who is at
+//                                  each place of a NearTable. Returns what the weights are. ties: sum_jk w_j w_k of
+//                                  those that tie, under the row's weights (where the workplace wants_ties), then under
+//                                  the new ones
 //   hard_ranks(g, row, stats, want_ties, out, work)
 //                                  F_j into out [n]; returns sum_jk w_j w_k [v_j = v_k], or without want_ties anything
 //
@@ -38,7 +44,8 @@
 //   values(given, n)               where stats() puts the row's values; ranked_values(given, n): of those that hard
 //                                  ranks order
 //   pullback(sums, residuals, n)   of the sums, in place or not
-//   near_table(count, divisor)     see NearTable in anchor.h
+//   near_table(count, divisor)     see NearTable in near.h
+//   wants_ties                     whether count_near() has to know how many tie
 //   bins(g, row, low, high, scale)  that a grid of the row costs, whose range is less than most_bins of them; run()
 //                                  of the same row may use what was found on the way
 //   run<Sums>(g, row, low, high, scale, f)   f(sums) by one of the methods

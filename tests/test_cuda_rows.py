@@ -307,6 +307,29 @@ def test_neighbourhoods(n: int, share: float, dtype: torch.dtype, emulate: Emula
     check(from_distances, student, teacher, methods=("grid",), neighbourhood=share)
 
 
+# At one place: one; few; as many as a byte counts; more.
+@pytest.mark.parametrize("tied", [1, 4, 255, 256])
+# Memory for all places; for some, a window at a time; for none.
+@pytest.mark.parametrize("shared", [0, 4096 + 2300, 4096 + 64])
+def test_places_in_a_neighbourhood(tied: int, shared: int, emulate: Emulate) -> None:
+    emulate(threads=96, seed=20, shared=shared)
+    student, teacher = rows(700, torch.float32)
+    teacher[:, 2 : 2 + tied] = 0.5
+    teacher[1, -9:] = teacher[1, -10]
+    weights = 0.3 * (torch.arange(700) % 7 > 0)
+    for objective in ("mse", "cross_entropy"):
+        for weighted, own in ((None, None), (weights, torch.tensor([3, 699]))):
+            check(
+                from_distances,
+                student,
+                teacher,
+                methods=("auto",),
+                objective=objective,
+                candidate_weights=weighted,
+                self_index=own,
+            )
+
+
 # 40, 200: in a crowded bucket, which is ordered by itself; 600: more than a counter holds.
 @pytest.mark.parametrize("ties", [40, 200, 600])
 def test_buckets_that_overflow(ties: int, emulate: Emulate) -> None:
@@ -390,15 +413,15 @@ def test_the_farthest_point_takes_the_same_path(emulate: Emulate) -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the emulation counts what goes to global memory")
 @pytest.mark.parametrize("weights", [None, any_weights(2000)], ids=["equal", "weights"])
+@pytest.mark.parametrize("objective", ["mse", "cross_entropy"])
 @pytest.mark.parametrize("kind", [GAUSSIAN, "outlier"])
 def test_what_is_accessed_at_random_stays_in_fast_memory(
-    kind: str, weights: Tensor | None, emulate: Emulate
+    kind: str, objective: str, weights: Tensor | None, emulate: Emulate
 ) -> None:
     """Of a row as long for this memory as 65,536 elements are for 227 KiB: neither fits."""
     emulate(threads=128, shared=4096 + 2000 * 7 // 2 + 4200)
     before = counted("slow_atomics")
-    # cross_entropy counts its neighbourhood
-    from_distances(*of_kind(kind, 2000), objective="mse", candidate_weights=weights)
+    from_distances(*of_kind(kind, 2000), objective=objective, candidate_weights=weights)
     assert counted("slow_atomics") == before
 
 

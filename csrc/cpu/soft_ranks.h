@@ -3,6 +3,7 @@
 
 #include "grid.h"
 #include "hard_ranks.h"
+#include "near.h"
 #include "pairs.h"
 #include "scan.h"
 
@@ -30,6 +31,7 @@ struct Workplace {
   // Up to so many elements, bins that are too many are not looked at for empty ones.
   static constexpr int few_to_hold = 96;
   static constexpr int most_bins = kMaxBins;
+  static constexpr bool wants_ties = false;
 
   Method method;
   Workspace& ws;

@@ -32,8 +32,7 @@ struct RowTask {
 template <class T, class G>
 constexpr std::int64_t task_bytes(std::int64_t n, int threads, std::int64_t bins) {
   const std::int64_t row = row_bytes<T>(n);
-  // What hard ranks take, or count_near().
-  const std::int64_t sort = std::max(hard_rank_bytes<T>(n), row_bytes<int>(2 * n) + row_bytes<double>(2 * n));
+  const std::int64_t sort = std::max(hard_rank_bytes<T>(n), places_bytes(2 * n));
   const std::int64_t sums = std::max({Layout<T>::bytes(bins) + Grid<T, G>::bytes(bins) + Grid<T, G>::items_bytes(n),
                                       Scan<T, G>::bytes(n, threads), Pairs<T, G>::bytes(n)});
   // The teacher's stage holds sums or the ranking of hard ranks.

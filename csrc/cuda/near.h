@@ -4,11 +4,12 @@
 
 #include <cmath>
 
+#include "../near.h"
 #include "group.h"
 
 namespace pcoherence::cuda {
 
-// See NearTable in ../anchor.h.
+// See NearTable in ../near.h.
 template <class T>
 struct NearSums {
   bool available;  // whether the sums hold to T's last digit
@@ -31,11 +32,13 @@ struct NearSums {
     per_sum = T(1 / sum);
   }
 
-  PCOH_DEVICE T weight(int i) const { return i < 2 * count - 1 ? 1 / (offset + slope * (per_rank * T(i + 1))) : T(0); }
+  PCOH_DEVICE T weight(int i) const {
+    return i < 2 * count - 1 ? reciprocal(offset + slope * (per_rank * T(i + 1))) : T(0);
+  }
   // What is below, and half of one's own; of a place that two share, all of it: one is below, or half of both.
   PCOH_DEVICE T rank(int i) const {
-    const T below = T(i / 2), x = h + below, own = (i % 2 == 0 ? T(0.5) : T(1)) / (h + T(i + 1) / 2);
-    return (std::log1p(below * per_h) + (correction(1 / x) - at_zero) + own) * per_sum;
+    const T below = T(i / 2), x = h + below, own = (i % 2 == 0 ? T(0.5) : T(1)) * reciprocal(h + T(i + 1) / 2);
+    return (std::log1p(below * per_h) + (correction(reciprocal(x)) - at_zero) + own) * per_sum;
   }
 
  private:

@@ -7,6 +7,7 @@
 #include "grid.h"
 #include "near.h"
 #include "pairs.h"
+#include "places.h"
 #include "scan.h"
 
 namespace pcoherence::cuda {
@@ -83,6 +84,7 @@ struct Workplace {
   static constexpr int few_pairs = 512;
   // Up to so many elements, bins that are too many are not looked at for empty ones.
   static constexpr int few_to_hold = 96;
+  static constexpr bool wants_ties = true;
 
   Method method;
   int most_bins;  // as they are laid
