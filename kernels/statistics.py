@@ -118,8 +118,8 @@ def row_stats(
     total = tl.sum(values_sum, 1)
     low = tl.min(lowest, 1).to(tl.float64)
     high = tl.max(highest, 1).to(tl.float64)
-    below = tl.sum(below_sum, 1)
-    above = tl.sum(above_sum, 1)
+    below = tl.sum(below_sum, 1) if ENDS else tl.zeros([BR], tl.float64)
+    above = tl.sum(above_sum, 1) if ENDS else tl.zeros([BR], tl.float64)
     some = weight > 0
     mean = tl.where(some, total / tl.where(some, weight, 1.0), 0.0)
     factor = number(inverse_temperature) + tl.zeros([BR], tl.float64)  # read late: registers
