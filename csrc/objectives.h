@@ -98,7 +98,7 @@ PCOH_DEVICE double spearman(G& g, const Row& row, const T* teacher, double weigh
     product.add(w * f * t);
   });
   const Triple square = total(g, student_square, teacher_square, product);
-  const double scale = std::sqrt(square.a * square.b);
+  const double scale = std::sqrt(square.a) * std::sqrt(square.b);  // the root of their product may underflow
   constexpr double deviation = kSpearmanFloor * std::numeric_limits<T>::epsilon();
   constexpr double floor = deviation * deviation;
   const bool flat = !(square.a > weight * floor) || !(square.b > weight * floor);
@@ -124,7 +124,7 @@ PCOH_APART double objective(G& g, Objective which, const Row& row, const T* teac
     case Objective::spearman:
       return spearman(g, row, teacher, weight, ranks);
     case Objective::cross_entropy:
-      break;  // not a function of the residuals: see anchor()
+      break;  // not a function of the residuals: see student_stage()
   }
   PCOH_TRAP();
   return 0;

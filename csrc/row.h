@@ -38,7 +38,7 @@
 //                                    sum_jk w_j w_k log(1 + exp(-|s_j - s_k|)) + 2 sum_j w_j s_j (H_j - W F_j):
 //                                  ranks are subtracted as ranks, and no logarithm is more than log 2.
 //
-// A Workplace has memory for the stages of a row, and the methods (method, most_bins, Grid, Scan, Pairs):
+// A Workplace has memory for the stages of a row, and the methods (method, most_laid, Grid, Scan, Pairs):
 //   take<V>(n, others)             memory [n], of T unless said otherwise; fast where that many others, which need
 //                                  it more, would be fast, too. A copy of a workplace takes the same memory again.
 //   values(given, n)               where stats() puts the row's values; ranked_values(given, n): of those that hard
@@ -46,7 +46,7 @@
 //   pullback(sums, residuals, n)   of the sums, in place or not
 //   near_table(count, divisor)     see NearTable in near.h
 //   wants_ties                     whether count_near() has to know how many tie
-//   bins(g, row, low, high, scale)  that a grid of the row costs, whose range is less than most_bins of them; run()
+//   bins(g, row, low, high, scale)  that a grid of the row costs, whose range is less than most_laid of them; run()
 //                                  of the same row may use what was found on the way
 //   run<Sums>(g, row, low, high, scale, f)   f(sums) by one of the methods
 #pragma once
@@ -102,7 +102,7 @@ PCOH_APART Stats<T> stats(G& g, const Row& row, const T* from, const Weighed& we
 // As the grid of a GPU rounds it.
 template <class T, class Workplace>
 PCOH_DEVICE bool fits_grid(const Workplace& work, const Scaling& scale) {
-  return static_cast<T>(scale.range / kBinWidth) < T(work.most_bins);
+  return static_cast<T>(scale.range / kBinWidth) < T(work.most_laid);
 }
 
 template <class T, class G, class Row, class Workplace>

@@ -86,8 +86,8 @@ struct GridOrder<double> {
   static constexpr double reach = 34.5;  // exp(-34.5) = 1e-15
 };
 
-// The grid's memory grows with range / temperature; above this many bins a row is refused (method "grid")
-// or goes to the scan (method "auto", long before).
+// The grid's memory grows with range / temperature; above this many bins a row is refused by method
+// "grid"; with "auto", long before, it goes to the scan, or loses its empty bins.
 inline constexpr int kMaxBins = 1 << 16;
 
 // Scan: sigmoid and log1p as polynomials of this degree in z = exp(-|t|). The error of the slope falls

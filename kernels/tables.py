@@ -21,7 +21,8 @@ SERIES_DEGREE = {torch.float32: 16, torch.float64: 20}
 """The slope errs by 5.83^-degree times degree^2.
 
 12 would be enough for float32; tiles have a power of two of terms, so that 16 costs the same. 20
-reaches what float64 resolves; beyond, the fit would have to be computed in more than float64.
+errs by 2e-13, where csrc/tables.cpp has 24: beyond, the fit would have to be computed in more than
+float64.
 """
 
 
@@ -71,8 +72,10 @@ BIN_WIDTH = 1.5
 GRID_ORDER = {torch.float32: 8, torch.float64: 16}
 """Terms of a bin's polynomial."""
 
-GRID_REACH = {torch.float32: 14, torch.float64: 25}
-"""Bins farther apart are beyond 18 temperatures, or 34.5: sigmoid is 0 or 1 to rounding."""
+GRID_REACH = {torch.float32: 12, torch.float64: 23}
+"""Points of bins farther apart are 18 temperatures apart and more, or 34.5, since as many bins lie
+between: sigmoid is 0 or 1 to rounding.
+"""
 
 
 def _sigmoid(t: numpy.ndarray, _: numpy.ndarray) -> numpy.ndarray:

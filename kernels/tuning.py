@@ -36,8 +36,8 @@ sort, counted in sm_90 code.
 ELEMENTS_PER_BIN = {torch.float32: 8, torch.float64: 32}
 """Of a row at least, as in csrc/cuda/soft_ranks.h: bins cost something themselves.
 
-In float32 a convolution is 10,000 instructions a bin: 29 differences, 44 for each of a bin's eight
-coefficients. With 8 elements a bin that is 1,300 an element, three times in all.
+In float32 a convolution is 8,800 instructions a bin: 25 differences, 44 for each of a bin's eight
+coefficients. With 8 elements a bin that is 1,100 an element, three times in all.
 """
 
 EXPLICIT_BINS = 512

@@ -7,6 +7,7 @@
 #include "../csrc/cuda/launch.h"
 
 extern "C" void pcoherence_emulate(int threads, long shared, unsigned seed);
+extern "C" int pcoherence_kernels_not_run();
 
 namespace {
 
@@ -51,7 +52,8 @@ struct Problem {
   }
   char* memory() { return workspace.data() + (16 - reinterpret_cast<std::uintptr_t>(workspace.data()) % 16) % 16; }
 
-  void rows(Method method, Objective objective, double temperature, bool soft_teacher, bool weighted) {
+  // near: 0: without a neighbourhood.
+  void rows(Method method, Objective objective, double temperature, bool soft_teacher, bool weighted, double near = 0) {
     const Plan p = plan<T>(current_device(), m, n, method);
     RowTask<T> task{};
     task.options.objective = objective;
@@ -69,6 +71,7 @@ struct Problem {
     task.chain_root = true;
     task.gradient = gradient.data();
     task.losses = losses.data();
+    task.options.neighbourhood = near;
     launch(SmallTask<T>{.row = task, .features = false}, p, memory(), nullptr);
   }
 
@@ -116,6 +119,12 @@ struct Problem {
       for (int k = 40; k < 80; ++k) teacher[i * n + k] = T(0.5);
     }
     rows(Method::automatic, Objective::mse, 0.1, false, weighted);
+  }
+
+  // Some of the teacher's distances tie.
+  void neighbourhood(Objective objective, bool weighted, int tied) {
+    for (int k = 0; k < tied; ++k) teacher[k] = T(0.5);
+    rows(Method::automatic, objective, 0.1, false, weighted, 0.4);
   }
 
   // The first anchor's, a sum over more candidates than fast memory holds.
@@ -184,34 +193,48 @@ struct Problem {
 
 // float64 has the same barriers: the same templates.
 void everything() {
-  using Problem = Problem<float>;
+  using Rows = Problem<float>;
   // shared 0: what the plan says, all in fast memory; otherwise all in slow memory.
   for (const long shared : {0L, 4096L + 256}) {
     pcoherence_emulate(64, shared, 0);
     for (const Method method : {Method::grid, Method::scan, Method::pairs}) {
-      Problem(20).rows(method, Objective::mse, 0.1, false, false);
-      Problem(20).rows(method, Objective::cross_entropy, 0.01, true, true);  // many bins
-      Problem(17).soft_ranks(method, true);
+      Rows(20).rows(method, Objective::mse, 0.1, false, false);
+      Rows(20).rows(method, Objective::cross_entropy, 0.01, true, true);  // many bins
+      Problem<double>(17).soft_ranks(method, true);
     }
-    Problem(20).rows(Method::grid, Objective::spearman, 0.01, false, false);
-    Problem(200).rows(Method::grid, Objective::mse, 0.05, false, true);  // more than 16 bins, some of which are cut
-    Problem(20).rows(Method::automatic, Objective::spearman, 0.1, false, true);
-    Problem(9).small(false);
-    Problem(9).small(true);
+    Rows(20).rows(Method::grid, Objective::spearman, 0.01, false, false);
+    Rows(200).rows(Method::grid, Objective::mse, 0.05, false, true);  // more than 16 bins, some of which are cut
+    Rows(20).rows(Method::automatic, Objective::spearman, 0.1, false, true);
+    Rows(9).small(false);
+    Rows(9).small(true);
   }
   for (const long shared : {0L, 4096L + 256, 4096L + 6000}) {
     pcoherence_emulate(64, shared, 0);
-    Problem(300).outlier(false);
-    Problem(300).outlier(true);
+    Rows(300).outlier(false);
+    Rows(300).outlier(true);
+  }
+  // Places all at a time, in slow memory, in windows.
+  for (const long shared : {0L, 4096L + 256, 4096L + 700}) {
+    pcoherence_emulate(64, shared, 0);
+    for (const Objective objective : {Objective::mse, Objective::cross_entropy}) {
+      Rows(300).neighbourhood(objective, false, 0);
+      Rows(300).neighbourhood(objective, false, 40);
+      Rows(300).neighbourhood(objective, false, 280);  // more than a byte counts
+      Rows(300).neighbourhood(objective, true, 0);
+    }
   }
   pcoherence_emulate(64, 4096 + 256, 0);
-  Problem(40).streams();
-  Problem(kMany).small_gradient_in_parts();
+  Rows(40).streams();
+  Rows(kMany).small_gradient_in_parts();
 }
 
 }  // namespace
 
 int main() {
   everything();
+  if (const int left = pcoherence_kernels_not_run(); left != 0) {
+    std::printf("kernels that have not run: %d\n", left);
+    return 1;
+  }
   std::puts("every kernel has run");
 }

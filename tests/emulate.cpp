@@ -29,8 +29,21 @@ Resources resources(RowKernel, const Plan&) {
   return {};
 }
 
+// Whether the kernel of each task has run, of all that are instantiated.
+std::vector<const bool*>& kernels() {
+  static std::vector<const bool*> all;
+  return all;
+}
+template <class Task>
+struct Launches {
+  static inline bool ran = false;
+  static inline const bool listed = (kernels().push_back(&ran), true);
+  static void note() { ran = listed; }
+};
+
 template <class Task>
 void launch(const Task& task, const Plan& plan, char* workspace, Stream) {
+  Launches<Task>::note();
   std::vector<double> shared((plan.shared + 7) / 8);
   // One block after another, each with the row numbers that it would have on a GPU.
   for (int b = 0; b < plan.blocks; ++b) {
@@ -55,6 +68,7 @@ void launch(const Task& task, const Plan& plan, char* workspace, Stream) {
 
 template <class Task>
 void launch(const Task& task, Stream) {
+  Launches<Task>::note();
   const Shape s = shape(task);
   for (std::int64_t x = 0; x < s.x; ++x)
     for (int y = 0; y < s.y; ++y) {
@@ -75,13 +89,23 @@ const Device& current_device() {
 }
 
 PCOH_INSTANTIATE(float)
+#ifdef PCOH_RACES  // float64 has the same barriers
+template Plan plan<double>(const Device&, std::int64_t, std::int64_t, Method);
+#else
 PCOH_INSTANTIATE(double)
+#endif
+PCOH_INSTANTIATE_SOFT_RANK
 
 }  // namespace pcoherence::cuda
 
 // threads, shared: see Emulation; 0 leaves them to the plan.
 extern "C" long pcoherence_barriers() { return pcoherence::cuda::barriers; }
 extern "C" long pcoherence_slow_atomics() { return pcoherence::cuda::slow_atomics; }
+extern "C" int pcoherence_kernels_not_run() {
+  int left = 0;
+  for (const bool* ran : pcoherence::cuda::kernels()) left += !*ran;
+  return left;
+}
 extern "C" void pcoherence_emulate(int threads, long shared, unsigned seed) {
   pcoherence::cuda::emulation = {threads, shared, seed};
 }

@@ -85,8 +85,9 @@ def test_kernels_keep_to_their_budget(compiled: tuple[str, Path]) -> None:
             most = 0 if any(loop in function for loop in ELEMENT_LOOPS) else SPILLED
             assert int(spilled) <= most, f"{function} of {where}"
         seen.add((name, int(capability)))
-    # Two of a row, ten others.
-    assert len(seen) == 12 * len(CAPABILITIES)
+    # One of a row, ten others; soft ranks on their own, in float64.
+    wide = any("double" in name for name, _ in seen)
+    assert len(seen) == (11 + wide) * len(CAPABILITIES)
 
 
 def functions(cubin: Path) -> dict[str, list[str]]:

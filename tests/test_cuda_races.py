@@ -16,7 +16,7 @@ SOURCES = (MAIN, ROOT / "tests/emulate.cpp", ROOT / "csrc/tables.cpp")
 
 def compiled(compiler: str) -> Path:
     # Not optimised: it compiles faster, and barriers are the same.
-    flags = ["-std=c++20", "-O0", "-g", "-fsanitize=thread", "-DPCOH_EMULATE"]
+    flags = ["-std=c++20", "-O0", "-g", "-fsanitize=thread", "-DPCOH_EMULATE", "-DPCOH_RACES"]
     with kept("races", flags, MAIN.read_text()) as folder:
         program = folder / "races"
         if program.exists():

@@ -365,10 +365,11 @@ def test_weights_whose_sum_has_no_inverse(emulate: Emulate) -> None:
     emulate(threads=96)
     student, teacher = rows(300, torch.float64)
     weights = any_weights(300, torch.float64)
-    options = {"objective": "mse", "temperature": 0.1}
-    expected = from_distances(student, teacher, candidate_weights=weights, **options)
-    found = from_distances(student, teacher, candidate_weights=weights * 2.0**-980, **options)
-    torch.testing.assert_close(found, expected)
+    for objective in ("mse", "spearman"):
+        options = {"objective": objective, "temperature": 0.1}
+        expected = from_distances(student, teacher, candidate_weights=weights, **options)
+        found = from_distances(student, teacher, candidate_weights=weights * 2.0**-980, **options)
+        torch.testing.assert_close(found, expected)
 
 
 def barriers_passed(kind: str, weights: Tensor | None) -> int:

@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import numpy
@@ -47,11 +48,11 @@ if importlib.util.find_spec("triton") is None:
 if pcoherence.available_backends()["triton"] is not None:
     pytest.skip(str(pcoherence.available_backends()["triton"]), allow_module_level=True)
 
-from pcoherence.backends import REGISTRY, clouds, pipeline
+from pcoherence.backends import REGISTRY, clouds, pipeline, triton_kernels
 from pcoherence.backends.points import first_identical
 from pcoherence.backends.triton import TritonBackend
 from pcoherence.backends.triton_kernels import row_kernels
-from pcoherence.kernels import tables, tuning
+from pcoherence.kernels import statistics, tables, tuning
 
 # The interpreter computes with numpy, which warns of the NaN and infinities that kernels mask.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -509,6 +510,16 @@ def test_too_many_bins_raise() -> None:
         bins = r"^method: 'grid' would need more than (512|65536) bins"
         with pytest.raises(RuntimeError, match=bins):
             call()
+
+
+def test_bins_are_counted_as_kernels_round_them() -> None:
+    """A range just below 512 bins is 512 in float32: refused, and not left unserved."""
+    for below, refused in ((1e-9, True), (1e-6, False)):
+        stats = torch.zeros(statistics.STATISTICS.value, 2, dtype=torch.float64, device=DEVICE)
+        stats[statistics.RANGE.value, 1] = 512 * tables.BIN_WIDTH * (1 - below)
+        with pytest.raises(RuntimeError) if refused else nullcontext():
+            triton_kernels.check_bins(stats, 512, torch.float32)
+        triton_kernels.check_bins(stats, 512, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -30,7 +30,7 @@ struct Workplace {
   static constexpr int few_pairs = 0;
   // Up to so many elements, bins that are too many are not looked at for empty ones.
   static constexpr int few_to_hold = 96;
-  static constexpr int most_bins = kMaxBins;
+  static constexpr int most_laid = kMaxBins;
   static constexpr bool wants_ties = false;
 
   Method method;

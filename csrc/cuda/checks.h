@@ -48,10 +48,26 @@ void check_launch() {
 template <class T>
 constexpr ScalarType scalar_type = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
+constexpr const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
 template <class F>
 void dispatch(const Tensor& t, const char* name, F&& f) {
   const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, ": expected float32 or float64");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, ": expected float32 or float64, got ",
+                  name_of(type));
   type == ScalarType::Float ? f(float{}) : f(double{});
 }
 
@@ -63,9 +79,9 @@ struct Like {
 
   void check(const Tensor& t, const char* name, ScalarType type, std::int64_t count) const {
     STD_TORCH_CHECK(t.is_cuda() == model.is_cuda() && t.get_device_index() == model.get_device_index(), name,
-                    ": expected on the device of the distances");
+                    ": expected on the device of the first tensor");
     STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-    STD_TORCH_CHECK(t.scalar_type() == type, name, ": not of the expected dtype");
+    STD_TORCH_CHECK(t.scalar_type() == type, name, ": expected ", name_of(type), ", got ", name_of(t.scalar_type()));
     STD_TORCH_CHECK(t.numel() == count, name, ": expected ", count, " elements, got ", t.numel());
   }
 

@@ -20,7 +20,7 @@ struct ProductTask {
   int n, width;
   const T* products;  // [rows, n]: a_i . c_k of prepared points; with `upper` those of i <= k, and nothing else is read
   T* out;             // [rows, n]: distances; may not be `products`
-  unsigned* near;     // [rows, words_of(n)]: pairs whose gradient leaves the products; or null
+  unsigned* near;     // [rows, words_of(n)]: pairs whose gradient leaves the products
   const double *anchor_norms, *candidate_norms;  // [rows], [n]: squared lengths of prepared points
   const T *anchors, *candidates;  // [rows, width], [n, width]: points whose differences are exact, same units
   const std::int64_t* first;      // [n]: the first candidate that is identical
@@ -287,7 +287,6 @@ class ProductTile {
 
   // A lane has a column's marks, which are a word of its mirror image, and takes a row's.
   PCOH_DEVICE void mark() {
-    if (task_.near == nullptr) return;
     const std::int64_t words = words_of(task_.n);
     unsigned word = 0;
     if (g_.ballot(leaving_ != 0) != 0)

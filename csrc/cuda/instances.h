@@ -1,4 +1,4 @@
-// Every kernel of a type: to be instantiated where launch() is defined.
+// Every kernel, by type: to be instantiated where launch() is defined.
 #pragma once
 
 #include "launch.h"
@@ -9,7 +9,6 @@
   template Plan plan<T>(const Device&, std::int64_t, std::int64_t, Method); \
   template Resources resources<T>(RowKernel, const Plan&);                  \
   PCOH_ROWS(SmallTask<T>)                                                   \
-  PCOH_ROWS(SoftRankTask<T>)                                                \
   PCOH_STREAM(RowSumsTask<T>)                                               \
   PCOH_STREAM(ProductTask<T>)                                               \
   PCOH_STREAM(PullTask<T>)                                                  \
@@ -20,3 +19,5 @@
   PCOH_STREAM(Several<FirstTask<T>>)                                        \
   PCOH_STREAM(TransposeTask<T>)                                             \
   PCOH_STREAM(SmallGradientTask<T>)
+// Soft ranks on their own are computed in float64, whatever the values.
+#define PCOH_INSTANTIATE_SOFT_RANK PCOH_ROWS(SoftRankTask<double>)

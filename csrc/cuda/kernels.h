@@ -65,7 +65,9 @@ Plan plan(const Device& device, std::int64_t rows, std::int64_t n, Method method
 
 template <class T>
 Resources resources(RowKernel kernel, const Plan& plan) {
-  return kernel == RowKernel::rows ? resources_of<T, SmallTask<T>>(plan) : resources_of<T, SoftRankTask<T>>(plan);
+  if constexpr (std::is_same_v<T, double>)
+    if (kernel == RowKernel::soft_rank) return resources_of<T, SoftRankTask<T>>(plan);
+  return resources_of<T, SmallTask<T>>(plan);
 }
 
 template <template <class> class Task, class T>

@@ -39,7 +39,7 @@ struct Resources {
   std::int64_t local;
   int resident;
 };
-enum class RowKernel { rows, soft_rank };
+enum class RowKernel { rows, soft_rank };  // soft_rank: of double alone
 template <class T>
 Resources resources(RowKernel kernel, const Plan& plan);
 

@@ -48,6 +48,7 @@ Tensor series_of(Tensor like) {
 Tensor resources_of(Tensor like, std::string kernel, std::int64_t rows, std::int64_t n, std::string method) {
   STD_TORCH_CHECK(kernel == "rows" || kernel == "soft_rank", "kernel: expected 'rows' or 'soft_rank', got '", kernel,
                   "'");
+  STD_TORCH_CHECK(kernel == "rows" || like.scalar_type() == ScalarType::Double, "like: expected float64 for soft_rank");
   const OnDevice on(like);
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   const Tensor result = torch::stable::empty({7}, ScalarType::Long, std::nullopt, cpu);

@@ -19,7 +19,8 @@ inline constexpr int kMinThreads = 64;
 // Shared memory that rows leave to the grid: the order of 8,192 elements by their bins (16 KiB), and moments and
 // coefficients of 160 bins (152 bytes each).
 inline constexpr std::int64_t kGridReserve = 40 << 10;
-// What "auto" may use the grid for: moments and coefficients of so many still fit into shared memory.
+// What "auto" may use the grid for: moments and coefficients of so many (38 KiB; 64-bit: 134) still fit into shared
+// memory, beside short rows.
 inline constexpr int kMostBins = 256;
 // An explicit grid goes up to kMaxBins, with memory for it in global memory, by as few blocks as keep to this.
 inline constexpr std::int64_t kExplicitGridBytes = std::int64_t(512) << 20;

@@ -184,26 +184,27 @@ void small_gradient(Tensor student, OptionalTensor student_candidates, Tensor v,
   });
 }
 
-// out: T [r, n]; see SoftRankTask.
+// All float64. out: [r, n]; see SoftRankTask.
 void soft_rank(Tensor values, OptionalTensor weights, OptionalTensor upstream, double temperature, std::string method,
                Tensor out, Tensor tables, Tensor series, Tensor status) {
-  on_device(values, "values", [&](auto zero, const Like& like, Stream stream) {
-    using T = decltype(zero);
-    SoftRankTask<T> task{};
-    task.rows = dimension(values, 0, "values");
-    task.n = candidates_of(values, "values");
-    const std::int64_t count = task.rows * task.n;
-    const auto parsed = named<Method>(kMethodNames, method, "method");
-    const Plan p = plan<T>(current_device(), task.rows, task.n, parsed);
-    task.sums = summation<T>(like, parsed, tables, series, status, p);
-    task.weights_per_row = weights && weights->dim() == 2;
-    task.values = like.in<T>(values, "values", count);
-    task.weights = like.in<T>(weights, "weights", task.weights_per_row ? count : task.n);
-    task.upstream = like.in<T>(upstream, "upstream", count);
-    task.out = like.out<T>(out, "out", count);
-    task.temperature = temperature;
-    launch_rows(like, task, p, stream);
-  });
+  using T = double;
+  const OnDevice on(values);
+  const Like like{values};
+  SoftRankTask<T> task{};
+  task.rows = dimension(values, 0, "values");
+  task.n = candidates_of(values, "values");
+  const std::int64_t count = task.rows * task.n;
+  const auto parsed = named<Method>(kMethodNames, method, "method");
+  const Plan p = plan<T>(current_device(), task.rows, task.n, parsed);
+  task.sums = summation<T>(like, parsed, tables, series, status, p);
+  task.weights_per_row = weights && weights->dim() == 2;
+  task.values = like.in<T>(values, "values", count);
+  task.weights = like.in<T>(weights, "weights", task.weights_per_row ? count : task.n);
+  task.upstream = like.in<T>(upstream, "upstream", count);
+  task.out = like.out<T>(out, "out", count);
+  task.temperature = temperature;
+  launch_rows(like, task, p, on.stream);
+  check_launch();
 }
 
 }  // namespace

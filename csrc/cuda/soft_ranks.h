@@ -16,7 +16,7 @@ namespace pcoherence::cuda {
 template <class T>
 struct Summation {
   Method method;
-  int most_bins;         // that hold somebody, for which a group has memory
+  int most_held;         // bins that hold somebody, for which a group has memory
   std::int64_t reserve;  // bytes of fast memory that rows leave to the grid
   DeviceTables<T> tables;
   int* status;  // [1] set to 1 where an explicit grid would need more bins
@@ -75,9 +75,9 @@ struct Workplace {
   using Grid = cuda::Grid<T, G>;
   using Scan = cuda::Scan<T, G>;
   using Pairs = cuda::Pairs<T, G>;
-  // Where "auto" leaves the grid: a bin costs up to 8,000 operations, most of them its convolution with all bins in
-  // reach. At one for every 8 elements that is what the scan's sort and recurrences cost an element, and less beyond
-  // (64-bit: four times as many, slower arithmetic).
+  // Where "auto" leaves the grid: a bin costs about 4,000 instructions, most of them its convolutions with all bins in
+  // reach. At one for every 8 elements that is 500 an element; the scan's sort alone takes 700 of a row of 1,024
+  // (64-bit: twice the coefficients, each of twice the terms, in slower arithmetic).
   static constexpr int elements_per_bin = sizeof(T) == 4 ? 8 : 32;
   // Up to this many elements all pairs take less time than the barriers of the scan's sort: 50 of them against 25
   // operations for each of two elements a thread.
@@ -87,13 +87,13 @@ struct Workplace {
   static constexpr bool wants_ties = true;
 
   Method method;
-  int most_bins;  // as they are laid
+  int most_laid;  // bins, empty ones among them
   const Summation<T>& how;
   Arena arena;
   Layout<T> layout = {};  // of the row whose sums are wanted, once bins have been left out
 
   PCOH_DEVICE Workplace(const Summation<T>& sums, const Arena& memory)
-      : method(sums.method), most_bins(method == Method::automatic ? kMostLaid : kMaxBins), how(sums), arena(memory) {}
+      : method(sums.method), most_laid(method == Method::automatic ? kMostLaid : kMaxBins), how(sums), arena(memory) {}
 
   template <class V = T>
   PCOH_DEVICE V* take(int n, int others = 0) {
@@ -122,7 +122,7 @@ struct Workplace {
     const double laid = scale.range / kBinWidth;
     if (row.n <= few_to_hold || (laid <= kDenseBins && laid * elements_per_bin <= row.n)) return laid;
     layout = Layout<T>(low, high, scale);
-    const bool held = layout.leave_out_empty(g, row, how.most_bins, arena);
+    const bool held = layout.leave_out_empty(g, row, how.most_held, arena);
     return held ? layout.bins : std::numeric_limits<double>::infinity();
   }
 
@@ -133,7 +133,7 @@ struct Workplace {
     if constexpr (std::is_same_v<Sums, Grid>) {
       if (layout.laid == 0) {
         layout = Layout<T>(low, high, scale);
-        if (layout.laid > kDenseBins && !layout.leave_out_empty(g, row, how.most_bins, arena)) PCOH_TRAP();
+        if (layout.laid > kDenseBins && !layout.leave_out_empty(g, row, how.most_held, arena)) PCOH_TRAP();
       }
       layout.locate(g, row);
       Sums sums(g, row, layout, how.tables, arena);

@@ -349,15 +349,15 @@ def _sums(
         return _Scan(rows, stats, hard, spare, exact, like)
     if method == "grid":
         limit = tuning.bins_in_memory(True)
-        check_bins(stats, limit)
+        check_bins(stats, limit, rows.values.dtype)
         return _Grid(rows, stats, limit, None)
     limit = tuning.fitting_bins(rows.values.shape[1], rows.values.dtype)
     return _Grid(rows, stats, limit, _Scan(rows, stats, False, spare, limit=limit))
 
 
-def check_bins(stats: Tensor, limit: int) -> None:
-    """Of an explicit grid; asking waits for the device."""
-    if bool((stats[statistics.RANGE.value] >= limit * BIN_WIDTH).any()):
+def check_bins(stats: Tensor, limit: int, dtype: torch.dtype) -> None:
+    """Of an explicit grid, as statistics.grid_bins rounds them; asking waits for the device."""
+    if bool(((stats[statistics.RANGE.value] / BIN_WIDTH).to(dtype) >= limit).any()):
         raise too_many_bins(limit)
 
 
@@ -431,7 +431,7 @@ class TritonRowKernels(PointKernels):
     ) -> Tensor:
         """See RowKernels. Statistics, ranks of both, objective, pullback, gradient: 7 launches.
 
-        With the scan 4 more and two sorts; with "auto" beyond the pairs' range 6 more and one sort,
+        With the scan 3 more and two sorts; with "auto" beyond the pairs' range 6 more and one sort,
         of the teacher; with a neighbourhood the teacher is ranked twice.
         """
         method = resolve_method(spec.method, rows.student.shape[1])
