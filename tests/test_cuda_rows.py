@@ -307,6 +307,16 @@ def test_neighbourhoods(n: int, share: float, dtype: torch.dtype, emulate: Emula
     check(from_distances, student, teacher, methods=("grid",), neighbourhood=share)
 
 
+@pytest.mark.parametrize("share", [1e-6, 1e-12, 1e-20])
+def test_neighbourhoods_smaller_than_weights_tell_apart(share: float, emulate: Emulate) -> None:
+    """Ranks under one weight of 1e20 and ones, which are a small part of it."""
+    emulate(threads=96, seed=21)
+    student, teacher = rows(300, torch.float64)
+    weights = torch.where(torch.arange(300) == teacher[0].argmax(), 1e20, 1.0)
+    options = {"neighbourhood": share, "candidate_weights": weights.double()}
+    check(from_distances, student[:1], teacher[:1], methods=("auto",), objective="mse", **options)
+
+
 # At one place: one; few; as many as a byte counts; more.
 @pytest.mark.parametrize("tied", [1, 4, 255, 256])
 # Memory for all places; for some, a window at a time; for none.
@@ -316,9 +326,11 @@ def test_places_in_a_neighbourhood(tied: int, shared: int, emulate: Emulate) -> 
     student, teacher = rows(700, torch.float32)
     teacher[:, 2 : 2 + tied] = 0.5
     teacher[1, -9:] = teacher[1, -10]
-    weights = 0.3 * (torch.arange(700) % 7 > 0)
+    # Equal ones make tied pairs no whole number; or some are left out.
+    given = torch.full((700,), 0.3), 0.3 * (torch.arange(700) % 7 > 0)
+    selves = None, torch.tensor([3, 699])
     for objective in ("mse", "cross_entropy"):
-        for weighted, own in ((None, None), (weights, torch.tensor([3, 699]))):
+        for weighted, own in ((None, None), *zip(given, selves, strict=True)):
             check(
                 from_distances,
                 student,

@@ -53,7 +53,10 @@ PCOH_DEVICE void anchor_row(G& g, const RowTask<T>& task, std::int64_t r, Arena 
                        .teacher_unit = task.teacher_unit != nullptr ? *task.teacher_unit : 1.0};
   const T* weights = task.weights + (task.by_anchor ? begin : 0);
   const Row<T> row{weights, task.n, task.self != nullptr ? static_cast<int>(task.self[r]) : -1};
-  const Outcome result = anchor(g, task.options, a, row, weigh(g, row), Workplace<T, G>(task.sums, arena));
+  Workplace<T, G> work(task.sums, arena);
+  const double share = task.options.neighbourhood;
+  work.sorts_weights = share > 0 && share < kSortedShare;
+  const Outcome result = anchor(g, task.options, a, row, weigh(g, row), work);
   report(g, result.status, task.sums);
   if (g.thread() == 0) task.losses[r] = result.loss;
 }

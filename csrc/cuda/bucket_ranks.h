@@ -56,6 +56,9 @@ class CountedRanks {
   Out scale_;
 };
 
+// In neighbourhoods that are smaller, weights tell ranks apart that WeighedRanks rounds to one.
+inline constexpr double kSortedShare = 0x1p-20;
+
 // Weights of any size, as whole numbers of 2^-60 of their sum: these add up to the same in any order, and 64 bits hold
 // twice all of them.
 template <class T, class Out>

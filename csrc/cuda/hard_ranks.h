@@ -317,7 +317,7 @@ PCOH_APART double hard_ranks_sorted(G& g, const Row<T>& row, const Stats<T>& s, 
 template <class T, class Out, class G>
 PCOH_APART double hard_ranks(G& g, const Row<T>& row, const Stats<T>& s, bool, Out* out, Workplace<T, G>& work) {
   double ties = 0;
-  if (s.high > s.low) {
+  if (s.high > s.low && (s.uniform || !work.sorts_weights)) {
     const bool done = s.uniform ? hard_ranks_bucketed<CountedRanks<T, Out>>(g, row, s, out, ties, work.arena)
                                 : hard_ranks_bucketed<WeighedRanks<T, Out>>(g, row, s, out, ties, work.arena);
     if (done) return ties;

@@ -134,8 +134,8 @@ template <class T, class Rank, class G, class Workplace>
 PCOH_APART Weighed count_near(G& g, const Row<T>& row, const Weighed& weighed, const NearSums<T>& table, const T* plain,
                               T* weights, Rank* out, double& ties, const Workplace& work) {
   const int places = 2 * weighed.count;
-  // m at one place are m (m - 1) pairs.
-  if (tied_pairs(weighed, ties) >= double(kFullest) * (kFullest + 1))
+  // m at one place are m (m - 1) pairs, a whole number that has been rounded.
+  if (tied_pairs(weighed, ties) > double(kFullest) * (kFullest + 1) - 1)
     return rank_in_windows<false>(g, row, weighed, table, plain, PlaceWindow<WordCounts>::take(places, work.arena),
                                   weights, out, ties);
   const auto window = PlaceWindow<ByteCounts>::take(places, work.arena);

@@ -90,7 +90,8 @@ struct Workplace {
   int most_laid;  // bins, empty ones among them
   const Summation<T>& how;
   Arena arena;
-  Layout<T> layout = {};  // of the row whose sums are wanted, once bins have been left out
+  bool sorts_weights = false;  // hard ranks under weights that differ: see kSortedShare
+  Layout<T> layout = {};       // of the row whose sums are wanted, once bins have been left out
 
   PCOH_DEVICE Workplace(const Summation<T>& sums, const Arena& memory)
       : method(sums.method), most_laid(method == Method::automatic ? kMostLaid : kMaxBins), how(sums), arena(memory) {}
