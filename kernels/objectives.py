@@ -172,7 +172,7 @@ def store_gradient(
     weights,  # those of the scale
     weight_stride,
     self_index,
-    coefficients,  # T [rows]
+    coefficients,  # T [rows], or None: ones
     student_stats,
     teacher_stats,
     rows,

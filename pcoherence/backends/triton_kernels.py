@@ -44,24 +44,14 @@ class _Values(NamedTuple):
     """Rows of one network, as soft_ranks.py takes them."""
 
     values: Tensor  # T [rows, n]
-    weights: Tensor  # T [n], or [rows, n]
-    self_index: Tensor  # int64 [rows]
-
-    @classmethod
-    def of(cls, values: Tensor, weights: Tensor | None, self_index: Tensor | None) -> _Values:
-        """Without weights, ones; without an index, nobody is left out."""
-        count, n = values.shape
-        if weights is None:
-            weights = values.new_ones(n)
-        if self_index is None:
-            self_index = torch.full((count,), -1, dtype=torch.int64, device=values.device)
-        return cls(values, weights, self_index)
+    weights: Tensor | None = None  # T [n], or [rows, n]; None: ones
+    self_index: Tensor | None = None  # int64 [rows]; None: nobody is left out
 
     @property
-    def weighting(self) -> tuple[Tensor, int, Tensor]:
+    def weighting(self) -> tuple[Tensor | None, int, Tensor | None]:
         """Weights, their stride, and who is left out."""
-        stride = self.weights.shape[-1] if self.weights.ndim == 2 else 0
-        return self.weights, stride, self.self_index
+        by_row = self.weights is not None and self.weights.ndim == 2
+        return self.weights, self.values.shape[1] if by_row else 0, self.self_index
 
 
 def _tiles(values: Tensor) -> tuning.Tiles:
@@ -418,7 +408,7 @@ class TritonRowKernels(PointKernels):
 
     def row_sums(self, matrix: Tensor) -> Tensor:
         """See RowKernels; the mean is in float64, so that nothing is lost by multiplying again."""
-        stats = _row_stats(_Values.of(matrix, None, None), "none", 1.0, None)
+        stats = _row_stats(_Values(matrix), "none", 1.0, None)
         return stats[1] * stats[0]
 
     def anchors(
@@ -457,7 +447,7 @@ class TritonRowKernels(PointKernels):
         count, n = student.shape
         t = _tiles(student)
         cross_entropy = spec.objective == "cross_entropy"
-        ours = _Values.of(student, weights, self_index)
+        ours = _Values(student, weights, self_index)
         theirs = ours._replace(values=teacher)
         hard = spec.teacher_temperature is None
         # Of hard ranks nothing depends on the positions.
@@ -515,8 +505,6 @@ class TritonRowKernels(PointKernels):
             if not cross_entropy:
                 g = teacher_ranks  # not needed any more
                 sums.pullback(ranks, g, True)
-            if coefficients is None:
-                coefficients = student.new_ones(count)
             objectives.store_gradient[grid](
                 student,
                 g,
@@ -561,15 +549,14 @@ class TritonRowKernels(PointKernels):
         """
         out = torch.empty_like(values)
         count, n = values.shape
-        weights = values.new_ones(n, dtype=torch.float64) if weights is None else weights.double()
+        weights = None if weights is None else weights.double()
         method = resolve_method(method, n)
         step = block_rows(count, n, torch.float64.itemsize)
         step = min(step, _most_rows(method, count, torch.float64))
         for begin in range(0, count, step):
             part = slice(begin, min(begin + step, count))
-            rows = _Values.of(
-                values[part].double(), weights if weights.ndim == 1 else weights[part], None
-            )
+            own = weights if weights is None or weights.ndim == 1 else weights[part]
+            rows = _Values(values[part].double(), own)
             stats = _row_stats(rows, "none", temperature, None, ends=True)
             sums = _sums(rows, stats, method, False, None)
             result = torch.empty_like(rows.values)
