@@ -48,12 +48,12 @@ def check_positive(argument: str, value: object) -> None:
 
 def check_share(argument: str, value: object) -> None:
     """Raise unless `value` is a number above 0 and at most 1."""
-    check_positive(argument, value)
-    if value > 1:  # type: ignore[operator]
+    if isinstance(value, numbers.Real) and not 0 < value <= 1:
         raise ValueError(
-            f"{argument}: expected a share of the candidates, at most 1; got {value!r} "
-            "(k of n candidates are the share k / n)"
+            f"{argument}: expected a share of the candidates above 0 and at most 1, or None for "
+            f"all alike; got {value!r} (k of n candidates are the share k / n)"
         )
+    check_positive(argument, value)
 
 
 def check_flag(argument: str, value: object) -> None:

@@ -198,7 +198,9 @@ def test_ranks_by_sorting_are_those_of_all_pairs() -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
 def test_what_is_no_share_is_refused(value: float) -> None:
     x = make_case("gaussian", 5, 2)
-    with pytest.raises(ValueError, match="neighbourhood: expected a finite number above 0"):
+    with pytest.raises(
+        ValueError, match=r"neighbourhood: expected a share of .* above 0 and at most 1"
+    ):
         perception_coherence_loss(x, x, neighbourhood=value)
 
 

@@ -84,7 +84,7 @@ class TritonBackend(OperatorBackend):
             return "triton is not installed"
         if not torch.cuda.is_available() and not INTERPRETED:
             return (
-                "no CUDA device, and triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
+                "no CUDA device; for tests alone, TRITON_INTERPRET=1 turns on triton's interpreter"
             )
         return None if torch.compiler.is_compiling() else _import_error()
 
