@@ -77,7 +77,9 @@ def store_distances(
         tl.store(at, d.to(out.dtype.element_ty), mask=(r < rows)[:, None] & (k < n)[None, :])
 
 
-@triton.jit(do_not_specialize=["per_temperature", "per_teacher_temperature", "neighbourhood"])
+@triton.jit(
+    do_not_specialize=["per_temperature", "per_teacher_temperature", "neighbourhood", "tiles"]
+)
 def small_rows(
     distances,  # T [rows, n] out: with GRADIENT V, see RowKernels.anchors; else the student's
     others,  # T [rows, n] to work in: the teacher's distances, then the student's ranks

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import pcoherence
+from benchmarks.recipe import recipe
 from pcoherence import backends, ops
 from pcoherence.backends import cuda
 
@@ -61,7 +62,8 @@ def compiled(compiler: str) -> Path:
     """The kernels with the emulation in place of the launcher."""
     root = Path(torch.__file__).parent
     flags = ["-std=c++20", "-O1", "-g0", "-fPIC", "-Werror=switch", "-DPCOH_EMULATE"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{root / 'include'}"]
+    setup = recipe()
+    flags += [*setup.defines([setup.STABLE_ABI]), f"-I{root / 'include'}"]
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         flags += ["-mfma", "-ffp-contract=fast"]  # nvcc contracts, too
     with kept("emulation", flags) as folder:

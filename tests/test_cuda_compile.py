@@ -12,6 +12,8 @@ import pytest
 import torch
 from emulation import kept
 
+from benchmarks.recipe import recipe
+
 ROOT = Path(__file__).parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 CAPABILITIES = (80, 90, 100)
@@ -22,7 +24,7 @@ if NVCC is None:
     pytest.skip("there is no nvcc to compile with", allow_module_level=True)
 
 REGISTERS = {"row_kernel<float": 80, "row_kernel<double": 168, "stream_kernel<": 128}
-"""Of a thread: 768 threads in 64 K registers, 384 of float64; streams of 256."""
+"""Of a thread: 768 threads in 64 K registers, 384 of float64; streams of 512 at most."""
 
 SPILLED = 128
 """Bytes, where a function that goes through a row once keeps its values across calls."""
@@ -51,10 +53,8 @@ def compiled(request: pytest.FixtureRequest) -> tuple[str, Path]:
     """What ptxas says of the kernels of a type, and the folder of their cubins."""
     assert NVCC is not None
     source = CUDA / f"launch_{request.param}.cu"
-    command = [NVCC, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads=2"]
-    command += ["-Xptxas", "-v", "--keep", "-c", str(source)]
-    for c in CAPABILITIES:
-        command += ["-gencode", f"arch=compute_{c},code=sm_{c}"]
+    command = [NVCC, *recipe().NVCC_FLAGS, "-Xptxas", "-v", "--keep", "-c", str(source)]
+    command += recipe().architectures(";".join(f"{c / 10:.1f}" for c in CAPABILITIES))
     with kept(source.stem, command) as folder:
         said = folder / "said"
         if not said.exists():
@@ -144,7 +144,7 @@ def test_glue_compiles(tmp_path: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++ to compile with")
-    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{TORCH}"]
-    command += ["-c", str(CUDA / "ops.cpp")]
+    setup = recipe()
+    command = [compiler, *setup.CXX_FLAGS, "-O1", "-fPIC", "-Werror"]
+    command += [*setup.defines(setup.CUDA_MACROS), f"-I{TORCH}", "-c", str(CUDA / "ops.cpp")]
     subprocess.run([*command, "-o", str(tmp_path / "object.o")], check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -33,6 +34,7 @@ from benchmarks.gpu import (
     plan,
 )
 from benchmarks.gpu import summary as summaries
+from benchmarks.recipe import recipe
 from pcoherence import library
 from pcoherence.backends import clouds, pipeline, products
 
@@ -276,6 +278,20 @@ def test_every_plan_has_groups_that_exist(tmp_path: Path) -> None:
             for argument in (argument for group in found for argument in group.command):
                 if argument.startswith("tests/"):
                     assert (ROOT / argument).is_file()
+
+
+def test_checks_are_in_every_list_of_them(tmp_path: Path) -> None:
+    """In that of truths that are carried, and in what CONTRIBUTING.md says."""
+    steps = plan.Plan(tmp_path, "", "90")
+    every = [group for step in plan.STEPS for group in steps.groups(step)]
+    run = {argument for group in every for argument in group.command if "tests/" in argument}
+    kernels = (path for path in (ROOT / "tests").glob("test_triton*.py"))
+    assert {f"tests/{path.name}" for path in kernels if "DEVICE" in path.read_text()} <= run
+    assert run == set(pack.TRUTHS)
+    (said,) = re.findall(
+        r"\*A check\*(.*?); `--first`", (ROOT / "CONTRIBUTING.md").read_text(), re.S
+    )
+    assert {f"tests/{name}" for name in re.findall(r"`(test_\w+\.py)`", said)} == run
 
 
 @needs_process_groups
@@ -586,7 +602,7 @@ def test_a_broken_pack_is_not_the_end(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_pack_is_built_as_setup_builds() -> None:
-    setup = pack.recipe()
+    setup = recipe()
     there = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.c*")}
     assert {"csrc/cuda/launch_float.cu", *setup.CUDA_SOURCES} <= there
     assert {"csrc/cpu/ops.cpp", *setup.cpu_sources()} <= there

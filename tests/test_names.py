@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +22,11 @@ from pcoherence import (
     soft_rank,
     spec,
 )
-from pcoherence.backends import points
+from pcoherence.backends import cuda_kernels, points
 from pcoherence.inputs import LossInputs
+from pcoherence.kernels import tables, tuning
+
+CSRC = Path(__file__).parent.parent / "csrc"
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
@@ -104,3 +109,67 @@ def test_constants(dtype: torch.dtype) -> None:
     assert known["spearman floor"] == objectives.SPEARMAN_FLOOR
     near = known[f"nearness {name}"], known[f"gradient nearness {name}"]
     assert near == points.NEARNESS[dtype]
+
+
+def stated(file: str, *patterns: str) -> list[str]:
+    """What the groups of the patterns are in a source, each of which fits once."""
+    text, found = (CSRC / file).read_text(), []
+    for pattern in patterns:
+        (match,) = re.finditer(pattern, text, re.DOTALL)
+        found += match.groups()
+    return found
+
+
+def test_traits_of_metrics() -> None:
+    """Of those that come from products: what csrc/distances.h says of them is what Python does."""
+    cases = re.findall(
+        r"case Metric::(\w+):[^\n]*\n\s*return {(.*?)};", (CSRC / "distances.h").read_text()
+    )
+    said = {name: dict(re.findall(r"\.(\w+) = ([\w.]+)", fields)) for name, fields in cases}
+    assert [*said] == library.about()["options"]["metric"]
+    products = {name for name, fields in said.items() if fields["products"] == "true"}
+    assert products == {*points.TRAITS}
+    for name, traits in points.TRAITS.items():
+        expected = {key: fields for key, fields in said[name].items() if key != "products"}
+        as_written = {
+            key: str(value).lower() if isinstance(value, bool) else f"{value:g}"
+            for key, value in traits._asdict().items()
+        }
+        assert as_written == expected
+
+
+def test_constants_of_the_grid() -> None:
+    order = r"struct GridOrder<{}> {{.*?order = (\d+);.*?reach = ([\d.]+);"
+    width, shift, *orders = stated(
+        "soft_ranks.h",
+        r"kBinWidth = ([\d.]+);",
+        r"kMaxBins = 1 << (\d+);",
+        *(order.format(name) for name in ("float", "double")),
+    )
+    assert float(width) == tables.BIN_WIDTH
+    assert 1 << int(shift) == cuda_kernels.EXPLICIT_BINS
+    (beyond,) = stated(
+        "tables.h", r"bins_in_reach = static_cast<int>\(\S+::reach / kBinWidth\) \+ (\d);"
+    )
+    for dtype, terms, reach in zip(
+        (torch.float32, torch.float64), orders[::2], orders[1::2], strict=True
+    ):
+        assert int(terms) == tables.GRID_ORDER[dtype]
+        bins = int(float(reach) / tables.BIN_WIDTH) + int(beyond)
+        assert bins == tables.GRID_REACH[dtype]
+    elements = stated("cuda/soft_ranks.h", r"elements_per_bin = sizeof\(T\) == 4 \? (\d+) : (\d+);")
+    assert [*map(int, elements)] == [*tuning.ELEMENTS_PER_BIN.values()]
+    assert [*tuning.ELEMENTS_PER_BIN] == [torch.float32, torch.float64]
+
+
+def test_size_of_a_sample() -> None:
+    (size,) = stated("cuda/prepare.h", r"kSample = (\d+);")
+    assert int(size) == points.SAMPLE
+
+
+def test_range_of_positions() -> None:
+    pytest.importorskip("triton")
+    from pcoherence.kernels import statistics
+
+    (most,) = stated("soft_ranks.h", r"kMaxRange = (\S+);")
+    assert float(most) == statistics.MAX_RANGE.value

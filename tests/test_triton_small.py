@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from pcoherence import perception_coherence_loss
 from pcoherence.backends import pipeline, triton_kernels, triton_small
 from pcoherence.kernels import small, tuning
-from pcoherence.spec import OBJECTIVES, SCALES
+from pcoherence.spec import OBJECTIVES, OF_DISTANCES, ROW_OPTIONS, SCALES, TEMPERATURES, LossSpec
 from pcoherence.testing import CASES, make_case, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -271,6 +272,30 @@ def test_who_is_small(
     leaves, constants = problem(9, torch.float64, rectangular=False, weighted=False)
     check(leaves, constants, method)
     assert served == [9] * taken
+
+
+def test_every_option_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or an option that these kernels do not know would be as if it had not been asked for."""
+    read: set[str] = set()
+
+    class Noted(LossSpec):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    kernels, taken = triton_kernels.row_kernels(), triton_small.small
+
+    def noted(spec: LossSpec, batch: Any, *flags: bool) -> Any:
+        options = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+        asked = Noted(**options)
+        read.clear()  # its own checks read all
+        assert kernels.is_small(asked, batch)
+        return taken(asked, batch, *flags)
+
+    monkeypatch.setattr(triton_small, "small", noted)
+    leaves, constants = problem(9, torch.float64, rectangular=False, weighted=False)
+    evaluate(leaves, constants)
+    assert {*ROW_OPTIONS, *TEMPERATURES, *OF_DISTANCES} <= read
 
 
 def test_small_is_part_of_the_kernels() -> None:

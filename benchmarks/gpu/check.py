@@ -4,9 +4,9 @@
 
 Needs no network; that machine's own Python (3.11 or newer), torch, triton, numpy, scipy,
 hypothesis, pytest, rich and matplotlib are used, and nothing is installed. What `make gpu-pack`
-built elsewhere is used where it fits the sources and the device; otherwise the extension is built
-in the background, with nvcc, g++, ninja, pybind11 and setuptools, and CUDA's checks begin when it
-is there.
+built elsewhere is used where it fits the sources and the device; otherwise the libraries are built
+in the background, with nvcc, g++, ninja and setuptools, and CUDA's checks begin when they are
+there.
 
 Results go to the folder that --output or OUT names, otherwise to benchmarks/results/gpu; those of
 an earlier run are kept as *.previous. journal.jsonl is a line for each event as it happens;

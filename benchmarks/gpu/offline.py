@@ -3,36 +3,38 @@
     python -m benchmarks.gpu.offline 80 90 100 [--dtype float32] [--aligned] [--all]
 
 prints one line of JSON for each kernel and compute capability. What is compiled is what calls of
-the operators launch, down to which arguments divide by 16: they are run with a recorder in place
-of each kernel. By default a few calls that reach every kernel, with --aligned only those of sizes
-that 16 divides (wider loads take more registers), with --all every combination of options. What is
+the public functions launch, down to which arguments are None and which divide by 16: they are run
+with a recorder in place of each kernel. By default a few calls that reach every kernel, the default
+one among them, with --aligned only those of sizes that 16 divides (wider loads take more
+registers), with --all every one whose options differ from the defaults in at most two. What is
 compiled stays in Triton's cache, where launches with the same Triton find it.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from pcoherence.backends import clouds, triton_kernels
+from pcoherence import perception_coherence_loss, soft_rank
+from pcoherence.backends import REGISTRY, clouds, triton_kernels
 from pcoherence.backends.device_operators import FusedImplementation, register
-from pcoherence.backends.triton import PORTED
+from pcoherence.backends.triton import PORTED, TritonBackend
 from pcoherence.kernels import (
     distances,
     grid,
@@ -44,7 +46,7 @@ from pcoherence.kernels import (
     tuning,
 )
 from pcoherence.ops import Operators
-from pcoherence.spec import LossSpec
+from pcoherence.spec import METRICS, OBJECTIVES, SCALES, LossSpec
 
 MODULES = {
     module.__name__: module
@@ -56,29 +58,76 @@ METHODS = ("pairs", "scan", "auto")
 
 
 class Way(NamedTuple):
-    """One of the ways through the kernels: the method, and sizes of tuning.py."""
+    """One of the ways through the kernels: the method, and what tuning.py makes of sizes."""
 
     method: str
     small: int  # FUSED_MOST
     long: int  # LONG_ROW
+    bins: int = tuning.MOST_BINS  # of a row, at most: what fitting_bins() says of long ones
 
     def settle(self) -> None:
         """For calls that come."""
         vars(tuning).update(FUSED_MOST=self.small, LONG_ROW=self.long)
+        vars(tuning)["fitting_bins"] = lambda n, dtype: self.bins
 
 
-WAYS = (
+USUAL_WAYS = (
     Way("pairs", tuning.FUSED_MOST, tuning.LONG_ROW),
     *(Way(method, 0, tuning.LONG_ROW) for method in METHODS),
-    *(Way(method, 0, 0) for method in METHODS if method != "pairs"),
 )
+
+WAYS = (*USUAL_WAYS, *(Way(method, 0, 0) for method in METHODS if method != "pairs"))
 """Rows of the pairs are never that long by choice."""
 
-SIZES = [(64, 48), (70, 3)]
-"""Points and features: compiled apart where they divide by 16."""
+MORE_WAYS = (Way("auto", 0, tuning.LONG_ROW, tuning.MOST_BINS - 1),)
+"""Rows of a few hundred candidates have fewer bins: a number that 16 may not divide."""
 
-MORE_SIZES = [(64, 3), (70, 48), (2, 1)]
-"""A length of 1 is a constant, too."""
+SIZES = [(128, 128), (261, 9)]
+"""Points and features: compiled apart where they divide by 16.
+
+So many points that pairs take several tiles and a sample is full, so many features that several
+programs share them. Of an odd number of points, the second of two matrices in one piece of memory
+begins where 16 does not divide.
+"""
+
+MORE_SIZES = [(512, 128), (128, 9), (70, 128), (128, 768), (33, 9), (2, 1)]
+"""512 points are 16 tiles of near pairs; of 768 features 16 are each program's, see
+sample_shares(); 33 points are one tile of pairs, and a length of 1 is a constant, too.
+"""
+
+DIFFERING, DIFFERING_ELSEWHERE = 2, 1
+"""In how many choices calls differ from the default one, at most, with --all; the second of
+MORE_SIZES, and by ways that are not usual.
+"""
+
+CHOICES: Mapping[str, Sequence[Any]] = {
+    "teacher_temperature": (None, 0.1),
+    "neighbourhood": (LossSpec.neighbourhood, None),
+    "metric": METRICS,
+    "teacher_metric": (None, *METRICS),
+    "scale": SCALES,
+    "objective": (LossSpec.objective, *(o for o in OBJECTIVES if o != LossSpec.objective)),
+    "reduction": ("mean", "none"),  # "sum" is coefficients, too
+    "self_index": ("auto", None),
+    "weights": (0, 1, 2),  # how many dimensions the candidates' weights have; 0: there are none
+    "rectangular": (False, True),
+    "gradients": ((True, True), (False, False), (True, False), (False, True)),
+}
+"""What decides about launches, the default first: options of the loss, and three of a call."""
+
+FEW: Sequence[Mapping[str, Any]] = (
+    {},
+    {"objective": "spearman", "neighbourhood": None, "weights": 2},
+    {
+        "teacher_temperature": 0.1,
+        "metric": "cosine",
+        "scale": "none",
+        "weights": 1,
+        "rectangular": True,
+    },
+)
+"""Choices of the calls that reach every kernel: the default call, and with all that a kernel can be
+given, without a neighbourhood and with it."""
 
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -132,61 +181,114 @@ DIVISIBLE = [["tt.divisibility", 16]]
 """What the compiler calls an argument that divides by 16; it knows of nothing else."""
 
 
-def recorded(everything: bool, dtypes: list[str], aligned: bool = False) -> list[Launch]:
+class Recorded(TritonBackend):
+    """The backend on CPU tensors, whatever stands for its kernels."""
+
+    def __init__(self, namespace: str) -> None:
+        self._operators = Operators(namespace)
+        kernels = triton_kernels.row_kernels()
+        register(self._operators, FusedImplementation(kernels, PORTED), "CPU")
+
+    def available(self) -> None:
+        """It is, without a GPU."""
+
+    def operators(self) -> Operators:
+        """Its own."""
+        return self._operators
+
+    def refuses(self, tensor: Tensor) -> str | None:
+        """Nothing: recorders read no memory."""
+        return None
+
+
+def stand_in(namespace: str) -> None:
+    """Backend "triton" takes CPU tensors from here on, as a GPU: its tiles, all its ways."""
+    REGISTRY["triton"] = Recorded(namespace)
+    tiles = tuning.tiles
+    vars(tuning)["tiles"] = lambda dtype, on_gpu: tiles(dtype, True)
+    vars(tuning).update(PAIRS_MOST=0)
+
+
+def recorded(
+    differing: int | None,
+    dtypes: list[str],
+    aligned: bool = False,
+    elsewhere: int = DIFFERING_ELSEWHERE,
+) -> list[Launch]:
     """The launches of many calls, each once, in the order of their first appearance.
 
-    For a process of its own: kernels, tiles and the pipeline's sizes stay replaced.
+    Of those that differ from the default one in so many choices, or None: of a few. For a process
+    of its own: kernels, tiles and the pipeline's sizes stay replaced.
     """
     launches: dict[Launch, None] = {}
-    kernels = triton_kernels.row_kernels()
+    stand_in("pcoherence_offline")
     for name, module in MODULES.items():
         for attribute, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction) and value.fn.__module__ == name:
                 setattr(module, attribute, Recorder(name, value, launches))
-    tiles = tuning.tiles
-    vars(tuning)["tiles"] = lambda dtype, on_gpu: tiles(dtype, True)
     # Also of small matrices a part is computed and the rest mirrored.
     vars(clouds).update(MIRRORED_ROWS=32, MIRRORED_WIDTH=1)
-    vars(tuning).update(PAIRS_MOST=0)
-    operators = Operators("pcoherence_offline")
-    register(operators, FusedImplementation(kernels, PORTED), "CPU")
-    sizes = SIZES + MORE_SIZES * everything
-    if aligned:
-        sizes = SIZES[:1]
-    for name, way, size in itertools.product(dtypes, WAYS, sizes):
+    ways, sizes = WAYS, SIZES[:1] if aligned else SIZES
+    if differing is not None:
+        ways, sizes = WAYS + MORE_WAYS, SIZES + MORE_SIZES
+    for name, way, size in itertools.product(dtypes, ways, sizes):
         way.settle()
-        # A piece of memory for each, as users' tensors have: it begins where 16 divides.
-        x, y, values = (torch.zeros(size, dtype=getattr(torch, name)) for _ in range(3))
-        for spec in _specs(everything):
-            options = dataclasses.replace(spec, method=way.method)
-            given = None, None, None, *options.temperatures, options.packed(), False
-            for candidates in (None, y) if everything else (None,):
-                for flag in (True, False) if everything else (True,):
-                    operators.coherence(x, candidates, y, candidates, *given, flag, flag)
-        if everything:
-            for upstream in (None, values):
-                operators.soft_rank(values, None, upstream, 0.1, way.method)
+        dtype = getattr(torch, name)
+        if differing is None:
+            chosen = FEW
+        else:
+            usual = way in USUAL_WAYS and size in SIZES
+            chosen = calls(differing if usual else min(differing, elsewhere))
+            call_soft_rank(size, dtype, way.method)
+        for choices in chosen:
+            call(size, dtype, way.method, **choices)
     return list(launches)
 
 
-def _specs(everything: bool) -> Iterator[LossSpec]:
-    """A few that reach every kernel, or all that make a difference to one."""
-    if not everything:
-        yield LossSpec(objective="spearman", neighbourhood=None)
-        yield LossSpec(
-            teacher_temperature=0.1, metric="cosine", scale="none", objective="cross_entropy"
-        )
-        return
-    for teacher_temperature in (None, 0.1):
-        for metric, scale, objective in itertools.product(
-            PORTED["metric"], PORTED["scale"], PORTED["objective"]
-        ):
-            yield LossSpec(
-                teacher_temperature=teacher_temperature,
-                metric=metric,
-                scale=scale,
-                objective=objective,
-            )
+def calls(differing: int) -> list[dict[str, Any]]:
+    """Choices that differ from the default call's, {}, in so many at most."""
+    found = []
+    for count in range(differing + 1):
+        for names in itertools.combinations(CHOICES, count):
+            others = (CHOICES[name][1:] for name in names)
+            found += [
+                dict(zip(names, values, strict=True)) for values in itertools.product(*others)
+            ]
+    return found
+
+
+def call(
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    method: str,
+    *,
+    weights: int = 0,
+    rectangular: bool = False,
+    gradients: tuple[bool, bool] = (True, True),
+    **options: Any,
+) -> None:
+    """The public loss of points [n, width] in the memory of their own that users' tensors have.
+
+    See CHOICES; gradients: whether those of student and candidates are wanted.
+    """
+    student, teacher = (torch.zeros(size, dtype=dtype) for _ in range(2))
+    student.requires_grad_(gradients[0])
+    if rectangular:
+        own = torch.zeros(size, dtype=dtype, requires_grad=gradients[1])
+        options |= {"student_candidates": own, "teacher_candidates": torch.zeros_like(teacher)}
+    if weights:
+        options["candidate_weights"] = torch.ones((size[0],) * weights, dtype=dtype)
+    loss = perception_coherence_loss(student, teacher, method=method, backend="triton", **options)
+    if loss.requires_grad:
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def call_soft_rank(size: tuple[int, int], dtype: torch.dtype, method: str) -> None:
+    """The public ranks, and their gradient."""
+    values = torch.zeros(size, dtype=dtype, requires_grad=True)
+    for weights in (None, torch.ones_like(values)):
+        ranks = soft_rank(values, 0.1, weights=weights, method=method, backend="triton")
+        ranks.sum().backward()  # type: ignore[no-untyped-call]
 
 
 def source(found: Launch) -> ASTSource:
@@ -246,13 +348,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU")
     parser.add_argument("capabilities", nargs="+", type=int, help="such as 90 for sm_90")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--all", action="store_true", help="every combination of options")
+    which.add_argument("--all", action="store_true", help="all that two choices make of a call")
     which.add_argument("--aligned", action="store_true", help="only sizes that 16 divides")
     dtypes = ["float32", "float64"]
     parser.add_argument("--dtype", nargs="+", default=dtypes, choices=dtypes, dest="dtypes")
     arguments = parser.parse_args()
     context = torch.multiprocessing.get_context("spawn")
-    asked = arguments.all, arguments.dtypes, arguments.aligned
+    asked = DIFFERING if arguments.all else None, arguments.dtypes, arguments.aligned
     with ProcessPoolExecutor(1, mp_context=context) as alone:  # recorders stay in their process
         launches = alone.submit(recorded, *asked).result()
     tasks = list(itertools.product(launches, arguments.capabilities))

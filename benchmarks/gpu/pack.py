@@ -15,8 +15,6 @@ nvcc and g++; no GPU.
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
 import shutil
@@ -26,7 +24,6 @@ import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,12 +31,13 @@ from benchmarks import measure
 from benchmarks.gpu import modules
 from benchmarks.gpu.groups import ROOT
 from benchmarks.gpu.modules import PACK
+from benchmarks.recipe import recipe
 from pcoherence import remembered
 
 MOST_BYTES = 48 << 20
 """Of the folder, which is copied to the machine with the tree, perhaps for each run."""
 
-TRUTHS = ("tests/test_gpu.py", "tests/test_cuda_rows.py", "tests/test_triton.py")
+TRUTHS = tuple(f"tests/test_{name}.py" for name in ("gpu", "cuda_rows", "triton", "triton_small"))
 """Tests whose truths are carried."""
 
 TORCH = Path(torch.__file__).parent
@@ -51,16 +49,6 @@ def run(command: Sequence[object], variables: Mapping[str, str] | None = None) -
     """A command in the project's root; its failure ends all of this."""
     environment = {**os.environ, **(variables or {})}
     subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True)
-
-
-def recipe() -> Any:
-    """setup.py as a module: sources and flags are said there alone."""
-    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def cuda_library(folder: Path, work: Path, capability: str) -> None:

@@ -45,7 +45,7 @@ FIRST = (
 """Seconds 0 to 25 of 170, to 85, to 114, to 141, and the rest; a stage that is done ends early."""
 
 EVERYTHING = (
-    Stage(("compile", "rows", "tests"), 0.4),
+    Stage(("compile", "rows", "small", "tests"), 0.4),
     Stage(("speed cuda",), 0.49),
     Stage(("choices",), 0.58),
     Stage(("speed triton",), 0.67),
@@ -57,6 +57,14 @@ EVERYTHING = (
 
 SHARDS = 12
 """Processes for all tests. Each holds a CUDA context, of about half a GiB, and a core."""
+
+SMALL_SHARDS = 4
+"""Processes for Triton's small batches, beside those: the pack has kernels of two options at a
+time, these tests mix more, so that nearly each of them compiles one, or several.
+"""
+
+COMPILING_HANG = 120.0
+"""Seconds as HANG, of a test that compiles half a dozen such kernels, each of 10 s and more."""
 
 
 class Plan:
@@ -73,6 +81,7 @@ class Plan:
             "environment": self._environment,
             "compile": self._compile,
             "rows": self._rows,
+            "small": self._small,
             "values": lambda: self._of_gpu("values", "test_values"),
             "modes": lambda: self._of_gpu("modes", "test_mode"),
             "tests": self._tests,
@@ -128,9 +137,17 @@ class Plan:
         )
 
     def _rows(self) -> list[Group]:
-        """Every kernel alone."""
+        """Every kernel alone, but for Triton's of small batches."""
         triton = [self._pytest(f"triton rows {i}", "test_triton.py", "", (i, 2)) for i in (0, 1)]
         return [self._pytest("cuda rows", "test_cuda_rows.py", needs_build=True), *triton]
+
+    def _small(self) -> list[Group]:
+        """Those: what they do with default options, "values" and "modes" see first."""
+        groups = [
+            self._pytest(f"triton small {i}", "test_triton_small.py", "", (i, SMALL_SHARDS))
+            for i in range(SMALL_SHARDS)
+        ]
+        return [group._replace(hang=COMPILING_HANG) for group in groups]
 
     def _of_gpu(self, name: str, tests: str) -> list[Group]:
         """Tests of test_gpu.py whose names begin so, by backend."""

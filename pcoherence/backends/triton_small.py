@@ -18,7 +18,10 @@ from .points import TRAITS
 
 
 def takes(method: str, batch: Batch) -> bool:
-    """Whether the batch is small; method: resolved for its size. Every other option is served."""
+    """Whether the batch is small; method: resolved for its size.
+
+    Every other option is served: tests/test_triton_small.py asks that each is read.
+    """
     return method == "pairs" and batch.n <= tuning.FUSED_MOST and batch.reads_few
 
 
