@@ -48,7 +48,7 @@ def check_positive(argument: str, value: object) -> None:
 
 def check_share(argument: str, value: object) -> None:
     """Raise unless `value` is a number above 0 and at most 1."""
-    if isinstance(value, numbers.Real) and not 0 < value <= 1:
+    if isinstance(value, numbers.Real) and not 0 < value <= 1:  # type: ignore[operator]
         raise ValueError(
             f"{argument}: expected a share of the candidates above 0 and at most 1, or None for "
             f"all alike; got {value!r} (k of n candidates are the share k / n)"
