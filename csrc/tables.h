@@ -10,8 +10,9 @@ namespace pcoherence {
 template <class T>
 struct GridTable {
   static constexpr int order = GridOrder<T>::order;
-  // Bins farther apart than this are beyond reach for every pair of their points.
-  static constexpr int bins_in_reach = static_cast<int>(GridOrder<T>::reach / kBinWidth) + 2;
+  // Bins farther apart are beyond reach for every pair of their points: as many bins lie between.
+  static constexpr int bins_in_reach = static_cast<int>(GridOrder<T>::reach / kBinWidth);
+  static_assert(bins_in_reach * kBinWidth == GridOrder<T>::reach);
 
   // [order (r), order (q)]: coefficients of x^q y^r for bins that differ by `difference`, |difference| <=
   // bins_in_reach.

@@ -148,15 +148,11 @@ def test_constants_of_the_grid() -> None:
     )
     assert float(width) == tables.BIN_WIDTH
     assert 1 << int(shift) == cuda_kernels.EXPLICIT_BINS
-    (beyond,) = stated(
-        "tables.h", r"bins_in_reach = static_cast<int>\(\S+::reach / kBinWidth\) \+ (\d);"
-    )
     for dtype, terms, reach in zip(
         (torch.float32, torch.float64), orders[::2], orders[1::2], strict=True
     ):
         assert int(terms) == tables.GRID_ORDER[dtype]
-        bins = int(float(reach) / tables.BIN_WIDTH) + int(beyond)
-        assert bins == tables.GRID_REACH[dtype]
+        assert float(reach) / tables.BIN_WIDTH == tables.GRID_REACH[dtype]
     elements = stated("cuda/soft_ranks.h", r"elements_per_bin = sizeof\(T\) == 4 \? (\d+) : (\d+);")
     assert [*map(int, elements)] == [*tuning.ELEMENTS_PER_BIN.values()]
     assert [*tuning.ELEMENTS_PER_BIN] == [torch.float32, torch.float64]

@@ -11,9 +11,7 @@ namespace pcoherence::cuda {
 template <class T>
 struct DeviceGrid {
   static constexpr int order = GridOrder<T>::order;
-  // Bins farther apart have no pair of points within reach: as many bins lie between.
-  static constexpr int reach = static_cast<int>(GridOrder<T>::reach / kBinWidth);
-  static_assert(reach * kBinWidth == GridOrder<T>::reach);
+  static constexpr int reach = GridTable<T>::bins_in_reach;
   // Of bins farther apart than this, half of the terms are enough: they err by up to 5e-8 (64-bit: 6e-13) of the
   // kernel, less than all terms do of bins side by side (8e-8, 1e-11).
   static constexpr int near = 7;
