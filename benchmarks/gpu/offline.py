@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing.pool
 import os
 import re
 import subprocess
@@ -149,6 +150,7 @@ class Recorder:
 
     def __init__(self, module: str, kernel: Any, launches: dict[Launch, None]) -> None:
         self._module, self._kernel, self._launches = module, kernel, launches
+        self._seen: set[str] = set()
         # Of an argument it asks the same for every capability.
         self._backend = make_backend(GPUTarget("cuda", 90, 32))
         self._bind = create_function_from_signature(kernel.signature, kernel.params, self._backend)
@@ -162,6 +164,10 @@ class Recorder:
         """Note it."""
         given = {**constants, "num_warps": num_warps, "maxnreg": maxnreg}
         bound, specialization, rest = self._bind(*arguments, **given)
+        key = str((specialization, rest))
+        if key in self._seen:  # the same code: what follows takes longer
+            return
+        self._seen.add(key)
         _, signature, found, attributes = self._kernel._pack_args(
             self._backend, given, bound, specialization, rest
         )
@@ -214,12 +220,14 @@ def recorded(
     dtypes: list[str],
     aligned: bool = False,
     elsewhere: int = DIFFERING_ELSEWHERE,
+    among: Sequence[Way] = WAYS + MORE_WAYS,
 ) -> list[Launch]:
     """The launches of many calls, each once, in the order of their first appearance.
 
-    Of those that differ from the default one in so many choices, or None: of a few. For a process
-    of its own: kernels, tiles and the pipeline's sizes stay replaced.
+    Of those that differ from the default one in so many choices, or None: of a few; by the ways
+    `among` theirs. For a process of its own: kernels, tiles and the pipeline's sizes stay replaced.
     """
+    torch.set_num_threads(1)  # other processes record the rest
     launches: dict[Launch, None] = {}
     stand_in("pcoherence_offline")
     for name, module in MODULES.items():
@@ -231,6 +239,7 @@ def recorded(
     ways, sizes = WAYS, SIZES[:1] if aligned else SIZES
     if differing is not None:
         ways, sizes = WAYS + MORE_WAYS, SIZES + MORE_SIZES
+    ways = tuple(way for way in ways if way in among)
     for name, way, size in itertools.product(dtypes, ways, sizes):
         way.settle()
         dtype = getattr(torch, name)
@@ -354,11 +363,18 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=dtypes, choices=dtypes, dest="dtypes")
     arguments = parser.parse_args()
     context = torch.multiprocessing.get_context("spawn")
-    asked = DIFFERING if arguments.all else None, arguments.dtypes, arguments.aligned
-    with ProcessPoolExecutor(1, mp_context=context) as alone:  # recorders stay in their process
-        launches = alone.submit(recorded, *asked).result()
+    differing = DIFFERING if arguments.all else None
+    parts = [
+        (differing, [dtype], arguments.aligned, DIFFERING_ELSEWHERE, [way])
+        for dtype, way in itertools.product(arguments.dtypes, WAYS + MORE_WAYS)
+    ]
+    cores = os.cpu_count()
+    # Recorders stay in their process, which takes one part alone.
+    with multiprocessing.pool.Pool(cores, maxtasksperchild=1, context=context) as alone:
+        found = alone.starmap(recorded, parts, chunksize=1)
+    launches = list(dict.fromkeys(itertools.chain.from_iterable(found)))
     tasks = list(itertools.product(launches, arguments.capabilities))
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(cores, mp_context=context) as pool:
         for result in pool.map(usage, tasks, chunksize=4):
             print(json.dumps(result), flush=True)
 
