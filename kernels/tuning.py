@@ -274,10 +274,11 @@ are registers, with the scan's one, 4 or 2.
 def row_tiles(dtype: torch.dtype, on_gpu: bool, n: int) -> Tiles:
     """As tiles(), for kernels of rows of n candidates.
 
-    In long rows a thread does what it does in others, but two things: of a grid's window it has
-    half as many bins, so that registers suffice for two programs of 8 warps (with as many bins it
-    would take more than 128, or spill on sm_80), and of a scan's chunk fewer comparisons: 714
-    instructions of sm_90 instead of 1,339, though 14 barriers instead of 6.
+    In long rows a thread does what it does in others, but a few things: of a grid's window it has
+    half as many bins, and in float32 it evaluates half as many candidates at a time, so that
+    registers suffice for two programs of 8 warps (with as many it would take more than 128, or
+    spill); and of a scan's chunk it has fewer comparisons: 714 instructions of sm_90 instead of
+    1,339, though 14 barriers instead of 6.
     """
     t = tiles(dtype, on_gpu)
     if n < LONG_ROW or t is _INTERPRETER:
@@ -291,7 +292,7 @@ def row_tiles(dtype: torch.dtype, on_gpu: bool, n: int) -> Tiles:
         sort_warps=4 * t.sort_warps,
         grid_columns=2 * t.grid_columns,
         grid_bins=4 * t.grid_bins,
-        grid_evaluated=4 * t.grid_evaluated,
+        grid_evaluated=(2 if dtype == torch.float32 else 4) * t.grid_evaluated,
         grid_warps=4 * t.grid_warps,
     )
 

@@ -220,6 +220,7 @@ class _Scan(_Sums):
                 BR=t.scan_rows,
                 C=t.scan_chunk,
                 num_warps=t.scan_warps,
+                maxnreg=tuning.REGISTERS[values.dtype],
             )
 
     def pullback(self, upstream: Tensor, out: Tensor, normalise: bool) -> None:
