@@ -59,8 +59,8 @@ SHARDS = 12
 """Processes for all tests. Each holds a CUDA context, of about half a GiB, and a core."""
 
 SMALL_SHARDS = 4
-"""Processes for Triton's small batches, beside those: the pack has kernels of two options at a
-time, these tests mix more, so that nearly each of them compiles one, or several.
+"""Processes for Triton's small batches, beside those: the pack has kernels of a few calls, these
+tests mix options, so that nearly each of them compiles one, or several.
 """
 
 COMPILING_HANG = 120.0
