@@ -307,6 +307,13 @@ def test_neighbourhoods(n: int, share: float, dtype: torch.dtype, emulate: Emula
     check(from_distances, student, teacher, methods=("grid",), neighbourhood=share)
 
 
+def check_places(student: Tensor, teacher: Tensor, weights: Tensor | None, **options: Any) -> None:
+    """With ranks in T, and in float64."""
+    for objective in ("mse", "cross_entropy"):
+        given = {"objective": objective, "candidate_weights": weights, **options}
+        check(from_distances, student, teacher, methods=("auto",), **given)
+
+
 @pytest.mark.parametrize("share", [1e-6, 1e-12, 1e-20])
 def test_neighbourhoods_smaller_than_weights_tell_apart(share: float, emulate: Emulate) -> None:
     """Ranks under one weight of 1e20 and ones, which are a small part of it."""
@@ -329,17 +336,8 @@ def test_places_in_a_neighbourhood(tied: int, shared: int, emulate: Emulate) -> 
     # Equal ones make tied pairs no whole number; or some are left out.
     given = torch.full((700,), 0.3), 0.3 * (torch.arange(700) % 7 > 0)
     selves = None, torch.tensor([3, 699])
-    for objective in ("mse", "cross_entropy"):
-        for weighted, own in ((None, None), *zip(given, selves, strict=True)):
-            check(
-                from_distances,
-                student,
-                teacher,
-                methods=("auto",),
-                objective=objective,
-                candidate_weights=weighted,
-                self_index=own,
-            )
+    for weights, own in ((None, None), *zip(given, selves, strict=True)):
+        check_places(student, teacher, weights, self_index=own)
 
 
 # 40, 200: in a crowded bucket, which is ordered by itself; 600: more than a counter holds.
@@ -349,16 +347,8 @@ def test_buckets_that_overflow(ties: int, emulate: Emulate) -> None:
     student, teacher = rows(700, torch.float32)
     teacher[:, :ties] = 0.5
     teacher[1, : ties // 2] = 0.5 + 2**-24  # neighbours of a bucket
-    for objective in ("mse", "cross_entropy"):
-        for weights in (None, any_weights(700)):
-            check(
-                from_distances,
-                student,
-                teacher,
-                methods=("auto",),
-                objective=objective,
-                candidate_weights=weights,
-            )
+    for weights in (None, any_weights(700)):
+        check_places(student, teacher, weights)
 
 
 @pytest.mark.parametrize("weights", [None, any_weights(700)], ids=["equal", "weights"])
@@ -368,9 +358,7 @@ def test_a_crowded_bucket_of_different_values(weights: Tensor | None, emulate: E
     student, teacher = rows(700, torch.float32)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     teacher[:, :20] = 0.5 + order * 2.0**-22
-    for objective in ("mse", "cross_entropy"):
-        options = {"objective": objective, "candidate_weights": weights}
-        check(from_distances, student, teacher, methods=("auto",), **options)
+    check_places(student, teacher, weights)
 
 
 def test_weights_whose_sum_has_no_inverse(emulate: Emulate) -> None:

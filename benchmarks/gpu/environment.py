@@ -82,7 +82,7 @@ def resources() -> Iterator[tuple[str, str]]:
     for dtype in (torch.float32, torch.float64):
         like = torch.empty(0, dtype=dtype, device=device.DEVICE)
         for n in LENGTHS:
-            for kernel in ("rows", "soft_rank")[: 1 + (dtype == torch.float64)]:
+            for kernel in ("rows",) if dtype == torch.float32 else ("rows", "soft_rank"):
                 numbers = torch.ops.pcoherence_cuda.resources(like, kernel, n, n, "auto").tolist()
                 named = zip(RESOURCES, numbers, strict=True)
                 text = ", ".join(f"{name} {number:,}" for name, number in named)

@@ -17,7 +17,7 @@ struct ByteCounts {
 
   template <class G>
   PCOH_DEVICE void add(G& g, int i) const {
-    g.add(&counts[i / 4], 1u << 8 * (i % 4));
+    Counters{counts, nullptr, 0}.add(g, i);
   }
   PCOH_DEVICE int at(int i) const { return Counters::size(counts[i / 4], i % 4); }
 };
